@@ -1,0 +1,101 @@
+"""CUDA's autocast for meta tensors, which have no autocast key of their own.
+
+The lists are those of ``torch/include/ATen/autocast_mode.h`` (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32 and
+AT_FORALL_FP32_SET_OPT_DTYPE), the cache that of ``cached_cast`` in ATen/autocast_mode.cpp: one low-precision copy of
+each fp32 leaf that needs a gradient, until the outermost autocast ends. A checkpoint's recompute enters an autocast of
+its own, with an empty cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+LOWER_PRECISION = frozenset(
+    """_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution prelu
+    addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul
+    multi_dot linalg_multi_dot lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell scaled_dot_product_attention""".split()
+)
+FLOAT32 = frozenset(
+    """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus
+    layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss
+    cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
+    margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
+    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp""".split()
+)
+FLOAT32_BY_DTYPE = frozenset("prod softmax log_softmax cumprod cumsum sum vector_norm matrix_norm norm".split())
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Autocast(TorchFunctionMode):
+    """Casts as ``torch.autocast("cuda", dtype)`` would. ``ledger`` says when a backward pass recomputes."""
+
+    def __init__(self, dtype: torch.dtype, ledger):
+        super().__init__()
+        self.dtype = dtype
+        self.ledger = ledger
+        self.enabled = False
+        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def clear(self) -> None:
+        self._cache.clear()
+
+    def _active(self) -> bool:
+        return self.ledger.in_module if self.ledger.in_backward else self.enabled
+
+    def _lower(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point() or tensor.dtype in (self.dtype, torch.float64):
+            return tensor
+        if tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf and tensor._base is None:
+            if id(tensor) not in self._cache:
+                self._cache[id(tensor)] = (tensor, tensor.to(self.dtype))
+            return self._cache[id(tensor)][1]
+        return tensor.to(self.dtype)
+
+    @staticmethod
+    def _raise(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if tensor.dtype in HALF else tensor
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "backward" and isinstance(args[0], torch.Tensor):
+            return self._backward(*args, **kwargs)
+        if not self._active():
+            return func(*args, **kwargs)
+        cast = None
+        if name in LOWER_PRECISION:
+            cast = self._lower
+        elif name in FLOAT32:
+            cast = self._raise
+        elif name == "cross_entropy" and args[0].dtype in HALF and not kwargs.get("label_smoothing"):
+            return self._cross_entropy(*args, **kwargs)
+        elif name in FLOAT32_BY_DTYPE and kwargs.get("dtype") is None:
+            first = args[0] if args else None
+            if isinstance(first, torch.Tensor) and first.is_floating_point():
+                if not any(isinstance(argument, torch.dtype) for argument in args):
+                    kwargs = kwargs | {"dtype": torch.float32}
+        if cast is not None:
+            # cached_cast(…)... is a C++ call's argument list: evaluated from the last to the first (measured)
+            kwargs = tree_map_only(torch.Tensor, cast, kwargs)
+            args = tuple(reversed([tree_map_only(torch.Tensor, cast, argument) for argument in reversed(args)]))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _cross_entropy(logits, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
+                       reduction="mean", label_smoothing=0.0):
+        """``cross_entropy_loss`` has no cast of its own: log_softmax stays low, only nll_loss is raised.
+
+        Measured on an H100, bf16 logits of [4096, 30522]: log_softmax takes 2 bytes an element, its copy 4.
+        """
+        low = torch.log_softmax(logits, 1 if logits.dim() > 1 else 0)
+        return torch.nn.functional.nll_loss(low.float(), target, weight, ignore_index=ignore_index, reduction=reduction)
+
+    def _backward(self, loss, gradient=None, **_):
+        """``Tensor.backward`` with this mode still in force, so that a recompute is cast too."""
+        with self:
+            gradient = torch.ones_like(loss) if gradient is None else gradient
+            torch.autograd.Variable._execution_engine.run_backward(
+                (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )

@@ -1,0 +1,617 @@
+"""What CUDA does that the meta device does not show: one place a fact, each with its source and its measurement.
+
+A kernel's own temporaries are entered as taken and given back within the call; a workspace that stays is entered once.
+"measured" refers to allocation histories (``torch.cuda.memory._record_memory_history``) taken on an H100 and an H200
+with torch 2.11.0+cu130 and cuDNN 9.19, the stack of the measured rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+aten = torch.ops.aten
+
+HOST_READS: dict[str, bool | None] = {
+    # transformers/masking_utils.py: "is every sequence one sequence?" The job has no packed sequences.
+    "find_packed_sequence_indices": True,
+    # "does the mask hide nothing?" None: as the job says.
+    "_ignore_causal_mask_sdpa": None,
+    "_ignore_bidirectional_mask_sdpa": None,
+    "create_recurrent_attention_mask": None,
+    "flash_attention_mask": None,
+    "fast_all": None,
+}
+"""Functions that read a tensor's value on the host, and what they are told."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts of a GPU that change what PyTorch allocates.
+
+    ``capability`` is the CUDA compute capability, ``multiprocessors`` their number, ``cudnn`` the version of the cuDNN
+    that PyTorch runs with (``torch.backends.cudnn.version()``).
+    """
+
+    capability: tuple[int, int] = (9, 0)
+    multiprocessors: int = 132
+    cudnn: int = 91900
+
+    @property
+    def cublas_workspace(self) -> int:
+        """Bytes of cuBLAS's workspace, one per thread that multiplies (the loop's, and autograd's in backward).
+
+        ``aten/src/ATen/cuda/CublasHandlePool.cpp``, ``parseChosenWorkspaceSize``: ``:4096:2:16:8`` is the default,
+        ``:32768`` KiB from Hopper on. Measured on H100 and H200: 33554432 in forward and again in backward.
+        """
+        return 32 << 20 if self.capability >= (9, 0) else (4096 * 2 + 16 * 8) << 10
+
+    @property
+    def cublaslt_workspace(self) -> int:
+        """Bytes of the workspace of ``gemm_and_bias`` (cuBLASLt), shared with cuBLAS's.
+
+        ``getCUDABlasLtWorkspaceSize``. Measured on an H100: the first linear with a bias takes 1 MiB more.
+        """
+        return 1 << 20
+
+    @property
+    def prefers_cudnn_attention(self) -> bool:
+        """``check_prefer_cudnn_attention`` (aten/.../transformers/cuda/sdp_utils.cpp): sm90 and sm100, cuDNN > 9.15.0."""
+        return self.capability in ((9, 0), (10, 0), (10, 3)) and self.cudnn > 91500
+
+
+card_in_use = Card()
+_in_math_attention = False
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+def attention_backend(card: Card, query, key, value, mask, dropout_p: float, is_causal: bool, gqa: bool) -> str:
+    """Which of ``cudnn``, ``flash``, ``efficient`` and ``math`` PyTorch runs: ``select_sdp_backend`` in
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, with the filters of ``can_use_*_attention``."""
+    half = query.dtype == torch.float16 or query.dtype == torch.bfloat16 and card.capability >= (8, 0)
+    head, value_head = query.shape[-1], value.shape[-1]
+    same_heads = key.shape[1] == value.shape[1] == query.shape[1]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    # check_last_dim_stride_equals_1_dense: the mask's too
+    strides = all(t.stride(-1) == 1 for t in (query, key, value, *([] if mask is None else [mask])))
+    if not strides or query.dtype != key.dtype or query.dtype != value.dtype:
+        return "math"
+    grouped = same_heads or (gqa and query.shape[1] % key.shape[1] == 0)
+    if (
+        card.prefers_cudnn_attention
+        and half
+        and grouped
+        and key.shape[-2] != 1
+        and head % 8 == 0
+        and value_head % 8 == 0
+        and _cudnn_takes_heads(head, value_head)
+        and not (mask is not None and mask.requires_grad)
+    ):
+        return "cudnn"
+    square = not is_causal or query.shape[-2] == key.shape[-2]
+    refused = grad and card.capability in ((8, 6), (8, 9), (12, 0), (12, 1))
+    refused = refused and (192 < head <= 224 or head > 224 and dropout_p > 0)
+    if half and card.capability >= (8, 0) and mask is None and head == value_head <= 256 and grouped and square:
+        if not refused:
+            return "flash"
+    # minimum_gemm_alignment: 16 bytes with tensor cores. Grouped heads came with torch 2.14 (PR #191085).
+    alignment = (8 if half else 4) if card.capability >= (8, 0) or half else 1
+    if same_heads and head % alignment == 0 and value_head % alignment == 0:
+        return "efficient"
+    return "math"
+
+
+def _cudnn_takes_heads(head: int, value_head: int) -> bool:
+    """``check_cudnn_tensor_shapes``: up to 128, and 192 with values of 128 (256 needs cuDNN 9.22 and a newer build)."""
+    return (head <= 128 and value_head <= 128) or (head == 192 and value_head == 128)
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    """``scaled_dot_product_attention`` as the card in use would run it (attention.cpp, the same name)."""
+    backend = "math"
+    if query.dim() == 4:
+        backend = attention_backend(card_in_use, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # convert_boolean_attn_mask (attention.cpp): where(mask, 0, -inf) in the query's dtype, two scalars beside it
+        scalars = [torch.scalar_tensor(x, dtype=query.dtype, device="meta") for x in (0.0, float("-inf"))]
+        attn_mask = torch.where(attn_mask, *scalars)
+        del scalars
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if backend == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(
+            query, key, value, attn_mask, grad, dropout_p, is_causal, False, scale=scale
+        )[0]
+    if backend == "flash":
+        size = query.shape[-1]
+        if size % 8:
+            scale = size**-0.5 if scale is None else scale
+            query, key, value = (torch.nn.functional.pad(t, (0, 8 - size % 8)) for t in (query, key, value))
+        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        return out[..., :size] if size % 8 else out
+    if backend == "efficient":
+        if attn_mask is not None:
+            attn_mask = _align_bias(attn_mask, query, key)
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
+        )[0]
+    global _in_math_attention
+    _in_math_attention = True
+    try:
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    finally:
+        _in_math_attention = False
+
+
+def _align_bias(bias, query, key):
+    """``preprocess_mask``: a last dimension that is no multiple of 8 is copied into one that is."""
+    length = bias.shape[-1]
+    if length % 8:
+        bias = torch.nn.functional.pad(bias, (0, 8 - length % 8))[..., :length]
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _dropout(x, p, train):
+    """``at::dropout`` on CUDA is ``native_dropout``: the output and a mask of one byte an element (Dropout.cpp)."""
+    if train and 0 < p < 1 and x.numel():
+        return torch.native_dropout(x, p, True)[0]
+    if not train or p == 0:
+        return x
+    return x * torch.empty_like(x).fill_(0 if p == 1 else 1)
+
+
+_library = torch.library.Library("aten", "IMPL")
+_library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+_library.impl("dropout", _dropout, "AutogradMeta")
+
+
+# --- kernels that take more than their outputs --------------------------------------------------------------
+
+KERNELS: dict = {}
+"""Operator overload to ``handler(ledger, func, args, kwargs, place) -> outputs``."""
+
+
+def _kernel(*overloads):
+    def register(handler):
+        for overload in overloads:
+            KERNELS[overload] = handler
+        return handler
+
+    return register
+
+
+def _bytes(tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _workspace(ledger, name: str, size: int) -> None:
+    thread = "backward" if ledger.in_backward else "forward"
+    if (thread, name) not in ledger._workspace_threads:
+        ledger._workspace_threads.add((thread, name))
+        ledger.take(size, "", "kernel_workspace", name)
+
+
+@_kernel(aten.mm.default, aten.bmm.default, aten.baddbmm.default)
+def _matmul(ledger, func, args, kwargs, place):
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
+    return out
+
+
+@_kernel(aten.addmm.default)
+def _addmm(ledger, func, args, kwargs, place):
+    """``addmm_out_cuda_impl`` (native/cuda/Blas.cpp): a vector bias goes through cuBLASLt, which has its own cache."""
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
+    if args[0].dim() == 1:
+        _workspace(ledger, "cublaslt_workspace", ledger.card.cublaslt_workspace)
+    return out
+
+
+@_kernel(aten.add.Tensor)
+def _add(ledger, func, args, kwargs, place):
+    """The autograd engine adds a second gradient into the first one in place where nobody else holds it.
+
+    ``InputBuffer::accumulate`` (torch/csrc/autograd/input_buffer.cpp) asks for the last reference to tensor and
+    storage; under a dispatch mode it never does so itself (``isTensorSubclassLike``). Here the tensor is held by the
+    buffer, twice on the way to Python, and by its Python object; the storage by the tensor and its Python object.
+    """
+    if _in_math_attention:  # ``attn.add_(*attn_mask)``, which only tensor subclasses and modes turn into ``add``
+        return args[0].add_(args[1])
+    if ledger.in_backward and not ledger.in_module and not kwargs and len(args) == 2:
+        first, second = args
+        if (
+            isinstance(second, torch.Tensor)
+            and first.shape == second.shape
+            and first.dtype == second.dtype
+            and first._use_count() == 4
+            and torch._C._storage_Use_Count(first.untyped_storage()._cdata) == 2
+        ):
+            return first.add_(second)
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    return out
+
+
+@_kernel(aten._safe_softmax.default)
+def _safe_softmax(ledger, func, args, kwargs, place):
+    """``_safe_softmax`` (native/transformers/attention.cpp): which rows are hidden whole, then the softmax in place.
+
+    Measured on an H100 after the softmax's output: one byte an element, one a row, and a scalar.
+    """
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    hidden = [out.numel(), out.numel() // out.shape[-1], 4]
+    keys = [ledger.take(size, place, "temporaries", "_safe_softmax") for size in hidden]
+    for key in reversed(keys):
+        ledger.give(key)
+    return out
+
+
+@_kernel(aten._softmax_backward_data.default)
+def _softmax_backward(ledger, func, args, kwargs, place):
+    """``softmax_backward_cuda_out`` (native/cuda/SoftMax.cu): ``tmp = grad * output``, as large as the gradient.
+
+    Measured on an H100 with eager attention: one more block of the probabilities' size within the call.
+    """
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    ledger.transient([(_bytes(args[0]), "temporaries")], place, "softmax_backward_cuda_out")
+    return out
+
+
+@_kernel(aten.native_dropout.default)
+def _native_dropout(ledger, func, args, kwargs, place):
+    """``dropout_cuda`` (native/cuda/Dropout.cu): the mask is made before the output. Measured in every history."""
+    out, mask = func(*args, **kwargs)
+    ledger.enter(mask, func, args, place)
+    ledger.enter(out, func, args, place)
+    return out, mask
+
+
+@_kernel(aten._scaled_dot_product_cudnn_attention.default)
+def _cudnn_forward(ledger, func, args, kwargs, place):
+    """``run_cudnn_SDP_fprop`` (native/cudnn/MHA.cpp). Measured: a workspace of 256 bytes."""
+    out = func(*args, **kwargs)
+    for tensor in (out[6], out[7], out[0], out[1]):  # the seed and the offset come first
+        ledger.enter(tensor, func, args, place)
+    ledger.transient([(256, "kernel_workspace")], place, "run_cudnn_SDP_fprop")
+    return out
+
+
+@_kernel(aten._scaled_dot_product_cudnn_attention_backward.default)
+def _cudnn_backward(ledger, func, args, kwargs, place):
+    """``run_cudnn_SDP_bprop``: dQ in fp32, one fp32 a row, and with fewer key heads dK and dV of every query head.
+
+    cudnn-frontend node/scaled_dot_product_flash_attention.h (dQ_accum, softmax_sum). Measured to the byte:
+    b1 s512 32 heads of 64, 8 key heads: 8454400; b2 s1024 16 of 128, all key heads: 16908544; b4 s512 32 of 64, 4 key
+    heads: 33816832; b4 s1024 12 of 64: 12779776.
+    """
+    query, key = args[1], args[2]
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    batch, heads, length, size = query.shape
+    workspace = query.numel() * 4 + batch * heads * length * 4 + 256
+    if key.shape[1] != heads:
+        workspace += 2 * batch * heads * key.shape[2] * size * query.element_size()
+    ledger.transient([(workspace, "kernel_workspace")], place, "run_cudnn_SDP_bprop")
+    return out
+
+
+@_kernel(aten._scaled_dot_product_flash_attention_backward.default)
+def _flash_backward(ledger, func, args, kwargs, place):
+    """``mha_bwd`` (native/transformers/cuda/flash_attn/flash_api.cpp): softmax_d, dq_accum, dk and dv expanded."""
+    query, key = args[1], args[2]
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    batch, heads, length, size = query.shape
+    rows = -(-length // 128) * 128
+    columns = -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
+    sizes = [(batch * heads * rows * 4, "kernel_workspace"), (batch * rows * heads * columns * 4, "kernel_workspace")]
+    if key.shape[1] != heads:
+        expanded = batch * key.shape[2] * heads * size * query.element_size()
+        sizes += [(expanded, "kernel_workspace")] * 2
+    ledger.transient(sizes, place, "mha_bwd")
+    return out
+
+
+@_kernel(aten._scaled_dot_product_efficient_attention_backward.default)
+def _efficient_backward(ledger, func, args, kwargs, place):
+    """``_efficient_attention_backward`` (attention_backward.cu): ``delta``, computed outside for fp32, and a workspace.
+
+    Measured on an H100: bf16 b2 16 heads s512 of 64 takes 4198400, fp32 b1 4 heads s1024 of 256 takes 4196352.
+    """
+    query, key = args[1], args[2]
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    batch, heads, length, size = query.shape
+    keys = []
+    if query.dtype == torch.float32:  # kKernelComputesDelta is for half: (grad_out * out).sum(-1)
+        keys.append(ledger.take(_bytes(query), place, "temporaries", "delta"))
+    delta = ledger.take(batch * heads * length * 4, place, "kernel_workspace", "delta")
+    for taken in keys:
+        ledger.give(taken)
+    workspace = _efficient_workspace(ledger.card, query, key)
+    ledger.transient([(workspace, "kernel_workspace")], place, "_efficient_attention_backward")
+    ledger.give(delta)
+    return out
+
+
+def _efficient_workspace(card: Card, query, key) -> int:
+    """``Params::workspace_size`` of mem_eff_attention/kernel_backward.h, for the kernel that
+    kernels/cutlassB.h names first for this head size. Bytes."""
+    batch, heads, length, size = query.shape
+    half = query.dtype != torch.float32
+    small_memory = card.capability in ((8, 6), (8, 9), (12, 0), (12, 1))
+    if size <= 64:
+        rows, columns, largest = 64, 64, 64
+    elif size <= 128:
+        rows, columns, largest = (128, 128, 128) if half and not small_memory else (64 if half else 128, 64, 128)
+    else:
+        rows, columns, largest = (64 if small_memory else 128), 64, 65536
+    tiles = -(-length // rows) * -(-size // columns)
+    elements = tiles * (4 + rows * columns)  # a lock, a counter, padding, and the tile
+    if half and largest > rows:  # not kOutputInRF: gK and gV are summed in fp32 too
+        splits = max(1, min(-(-key.shape[2] // columns), 200 // (batch * heads)))
+        elements += 2 * splits * columns * (-(-size // rows) * rows)
+    return batch * heads * -(-elements // 4) * 4 * 4
+
+
+_IN_PLACE = {
+    aten.index_put.default: aten.index_put_.default,
+    aten.scatter_add.default: aten.scatter_add_.default,
+    aten.index_add.default: aten.index_add_.default,
+}
+
+
+@_kernel(*_IN_PLACE)
+def _accumulate_at(ledger, func, args, kwargs, place):
+    """``index_backward``, ``gather_backward`` and their like (torch/csrc/autograd/FunctionsManual.cpp) add in place
+    into fresh zeros; only for tensor subclasses and under modes do they take the out-of-place operator."""
+    if ledger.in_backward and not ledger.in_module:
+        return _IN_PLACE[func](*args, **kwargs)
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    return out
+
+
+@_kernel(aten.embedding_dense_backward.default)
+def _embedding_backward(ledger, func, args, kwargs, place):
+    """``embedding_dense_backward_cuda`` (native/cuda/Embedding.cu): beyond 3072 indices they are sorted first.
+
+    Below, one kernel adds into the zeroed weight gradient. Above, ``sorted_indices`` and ``orig_indices`` (int64), the
+    radix sort's storage, and ``embedding_backward_cuda_kernel``'s segment tables and ``grad_weight_per_segment`` in
+    the accumulation type: one row a partial segment, at least one a distinct index.
+    """
+    grad, indices = args[0], args[1]
+    count = indices.numel()
+    if count <= 3072:
+        out = func(*args, **kwargs)
+        ledger.enter(out, func, args, place)
+        return out
+    keys = [ledger.take(8 * count, place, "kernel_workspace", "embedding_sort") for _ in range(2)]
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    segments = min(count, args[2])
+    partials = [(8 * count, "kernel_workspace")] * 2
+    partials.append((segments * grad.shape[-1] * 4, "kernel_workspace"))
+    ledger.transient(partials, place, "embedding_backward_cuda_kernel")
+    for key in keys:
+        ledger.give(key)
+    return out
+
+
+@_kernel(aten.convolution.default)
+def _convolution(ledger, func, args, kwargs, place):
+    """``convolution`` (native/Convolution.cpp) copies an input that is not contiguous; cuDNN wants channels last.
+
+    For half precision cuDNN's tensor-core kernels transform NCHW to NHWC in a workspace: input and filter with their
+    channels padded to 8, and the output. Measured on an H100: [32, 3, 224, 224] by [1024, 3, 16, 16] takes 42729984.
+    """
+    source, weight = args[0], args[1]
+    groups = args[8]
+    copied = [] if source.is_contiguous() else [ledger.take(_bytes(source), place, "temporaries", "contiguous")]
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    if groups == 1 and source.dtype in (torch.float16, torch.bfloat16) and ledger.card.capability >= (8, 0):
+        if source.dim() == 4 and source.is_contiguous():
+            channels = lambda t: _bytes(t) // t.shape[1] * (-(-t.shape[1] // 8) * 8)  # noqa: E731
+            size = channels(source) + channels(weight) + _bytes(out) + 512
+            ledger.transient([(size, "kernel_workspace")], place, "run_conv_plan")
+    for key in copied:
+        ledger.give(key)
+    return out
+
+
+@_kernel(aten.convolution_backward.default)
+def _convolution_backward(ledger, func, args, kwargs, place):
+    """``convolution_backward`` (native/Convolution.cpp) makes gradient and input contiguous first."""
+    copied = [
+        ledger.take(_bytes(tensor), place, "temporaries", "contiguous")
+        for tensor in args[:2]
+        if not tensor.is_contiguous()
+    ]
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    for key in copied:
+        ledger.give(key)
+    return out
+
+
+@_kernel(aten.sum.dim_IntList)
+def _sum(ledger, func, args, kwargs, place):
+    """``gpu_reduce_kernel`` (native/cuda/Reduce.cuh): a reduction split over blocks meets in global memory."""
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    dims = args[1] if len(args) > 1 and args[1] else range(args[0].dim())
+    scratch = reduction_scratch(args[0], [d % args[0].dim() for d in dims], ledger.card)
+    if scratch:
+        buffer, semaphores = (ledger.take(n, place, "kernel_workspace", "gpu_reduce_kernel") for n in (scratch, 512))
+        ledger.give(semaphores)
+        ledger.give(buffer)
+    return out
+
+
+def reduction_scratch(source, dims: list[int], card: Card) -> int:
+    """Bytes of a reduction's buffer in global memory: ``setReduceConfig`` and ``ReduceConfig::global_memory_size``.
+
+    Restated from Reduce.cuh for one pass (less than 2^31 elements). Measured on an H100, bf16, to the byte: 6304 rows
+    of 1024 take 51904512, 6304 of 4096 take 138412032; 4096 rows of 3072 take 100663296.
+    """
+    kept = [d for d in range(source.dim()) if d not in dims and source.shape[d] > 1]
+    gone = [d for d in dims if source.shape[d] > 1]
+    if not gone or source.numel() >= 1 << 31:
+        return 0
+    outputs = 1
+    for d in kept:
+        outputs *= source.shape[d]
+    inputs = source.numel() // outputs
+    element = source.element_size()
+    strides = source.stride()
+    inner_gone = min(strides[d] for d in gone)
+    inner_kept = min((strides[d] for d in kept), default=None)
+    along = inner_kept is None or inner_gone < inner_kept
+    vector = 1
+    if along:
+        width, height = inputs, outputs
+        if inner_gone == 1 and width > 128 and not kept:
+            width //= 8 if element == 2 else 4
+    else:
+        width, height = outputs, inputs
+        if inner_kept == 1:
+            vector = 4
+            fastest = next(d for d in kept if strides[d] == 1)
+            for n in [source.shape[fastest], *(strides[d] for d in (*kept, *gone) if d != fastest)]:
+                while n % vector:
+                    vector //= 2
+            width //= vector
+    threads = 512 // vector
+    power = lambda n: min(1 << (max(n, 1).bit_length() - 1), threads)  # noqa: E731
+    block_x = min(power(width), 32)
+    block_y = min(power(height), threads // block_x)
+    block_x = min(power(width), threads // block_y)
+    step_in = step_out = 1
+    if along:
+        step_in *= block_x
+    else:
+        step_out *= block_x
+    values = -(-inputs // step_in)
+    split_rows = values >= block_y * 16 or values >= 256
+    if split_rows:
+        step_in *= block_y
+        values = -(-inputs // step_in)
+    else:
+        step_out *= block_y
+    target = card.multiprocessors * (2048 // (block_x * block_y))
+    grid = -(-(outputs // vector) // step_out)
+    if not split_rows or values < 256 or grid > target:
+        return 0
+    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
+    if blocks <= 1:
+        return 0
+    size = 4 * outputs * blocks
+    return size if along else size * block_x * vector
+
+
+# --- bitsandbytes -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def bnb_cuda_ops():
+    """``bitsandbytes.backends.cuda.ops``, for its own rules; it names one symbol that a CPU build of torch lacks."""
+    missing = not hasattr(torch._C, "_cuda_getCurrentRawStream")
+    if missing:
+        torch._C._cuda_getCurrentRawStream = None
+    try:
+        import bitsandbytes.backends.cuda.ops as ops
+    finally:
+        if missing:
+            del torch._C._cuda_getCurrentRawStream
+    return ops
+
+
+def gemm_4bit_is_fused(card: Card, dtype, rows: int, out_features: int, in_features: int, blocksize: int) -> bool:
+    """Whether bitsandbytes multiplies packed weights directly, or dequantises them first: its own heuristic
+    (backends/cuda/ops.py ``gemm_4bit`` and ``_gemm_4bit_use_custom_cuda``), asked for this card."""
+    ops = bnb_cuda_ops()
+    if rows > ops._gemm_4bit_custom_max_m or in_features % blocksize:
+        return False
+    ops._gpu_dispatch_props = lambda index: (card.multiprocessors, *card.capability)
+    return ops._gemm_4bit_use_custom_cuda.__wrapped__(0, dtype, rows, out_features, in_features)
+
+
+def _register_bitsandbytes():
+    import bitsandbytes  # noqa: F401  (registers the operators)
+
+    bnb = torch.ops.bitsandbytes
+
+    @_kernel(bnb.gemm_4bit.default)
+    def _gemm_4bit(ledger, func, args, kwargs, place):
+        """``_dequant_linear_fallback``, restated: absmax in fp32 (twice where nested), the whole weight, then linear."""
+        given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+        a, shape, blocksize = given["A"], given["shapeB"], given["blocksize"]
+        nested, bias = given.get("absmax_8bit"), given.get("bias")
+        rows = a.numel() // a.shape[-1]
+        if gemm_4bit_is_fused(ledger.card, a.dtype, rows, shape[0], a.shape[-1], blocksize):
+            out = func(*args, **kwargs)
+            ledger.enter(out, func, args, place)
+            return out
+        sizes = [] if nested is None else [nested.numel() * 4] * 2
+        sizes.append(shape[0] * shape[1] * a.element_size())
+        keys = [ledger.take(size, place, "dequantized_weights", "gemm_4bit") for size in sizes]
+        out = func(*args, **kwargs)
+        ledger.enter(out, func, args, place)
+        _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
+        if bias is not None:
+            _workspace(ledger, "cublaslt_workspace", ledger.card.cublaslt_workspace)
+        for key in keys:
+            ledger.give(key)
+        return out
+
+    @_kernel(bnb.dequantize_4bit.default, bnb.dequantize_blockwise.default)
+    def _dequantize(ledger, func, args, kwargs, place):
+        out = func(*args, **kwargs)
+        ledger.enter(out, func, args, place)
+        ledger.reclassify(out, "dequantized_weights")
+        return out
+
+
+_register_bitsandbytes()
+
+
+# --- what refuses to run on the meta device -----------------------------------------------------------------
+
+
+@contextmanager
+def as_if_cuda(card: Card):
+    """Let PyTorch take the paths on meta tensors that it takes on CUDA ones.
+
+    ``torch.optim`` chooses its for-each and fused kernels by device type
+    (``torch/utils/_foreach_utils.py``, ``_get_foreach_kernels_supported_devices``).
+    """
+    import importlib
+
+    import torch.utils._foreach_utils as foreach
+
+    global card_in_use
+    names = ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices")
+    modules = [foreach, *(importlib.import_module(f"torch.optim.{name}") for name in ("optimizer", "adam", "adamw", "sgd"))]
+    saved = [(module, name, getattr(module, name)) for module in modules for name in names if hasattr(module, name)]
+    before = card_in_use
+    card_in_use = card
+    try:
+        for module, name, _ in saved:
+            setattr(module, name, lambda: ["cuda", "meta"])
+        yield
+    finally:
+        card_in_use = before
+        for module, name, function in saved:
+            setattr(module, name, function)

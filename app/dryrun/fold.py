@@ -1,0 +1,296 @@
+"""Run a few layers instead of all: find the repeated layers of a bare model, run it short, repeat what they did.
+
+Nothing is assumed: the short run is repeated to the depth of a second, slightly deeper run, and only if it then equals
+that run event for event is it repeated to the whole depth. In every other case the whole model is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import logging
+import math
+import re
+import types as python
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from app.memory.event import Books
+from app.memory.fold import Stack, Unfoldable, expand, growth_of, shorten
+
+log = logging.getLogger(__name__)
+
+LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
+ENOUGH = 0.75
+"""Folding is tried where both short runs together have at most this part of the layers."""
+
+
+class Layers(NamedTuple):
+    """Layers that run one after another: the paths of their lists and the type of every layer.
+
+    ``numbers`` are the integers that are merely a layer's own number: (list path, path within the layer, attribute).
+    """
+
+    paths: tuple[str, ...]
+    types: tuple[int, ...]
+    numbers: tuple[tuple[str, str, str], ...]
+
+
+def folded_books(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], names: Iterable[str] = ()) -> Books:
+    """The books of ``trace(model)``, without running more layers than it takes to know them.
+
+    ``trace`` may change the model it is given; ``model`` itself is given to it only where folding fails. ``names`` are
+    the module names that the job spells out: one with a layer's number in it makes that layer unlike the others.
+    """
+    try:
+        return fold(model, trace, names)
+    except Unfoldable as reason:
+        log.info("not folded: %s", reason)
+    return trace(model)
+
+
+def fold(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], names: Iterable[str] = ()) -> Books:
+    """The books of ``trace(model)`` from two shorter runs. Raises :class:`Unfoldable` where they do not prove it."""
+    for name in names:
+        if re.search(r"(^|\.)\d+(\.|$)", name):
+            raise Unfoldable(f"the job names a layer by its number: {name}")
+    groups = repeated(model)
+    whole = [range(len(group.types)) for group in groups]
+    once, twice, thrice = ([shorten(group.types, repeats) for group in groups] for repeats in (1, 2, 3))
+    if not groups or sum(map(len, once + twice)) > ENOUGH * sum(map(len, whole)):
+        raise Unfoldable("too few layers repeat")
+
+    def books(kept):
+        return trace(shortened(model, groups, kept))
+
+    try:
+        short, longer = books(once), books(twice)
+        growth = growth_of(short, _stacks(groups, once, twice), longer)
+        if growth:
+            check = _scaled(growth, groups, once, twice, thrice)
+            if expand(short, _stacks(groups, once, thrice), check) != books(thrice):
+                raise Unfoldable("memory that no layer owns does not grow in proportion to depth")
+            growth = _scaled(growth, groups, once, twice, whole)
+        return expand(short, _stacks(groups, once, whole), growth)
+    except Unfoldable:
+        raise
+    except Exception as error:
+        raise Unfoldable(f"the short model does not run: {type(error).__name__}: {error}") from error
+
+
+def _stacks(groups: Sequence[Layers], short: Sequence[Sequence[int]], whole: Sequence[Sequence[int]]) -> list[Stack]:
+    def types(group, kept):
+        return tuple(group.types[index] for index in kept)
+
+    return [Stack(group.paths, types(group, a), types(group, b)) for group, a, b in zip(groups, short, whole)]
+
+
+def _scaled(growth: dict[int, int], groups, start, seen, wanted) -> dict[int, int]:
+    """``growth``, observed between the depths ``start`` and ``seen``, as it is between ``start`` and ``wanted``.
+
+    It may depend on the number of layers of each type; known is only what lies on the line through both depths.
+    """
+
+    def counts(kept):
+        return Counter((n, group.types[i]) for n, (group, indices) in enumerate(zip(groups, kept)) for i in indices)
+
+    before, between, after = counts(start), counts(seen), counts(wanted)
+    ratios = set()
+    for kind, count in after.items():
+        step, far = between[kind] - before[kind], count - before[kind]
+        if step or far:
+            ratios.add(Fraction(far, step) if step else None)
+    if len(ratios) != 1 or None in ratios:
+        raise Unfoldable("memory that no layer owns grows with the depths of several types of layers")
+    scaled = {key: size * ratio for ratio in ratios for key, size in growth.items()}
+    if any(size.denominator != 1 for size in scaled.values()):
+        raise Unfoldable("memory that no layer owns grows by parts of bytes")
+    return {key: int(size) for key, size in scaled.items()}
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+def repeated(model: torch.nn.Module) -> list[Layers]:
+    """The outermost lists of layers of which some can be left out; lists of one parent and one length go together."""
+    found: list[Layers] = []
+
+    def look(parent: torch.nn.Module, path: str, config) -> None:
+        config = getattr(parent, "config", config)
+        zipped = defaultdict(list)
+        for name, child in parent.named_children():
+            if isinstance(child, LISTS) and len(child) > 2:
+                zipped[len(child)].append(f"{path}{name}")
+        taken = set()
+        for paths in zipped.values():
+            group = _layers(model, tuple(paths), config)
+            if len(shorten(group.types, 2)) < len(group.types):
+                found.append(group)
+                taken.update(paths)
+        for name, child in parent.named_children():
+            if f"{path}{name}" not in taken:
+                look(child, f"{path}{name}.", config)
+
+    look(model, "", None)
+    return found
+
+
+def _layers(model: torch.nn.Module, paths: tuple[str, ...], config) -> Layers:
+    """Tell the layers' types apart by all that can change what they allocate: :func:`_facts`."""
+    lists = [model.get_submodule(path) for path in paths]
+    depth = len(lists[0])
+    facts: list[dict[tuple, Any]] = [
+        {(path, *key): value for path, entries in zip(paths, lists) for key, value in _facts(entries[index]).items()}
+        for index in range(depth)
+    ]
+    offsets = defaultdict(list)
+    for index, known in enumerate(facts):
+        for key, value in known.items():
+            if type(value) is int:
+                offsets[key].append(value - index)
+    numbers = [key for key, values in offsets.items() if len(values) > 1 and len(set(values)) == 1]
+    for known in facts:
+        for key in numbers:
+            known.pop(key, None)
+    for name, values in _per_layer(config, depth):
+        for known, value in zip(facts, values):
+            known["config", name] = _plain(value)
+    seen: dict[frozenset, int] = {}
+    types = tuple(seen.setdefault(frozenset(known.items()), len(seen)) for known in facts)
+    return Layers(paths, types, tuple((path, within, attribute) for path, within, attribute in numbers))
+
+
+def _per_layer(config, depth: int) -> list[tuple[str, list]]:
+    """The config's lists with one entry a layer."""
+    if config is None:
+        return []
+    return [(name, value) for name, value in vars(config).items() if isinstance(value, list) and len(value) == depth]
+
+
+def _facts(layer: torch.nn.Module) -> dict[tuple[str, str], Any]:
+    """What a layer is made of: classes, shapes, dtypes and plain attributes, by path and name."""
+    facts: dict[tuple[str, str], Any] = {}
+    for path, module in layer.named_modules():
+        facts[path, ""] = type(module)
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                facts[path, name] = _plain(tensor)
+        for name, value in vars(module).items():
+            if name not in _MACHINERY:
+                facts[path, name] = _plain(value)
+    return facts
+
+
+_MACHINERY = frozenset(vars(torch.nn.Module()))
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as far as it can matter to a run without values; objects of unknown make are told apart by identity."""
+    if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device, enum.Enum, type)):
+        return value
+    if isinstance(value, float):
+        # A probability of 0 or 1 changes what is run, any other does not.
+        return "float", value if value in (0.0, 1.0) or not math.isfinite(value) else math.copysign(0.5, value)
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype, value.requires_grad, type(value)
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_plain, value)
+    if isinstance(value, dict):
+        return "dict", *((_plain(key), _plain(entry)) for key, entry in value.items())
+    if isinstance(value, (set, frozenset)):
+        return "set", frozenset(map(_plain, value))
+    if isinstance(value, functools.partial):
+        return "partial", _plain(value.func), _plain(value.args), _plain(value.keywords)
+    if isinstance(value, python.MethodType):
+        return value.__func__
+    return "object", type(value), id(value)
+
+
+# --- shortening ---------------------------------------------------------------------------------------------
+
+
+def shortened(model: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[Sequence[int]]) -> torch.nn.Module:
+    """A copy of the bare ``model`` with only the ``kept`` layers of each group, renumbered; its config says so too."""
+    lists = [(model.get_submodule(path), indices) for group, indices in zip(groups, kept) for path in group.paths]
+    saved = [entries._modules for entries, _ in lists]
+    try:
+        for (entries, indices), modules in zip(lists, saved):
+            entries._modules = {str(new): modules[str(old)] for new, old in enumerate(indices)}
+        memo: dict[int, Any] = {}
+        _copy_tensors(model, memo)
+        short = copy.deepcopy(model, memo)
+    finally:
+        for (entries, _), modules in zip(lists, saved):
+            entries._modules = modules
+    for group, indices in zip(groups, kept):
+        for path, within, attribute in group.numbers:
+            for new, (old, layer) in enumerate(zip(indices, short.get_submodule(path))):
+                module = _submodule(layer, within)
+                if module is not None and attribute in vars(module):
+                    vars(module)[attribute] += new - old
+    _shorten_configs(short, groups, kept)
+    return short
+
+
+def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _copy_tensors(model: torch.nn.Module, memo: dict[int, Any]) -> None:
+    """Copies of the tensors for :func:`copy.deepcopy`, storages shared as they are shared in ``model``."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None or id(tensor) in memo:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in storages:
+                storages[storage._cdata] = torch.UntypedStorage(storage.nbytes(), device="meta")
+            twin = torch.empty(0, dtype=tensor.dtype, device="meta")
+            twin.set_(storages[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
+            if isinstance(tensor, torch.nn.Parameter):
+                twin = torch.nn.Parameter(twin, tensor.requires_grad)
+            twin.__dict__.update(tensor.__dict__)
+            memo[id(tensor)] = twin
+
+
+def _shorten_configs(short: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[Sequence[int]]) -> None:
+    """Depths and lists with one entry a layer, in the config of the nearest parent that has one.
+
+    A depth is an integer equal to the number of layers whose name speaks of layers, blocks or depth. Where two groups
+    of one config and one depth are shortened differently, nobody knows whose it is: it stays, as it does no harm.
+    """
+    wanted: dict[int, tuple[Any, dict[int, set[tuple[int, ...]]]]] = {}
+    for group, indices in zip(groups, kept):
+        config = _config_of(short, group.paths[0])
+        if config is not None:
+            depths = wanted.setdefault(id(config), (config, defaultdict(set)))[1]
+            depths[len(group.types)].add(tuple(indices))
+    for config, depths in wanted.values():
+        for depth, choices in depths.items():
+            if len(choices) > 1:
+                continue
+            (indices,) = choices
+            for name, value in list(vars(config).items()):
+                if type(value) is int and value == depth and re.search("layer|block|depth", name):
+                    vars(config)[name] = len(indices)
+            for name, values in _per_layer(config, depth):
+                vars(config)[name] = [values[index] for index in indices]
+
+
+def _config_of(model: torch.nn.Module, path: str):
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if isinstance(config, transformers.PretrainedConfig):
+            return config
+    return None

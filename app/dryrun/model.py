@@ -1,0 +1,361 @@
+"""Build the job's model on the meta device: class, dtype, quantised layout, checkpointing, adapters.
+
+The order is the order of a training script: from_pretrained, quantised as it loads, prepare_model_for_kbit_training,
+get_peft_model. Nothing is downloaded and no weight exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import warnings
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+from accelerate import init_empty_weights
+from bitsandbytes.functional import QuantState
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from app.dryrun.trace import Ledger, canonical
+from app.errors import PlanError
+from app.job import Job
+
+AUTO = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+    "image-classification": transformers.AutoModelForImageClassification,
+    "image-text-to-text": transformers.AutoModelForImageTextToText,
+    "speech-seq2seq": transformers.AutoModelForSpeechSeq2Seq,
+}
+PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "image-text-to-text": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+}
+MAX_LAYERS = 4096
+"""Deeper than any published model; a config that asks for more is refused before it is built."""
+
+
+def read_config(data: dict[str, Any], attention: str) -> transformers.PretrainedConfig:
+    """A transformers config from config.json's object. Raises :class:`PlanError` where no class is known."""
+    data = copy.deepcopy(data)
+    kind = data.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise PlanError("the config has no `model_type`", "send the model's whole config.json", "config")
+    if kind not in CONFIG_MAPPING:
+        import difflib
+
+        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), 1)
+        hint = f"did you mean {near[0]!r}?" if near else "models whose code lives in their repository cannot be run"
+        raise PlanError(f"transformers {transformers.__version__} has no model_type {kind!r}", hint, "config")
+    _check_sizes(data)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            config = CONFIG_MAPPING[kind].from_dict(data)
+    except Exception as error:
+        raise PlanError(
+            f"transformers does not accept this {kind} config: {_first_line(error)}", "check its fields", "config"
+        ) from None
+    config._attn_implementation = attention
+    return config
+
+
+def _check_sizes(data: Any, path: str = "config") -> None:
+    """Numbers that no model has are refused before a class allocates by them."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            _check_sizes(value, f"{path}.{key}")
+            if isinstance(value, int) and not isinstance(value, bool) and "layer" in key and value > MAX_LAYERS:
+                raise PlanError(f"{path}.{key} is {value}: no model is that deep", f"at most {MAX_LAYERS}", "config")
+    elif isinstance(data, list):
+        if len(data) > 1_000_000:
+            raise PlanError(f"{path} has {len(data)} entries", "send the model's own config.json", "config")
+        for value in data[:4096]:
+            _check_sizes(value, path)
+    elif isinstance(data, int) and abs(data) > 1 << 40:
+        raise PlanError(f"{path} is {data}: no model has such a size", "send the model's own config.json", "config")
+
+
+def task_of(config: transformers.PretrainedConfig) -> str:
+    """The task that the config's own architecture was made for."""
+    for name in config.architectures or []:
+        for suffix, task in (
+            ("ForCausalLM", "causal-lm"),
+            ("LMHeadModel", "causal-lm"),
+            ("ForSequenceClassification", "sequence-classification"),
+            ("ForTokenClassification", "token-classification"),
+            ("ForImageClassification", "image-classification"),
+            ("ForMaskedLM", "masked-lm"),
+            ("ForSpeechSeq2Seq", "speech-seq2seq"),
+        ):
+            if name.endswith(suffix):
+                return task
+    for task in ("image-text-to-text", "speech-seq2seq", "causal-lm", "seq2seq-lm", "masked-lm", "image-classification"):
+        if type(config) in AUTO[task]._model_mapping.keys():
+            return task
+    raise PlanError(
+        f"transformers has no trainable head for {config.model_type}", "name the `task`", "task"
+    )
+
+
+def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The bare model on the meta device, weights tied, in ``dtype``."""
+    auto = AUTO[task]
+    if type(config) not in auto._model_mapping.keys():
+        raise PlanError(
+            f"transformers has no {auto.__name__} for {config.model_type}", f"its own task is {task_of(config)}", "task"
+        )
+    try:
+        with warnings.catch_warnings(), _no_initialisation(), init_empty_weights():
+            warnings.simplefilter("ignore")
+            model = auto.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise PlanError(
+            f"transformers cannot build this {config.model_type} model: {_first_line(error)}",
+            "check the sizes in the config",
+            "config",
+        ) from None
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to("meta")
+    config = model.config
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    return model
+
+
+@contextlib.contextmanager
+def _no_initialisation():
+    """Weights that do not exist need no initialisation: skip torch.nn.init and transformers' own pass."""
+    import torch.nn.init as init
+
+    names = [n for n in dir(init) if n.endswith("_") and not n.startswith("_") and callable(getattr(init, n))]
+    saved = {name: getattr(init, name) for name in names}
+    pass_ = transformers.PreTrainedModel.init_weights
+    try:
+        for name in names:
+            setattr(init, name, lambda tensor, *args, **kwargs: tensor)
+        transformers.PreTrainedModel.init_weights = lambda self: None
+        yield
+    finally:
+        transformers.PreTrainedModel.init_weights = pass_
+        for name, function in saved.items():
+            setattr(init, name, function)
+
+
+def load(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> torch.nn.Module:
+    """Place the weights and make the model ready: quantised layout, checkpointing, adapters, mode.
+
+    ``job`` is resolved. Entered in the order in which a loader that fills the card module by module asks for memory:
+    each quantised weight arrives in the load dtype, is quantised there and dropped; then everything else; then what
+    PEFT casts and adds. The cache is emptied before the first step.
+    """
+    dtype = getattr(torch, job.dtype)
+    ledger.mark("load", 0, "weights")
+    if job.quantization is not None:
+        quantize(model, job, dtype, ledger)
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                ledger.own(parameter, path, "weights")
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                ledger.own(buffer, path, "buffers")
+    model = _prepare(model, job, task, ledger)
+    ledger.empty_cache()
+    return model
+
+
+def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> torch.nn.Module:
+    checkpointing = job.gradient_checkpointing != "off"
+    kwargs = {"use_reentrant": job.gradient_checkpointing == "reentrant"}
+    if job.method == "inference":
+        model.requires_grad_(False)
+        return model.eval()
+    if checkpointing and not model.supports_gradient_checkpointing:
+        raise PlanError(
+            f"{type(model).__name__} does not support gradient checkpointing", "set gradient_checkpointing to off",
+            "gradient_checkpointing",
+        )
+    if job.method == "full":
+        model.requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable(kwargs)
+    else:
+        if job.prepare_for_kbit_training:
+            with ledger.watching(model):  # casts what is not quantised to fp32, one tensor at a time
+                model = peft.prepare_model_for_kbit_training(
+                    model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=kwargs
+                )
+            ledger.empty_cache()
+        else:
+            model.requires_grad_(False)
+            if checkpointing:
+                model.gradient_checkpointing_enable(kwargs)
+                model.enable_input_require_grads()
+        model = adapt(model, job, task)
+        _own_adapters(model, ledger)
+    return model.train()
+
+
+def _own_adapters(model: torch.nn.Module, ledger: Ledger) -> None:
+    """Enter the adapters: moved to the card in the base weight's dtype, then cast to fp32 in a second pass
+    (peft/tuners/tuners_utils.py ``_move_adapter_to_device_of_base_layer`` and ``cast_adapter_dtype``)."""
+    added, moved = [], []
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and ledger.key_of(parameter) is None:
+                added.append((parameter, canonical(path)))
+    dtypes = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    for parameter, path in added:
+        cast = parameter.dtype == torch.float32 and torch.float32 not in dtypes and torch.uint8 not in dtypes
+        moved.append(ledger.take(parameter.numel() * 2, path, "adapters", "to") if cast else None)
+    for (parameter, path), key in zip(added, moved):
+        ledger.own(parameter, path, "adapters")
+        if key is not None:
+            ledger.give(key)
+
+
+def quantize(model: torch.nn.Module, job: Job, dtype: torch.dtype, ledger: Ledger) -> None:
+    """Replace linear layers as ``replace_with_bnb_linear`` does (transformers/integrations/bitsandbytes.py)."""
+    quantization = job.quantization
+    skip = [*get_keys_to_not_convert(model), *quantization.skip_modules]
+    for name, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or is_skipped(name, skip):
+            continue
+        arriving = ledger.take(module.weight.numel() * dtype.itemsize, name, "weights", "load")
+        new = _int8(module, name, ledger) if quantization.type == "int8" else _four_bit(module, quantization, dtype, name, ledger)
+        ledger.give(arriving)
+        ledger.empty_cache()
+        new.source_cls = torch.nn.Linear
+        new.requires_grad_(False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+    model.is_loaded_in_4bit = quantization.type != "int8"
+    model.is_loaded_in_8bit = quantization.type == "int8"
+    model.quantization_method = "bitsandbytes"
+
+
+def is_skipped(name: str, skip: list[str]) -> bool:
+    """Whether bitsandbytes leaves ``name`` alone: ``should_convert_module`` (transformers/quantizers/quantizers_utils.py): a whole path or a part of one."""
+    return any(name == key or name.endswith("." + key) or name.startswith(key + ".") or f".{key}." in f".{name}." for key in skip)
+
+
+def _four_bit(linear, quantization, dtype, path, ledger):
+    """A Linear4bit with the tensors that ``quantize_4bit`` makes (bitsandbytes/functional.py; blocks of 64 and 256).
+
+    Entered in its order: absmax, the packed weight, the code; nested: the offset, absmax less its mean, the second
+    absmax, absmax in 8 bits and a code of its own. Measured event for event on an H100.
+    """
+    n, k = linear.weight.shape
+    blocks = -(-n * k // 64)
+    meta = {"device": "meta"}
+    new = bnb.nn.Linear4bit(
+        k, n, linear.bias is not None, compute_dtype=getattr(torch, quantization.compute_dtype),
+        compress_statistics=quantization.double_quant, quant_type=quantization.type, device="meta",
+    )
+    if linear.bias is not None:
+        new.bias = torch.nn.Parameter(linear.bias.data)
+    nested = {}
+    if quantization.double_quant:
+        nested["state2"] = QuantState(
+            absmax=torch.empty(-(-blocks // 256), **meta), code=torch.empty(256, **meta), blocksize=256,
+            dtype=torch.float32,
+        )
+        nested["offset"] = torch.empty((), **meta)
+    state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, **meta), shape=torch.Size((n, k)),
+        code=torch.empty(16, **meta), blocksize=64, quant_type=quantization.type, dtype=dtype, **nested,
+    )
+    new.weight = bnb.nn.Params4bit(
+        torch.empty(((n * k + 1) // 2, 1), dtype=torch.uint8, **meta), requires_grad=False, quant_state=state,
+        quant_type=quantization.type, compress_statistics=quantization.double_quant, bnb_quantized=True, module=new,
+    )
+    new.quant_state = state
+    absmax = ledger.take(blocks * 4, path, "quantization_constants", "quantize_4bit") if nested else None
+    if not nested:
+        ledger.own(state.absmax, path, "quantization_constants")
+    ledger.own(new.weight, path, "weights")
+    ledger.own(state.code, path, "quantization_constants")
+    if nested:
+        ledger.own(state.offset, path, "quantization_constants")
+        centred = ledger.take(blocks * 4, path, "quantization_constants", "quantize_4bit")
+        for tensor in (state.state2.absmax, state.absmax, state.state2.code):
+            ledger.own(tensor, path, "quantization_constants")
+        ledger.give(centred)
+        ledger.give(absmax)
+    return new
+
+
+def _int8(linear, path, ledger):
+    """A Linear8bitLt after its weight was placed: CB in int8 and one fp32 scale a row (bitsandbytes/nn/modules.py)."""
+    n, k = linear.weight.shape
+    new = bnb.nn.Linear8bitLt(k, n, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
+    if linear.bias is not None:
+        new.bias = torch.nn.Parameter(linear.bias.data)
+    weight = bnb.nn.Int8Params(
+        torch.empty(n, k, dtype=torch.int8, device="meta"), requires_grad=False, has_fp16_weights=False
+    )
+    weight.CB = weight.data
+    weight.SCB = torch.empty(n, dtype=torch.float32, device="meta")
+    new.weight = weight
+    ledger.own(weight, path, "weights")
+    ledger.own(weight.SCB, path, "quantization_constants")
+    return new
+
+
+def adapt(model: torch.nn.Module, job: Job, task: str) -> torch.nn.Module:
+    """``peft.get_peft_model``, with PEFT's own refusal where it refuses."""
+    lora = job.lora
+    targets = lora.target_modules
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        bias="none",
+        task_type=PEFT_TASKS.get(task),
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        modules_to_save=list(lora.modules_to_save) or None,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    except Exception as error:
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise PlanError(
+            f"PEFT cannot adapt this model: {_first_line(error)}",
+            f"its linear layers are named {', '.join(names[:16])}; all-linear takes every one",
+            "lora",
+        ) from None
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and tensor.device.type != "meta":
+                    meta = tensor.to("meta")
+                    store[name] = torch.nn.Parameter(meta, tensor.requires_grad) if store is module._parameters else meta
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]

@@ -1,0 +1,124 @@
+"""Job and config in, books out: the whole dry run, with the facts and the table that come from the same model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from app.dryrun import cuda, layers
+from app.dryrun.model import build_base, is_skipped, read_config, task_of
+from app.dryrun.step import dry_run
+from app.dryrun.trace import DataDependent
+from app.errors import PlanError
+from app.job import Job
+from app.memory.event import Books
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a dry run leaves: books, the model's facts, the per-layer table (whole and grouped) and warnings."""
+
+    books: Books
+    facts: dict
+    layers: list[layers.Layer]
+    layer_groups: list[layers.Layer]
+    warnings: list[str]
+
+
+def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Traced:
+    """Run ``job`` (resolved) on the meta device as a card of this capability would. Raises :class:`PlanError`."""
+    card = cuda.Card(capability, multiprocessors)
+    configuration = read_config(config, job.attention)
+    task = job.task or task_of(configuration)
+    _check_length(job, configuration, task)
+    base = build_base(configuration, task, getattr(torch, job.dtype))
+    rows = layers.weights_table(base, getattr(torch, job.dtype).itemsize, job.quantization.skip_modules if job.quantization else ())
+    facts = {
+        "task": task,
+        "class": type(base).__name__,
+        "model_type": configuration.model_type,
+        "parameters": sum(row.parameters for row in rows),
+        "supports_checkpointing": bool(base.supports_gradient_checkpointing),
+    }
+    warnings = _weight_warnings(job, base)
+    books = _books(job, configuration, task, card)
+    other = None
+    checkpointed = job.gradient_checkpointing != "off"
+    if job.method != "inference" and base.supports_gradient_checkpointing:
+        flipped = job.model_copy(update={"gradient_checkpointing": "off" if checkpointed else "non_reentrant"})
+        other = _books(flipped, configuration, task, card, steps=0)
+    facts["trainable_parameters"] = _trainable(books, job)
+    table = layers.with_costs(rows, books, other, checkpointed)
+    return Traced(books, facts, table, layers.group(table), warnings)
+
+
+def _books(job: Job, configuration, task: str, card: cuda.Card, steps: int = 2) -> Books:
+    model = build_base(configuration, task, getattr(torch, job.dtype))
+    try:
+        return dry_run(model, job, task, card, steps)
+    except PlanError:
+        raise
+    except DataDependent as error:
+        raise PlanError(
+            f"{type(model).__name__} computes with values that a dry run does not have, at {error.where}",
+            "its activations cannot be planned; method inference without generation may",
+            "model",
+        ) from None
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise PlanError(
+            f"{type(model).__name__} does not run this job: {type(error).__name__}: {text}",
+            "the installed transformers would fail the same way on a GPU; change the job",
+            "model",
+        ) from None
+
+
+def _check_length(job: Job, configuration, task: str) -> None:
+    text = configuration.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or job.sequence_length is None or task == "image-classification":
+        return
+    length = job.sequence_length + (job.new_tokens or 0 if job.method == "inference" else 0)
+    if 0 < limit < length:
+        raise PlanError(
+            f"a sequence of {length} tokens is longer than this model's {limit} positions",
+            f"set sequence_length to at most {limit}",
+            "sequence_length",
+        )
+
+
+def _trainable(books: Books, job: Job) -> int:
+    kind = "adapters" if job.method in ("lora", "qlora") else "gradients"
+    if job.method == "inference":
+        return 0
+    size = sum(a.size for a in books.allocations if a.kind == kind and a.op == "place")
+    return size // 4 if kind == "adapters" else 0
+
+
+def _weight_warnings(job: Job, model) -> list[str]:
+    """What a quantised job would not expect: modules that bitsandbytes leaves as they are, and what is cast."""
+    out = []
+    if job.quantization is not None:
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        skip = [*get_keys_to_not_convert(model), *job.quantization.skip_modules]
+        itemsize = getattr(torch, job.dtype).itemsize
+        total = quantized = 0
+        for path, module in model.named_modules():
+            own = sum(p.numel() for p in module._parameters.values() if p is not None)
+            total += own
+            if type(module) is torch.nn.Linear and not is_skipped(path, skip):
+                quantized += module.weight.numel()
+        left = (total - quantized) * itemsize
+        if total and quantized / total < 0.5:
+            out.append(
+                f"bitsandbytes quantises {100 * quantized / total:.1f} % of this model's parameters only: "
+                f"{left / 2**30:.1f} GiB stay in {job.dtype} (fused experts and layers that are no nn.Linear)"
+            )
+        if job.prepare_for_kbit_training and job.dtype != "float32":
+            out.append(
+                f"prepare_model_for_kbit_training casts what is not quantised to float32: "
+                f"{2 * left / 2**30:.1f} GiB instead of {left / 2**30:.1f} GiB"
+            )
+    return out

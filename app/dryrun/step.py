@@ -1,0 +1,151 @@
+"""Whose step it is: the plain loop, written as people write it, run on the meta device under a ledger."""
+
+from __future__ import annotations
+
+import contextlib
+
+import bitsandbytes as bnb
+import torch
+import transformers
+
+from app.dryrun import cuda
+from app.dryrun.autocast import Autocast
+from app.dryrun.model import load
+from app.dryrun.trace import Ledger
+from app.job import Job
+from app.memory.event import Books
+
+
+def make_optimizer(name: str, parameters: list[torch.nn.Parameter]):
+    """The optimiser that ``transformers.TrainingArguments(optim=name)`` makes (trainer_optimizer.py)."""
+    rate = 1e-4
+    make = {
+        "adamw_torch": lambda: torch.optim.AdamW(parameters, lr=rate),
+        "adamw_torch_fused": lambda: torch.optim.AdamW(parameters, lr=rate, fused=True),
+        "adamw_torch_forloop": lambda: torch.optim.AdamW(parameters, lr=rate, foreach=False),
+        "adamw_8bit": lambda: bnb.optim.AdamW8bit(parameters, lr=rate),
+        "paged_adamw_8bit": lambda: bnb.optim.PagedAdamW8bit(parameters, lr=rate),
+        "paged_adamw_32bit": lambda: bnb.optim.PagedAdamW32bit(parameters, lr=rate),
+        "sgd": lambda: torch.optim.SGD(parameters, lr=rate),
+        "sgd_momentum": lambda: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
+        "adafactor": lambda: transformers.Adafactor(parameters, lr=rate, scale_parameter=False, relative_step=False),
+        "lion_8bit": lambda: bnb.optim.Lion8bit(parameters, lr=rate),
+        "paged_lion_8bit": lambda: bnb.optim.PagedLion8bit(parameters, lr=rate),
+        "lion_32bit": lambda: bnb.optim.Lion(parameters, lr=rate),
+        "paged_lion_32bit": lambda: bnb.optim.PagedLion32bit(parameters, lr=rate),
+    }
+    return make[name]()
+
+
+@contextlib.contextmanager
+def paged_states_elsewhere():
+    """Paged optimiser state is managed memory (``cget_managed_ptr``), not the caching allocator's.
+
+    bitsandbytes/functional.py ``get_paged``: the buffer is a CPU tensor over managed memory; here one of one element.
+    """
+    functional = bnb.functional
+    names = ("get_paged", "prefetch_tensor", "fill", "is_on_gpu")
+    saved = {name: getattr(functional, name) for name in names}
+    synchronize = torch.cuda.synchronize
+
+    def get_paged(*shape, dtype=torch.float32, device=None):
+        out = torch.zeros((), dtype=dtype).expand(shape)
+        out.is_paged = True
+        return out
+
+    try:
+        functional.get_paged = get_paged
+        functional.prefetch_tensor = lambda *args, **kwargs: None
+        functional.fill = lambda *args, **kwargs: None
+        functional.is_on_gpu = lambda tensors: True
+        torch.cuda.synchronize = lambda *args: None
+        yield
+    finally:
+        torch.cuda.synchronize = synchronize
+        for name, function in saved.items():
+            setattr(functional, name, function)
+
+
+def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Tensor]:
+    """The batch on the card: ids, labels, and what else the model's signature and the job ask for."""
+    config = model.config
+    b, s = job.batch_size, job.sequence_length
+    meta = {"device": "meta", "dtype": torch.long}
+    if task == "image-classification":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        batch = {
+            "pixel_values": torch.empty(b, config.num_channels, height, width, dtype=getattr(torch, job.dtype), device="meta"),
+            "labels": torch.empty(b, **meta),
+        }
+    elif task == "sequence-classification":
+        batch = {"input_ids": torch.empty(b, s, **meta), "labels": torch.empty(b, **meta)}
+    elif task == "seq2seq-lm":
+        batch = {"input_ids": torch.empty(b, s, **meta), "labels": torch.empty(b, job.target_length or s, **meta)}
+    else:
+        batch = {"input_ids": torch.empty(b, s, **meta), "labels": torch.empty(b, s, **meta)}
+    if job.attention_mask != "absent" and "input_ids" in batch:
+        batch["attention_mask"] = torch.empty(b, s, **meta)
+    for tensor in batch.values():
+        ledger.own(tensor, "", "inputs")
+    return batch
+
+
+def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int) -> None:
+    """Forward, backward, step, zero_grad: ``trainer: pytorch``."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ledger.mark("load", 0, "inputs")
+    batch = make_batch(ledger, model, job, task)
+    optimizer = make_optimizer(job.optimizer, parameters)
+    for step in range(1, steps + 1):
+        for _ in range(job.gradient_accumulation_steps if job.gradient_accumulation_steps < 3 else 2):
+            ledger.mark("forward", step, "activations")
+            with autocast(ledger, job):
+                loss = model(**batch).loss
+            ledger.mark("backward", step, "activation_gradients")
+            ledger.in_backward = True
+            loss.backward()
+            ledger.in_backward = False
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    ledger.reclassify(parameter.grad, "gradients")
+        ledger.mark("optimizer", step, "optimizer_temporaries")
+        optimizer.step()
+        for parameter, state in optimizer.state.items():
+            for value in state.values():
+                if torch.is_tensor(value) and value.device.type == "meta":
+                    ledger.reclassify(value, "optimizer_state")
+        optimizer.zero_grad(set_to_none=True)
+        del loss
+        ledger.mark("end", step, "temporaries")
+    ledger.close()
+
+
+@contextlib.contextmanager
+def autocast(ledger: Ledger, job: Job):
+    """``torch.autocast("cuda", dtype)`` as the job has it; also for those who ask ``torch.is_autocast_enabled``."""
+    if ledger.autocast is None:
+        yield
+        return
+    mode = ledger.autocast
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", mode.dtype)
+    mode.enabled = True
+    try:
+        yield
+    finally:
+        mode.enabled = False
+        mode.clear()
+        torch.set_autocast_enabled("cuda", False)
+
+
+def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2) -> Books:
+    """The books of placing the bare ``model`` and running ``steps`` steps of ``job``."""
+    ledger = Ledger(card, padded=job.attention_mask == "padded")
+    with cuda.as_if_cuda(card), paged_states_elsewhere():
+        model = load(model, job, task, ledger)
+        if job.mixed_precision != "no":
+            ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16, ledger)
+        with ledger.watching(model), ledger.autocast or contextlib.nullcontext():
+            run_plain(ledger, model, job, task, steps)
+    return ledger.books

@@ -1,0 +1,278 @@
+"""The dispatch mode that keeps the books of whatever runs under it on the meta device.
+
+Every tensor's storage is followed by a weak reference: its first appearance is memory taken, its death memory given
+back. The same autograd engine, the same Python and the same reference counts run as on a card, so lifetimes are exact;
+what CUDA does otherwise is asked of :mod:`app.dryrun.cuda`.
+
+Who an allocation is for is read off the module that is running; in the backward pass off the autograd node, whose
+sequence number leads back to the forward operator that made it (as PyTorch's profiler links the two).
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from bisect import bisect_right
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from app.dryrun import cuda
+from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
+
+_current_node = torch._C._current_autograd_node
+_sequence_number = torch._C._autograd._get_sequence_nr
+_UNLINKED = 1 << 63  # sequence_nr of AccumulateGrad nodes is UINT64_MAX
+
+
+class DataDependent(Exception):
+    """The program asked for a value that no dry run has; ``where`` is the function that asked."""
+
+    def __init__(self, where: str):
+        super().__init__(where)
+        self.where = where
+
+
+def canonical(path: str) -> str:
+    """A module's path without what PEFT wraps around it."""
+    if path in ("base_model", "base_model.model"):
+        return ""
+    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+class _Watch(weakref.ref):
+    __slots__ = ("key", "id")
+
+
+class Ledger(TorchDispatchMode):
+    """Keeps :class:`~app.memory.event.Books` of what runs under it.
+
+    ``card`` is the :class:`~app.dryrun.cuda.Card` whose kernels are meant; ``padded`` is the answer to a program
+    that asks whether its attention mask hides anything.
+    """
+
+    def __init__(self, card: cuda.Card, padded: bool = False):
+        super().__init__()
+        self.card = card
+        self.padded = padded
+        self.books = Books()
+        self.phase = "load"
+        self.step = 0
+        self.in_backward = False
+        self.autocast = None
+        self.heads: set[str] = {""}
+        self._kind = "temporaries"
+        self._watched: dict[int, _Watch] = {}
+        self._paths: dict[int, str] = {}
+        self._owner: dict[int, str] = {}
+        self._stack: list[str] = []
+        self._links: tuple[list[int], list[str]] = ([], [])
+        self._site: str | None = None
+        self._workspace_threads: set[tuple[str, str]] = set()
+        self._closed = False
+
+    # --- phases and places ----------------------------------------------------------------------------------
+
+    def mark(self, phase: str, step: int, kind: str) -> None:
+        """From here on events belong to ``phase``; what is allocated is of ``kind`` until it proves to be another."""
+        self.phase, self.step, self._kind = phase, step, kind
+        self._site = None
+        self.books.marks.append(Mark(len(self.books.events), phase, step))
+        if phase == "forward":
+            self._links = ([], [])
+
+    def empty_cache(self) -> None:
+        self.books.marks.append(Mark(len(self.books.events), EMPTY_CACHE, self.step))
+
+    @contextmanager
+    def watching(self, model: torch.nn.Module):
+        """Know the modules of ``model`` by path while its calls run, and keep the books."""
+        self._paths = {id(module): canonical(name) for name, module in model.named_modules()}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self.heads = {""} if head is None else {"", self._paths.get(id(head), "")}
+        original = torch.nn.Module.__call__
+        stack, paths = self._stack, self._paths
+
+        def call(module, *args, **kwargs):
+            path = paths.get(id(module))
+            if path is None:
+                return original(module, *args, **kwargs)
+            stack.append(path)
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                stack.pop()
+                if self.autocast is not None and self.in_backward and not stack:
+                    self.autocast.clear()
+
+        torch.nn.Module.__call__ = call
+        try:
+            with self:
+                yield self
+        finally:
+            torch.nn.Module.__call__ = original
+
+    def _place(self) -> str | None:
+        """The module path on whose behalf the current operator runs; None: nobody's (loop, loss, optimiser)."""
+        if self._stack:
+            return self._stack[-1]
+        node = _current_node()
+        if node is None:
+            return None
+        number = node._sequence_nr()
+        if number >= _UNLINKED:
+            return self._owner.get(node.variable.untyped_storage()._cdata)
+        numbers, places = self._links
+        at = bisect_right(numbers, number)
+        return places[at] if at < len(places) else None
+
+    # --- entries --------------------------------------------------------------------------------------------
+
+    def take(self, size: int, module: str, kind: str, op: str) -> int:
+        """Enter ``size`` bytes taken; returns the key under which they are given back."""
+        books = self.books
+        key = len(books.allocations)
+        books.allocations.append(Allocation(size, module, kind, self.phase, op))
+        books.events.append(key)
+        books.sites.append(module)
+        return key
+
+    def close(self) -> Books:
+        """Stop: what is released from here on is the dry run's own end, not the job's."""
+        self._closed = True
+        return self.books
+
+    def give(self, key: int) -> None:
+        if self._closed:
+            return
+        books = self.books
+        books.events.append(~key)
+        books.sites.append(self._site if self._site is not None else books.allocations[key].module)
+
+    def transient(self, sizes: list[tuple[int, str]], module: str, op: str) -> None:
+        """Memory that a kernel takes and gives back within one call, unseen by the dispatcher."""
+        for key in [self.take(size, module, kind, op) for size, kind in sizes]:
+            self.give(key)
+
+    def own(self, tensor: torch.Tensor, module: str, kind: str) -> None:
+        """Enter a tensor that exists already (a parameter, a buffer, a batch)."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._watched and storage.nbytes():
+            self._watch(storage, module, kind, "place")
+        self._owner.setdefault(storage._cdata, module)
+
+    def key_of(self, tensor: torch.Tensor) -> int | None:
+        watch = self._watched.get(tensor.untyped_storage()._cdata)
+        return None if watch is None else watch.key
+
+    def reclassify(self, tensor: torch.Tensor, kind: str, module: str | None = None) -> None:
+        """Say what an allocation turned out to be (a gradient, a state of the optimiser)."""
+        key = self.key_of(tensor)
+        if key is None:
+            return
+        entry = self.books.allocations[key]
+        self.books.allocations[key] = entry._replace(kind=kind, module=entry.module if module is None else module)
+
+    def _watch(self, storage, module: str, kind: str, op: str) -> None:
+        identity = storage._cdata
+        watch = _Watch(storage, self._released)
+        watch.id = identity
+        watch.key = self.take(storage.nbytes(), module, kind, op)
+        self._watched[identity] = watch
+
+    def _released(self, watch: _Watch) -> None:
+        if self._watched.get(watch.id) is watch:
+            del self._watched[watch.id]
+            self._owner.pop(watch.id, None)
+        self.give(watch.key)
+
+    # --- the dispatcher -------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return self._value(args[0])
+        place = self._place()
+        self._site = place
+        if not self.in_backward:
+            numbers, places = self._links
+            numbers.append(_sequence_number())
+            places.append(place or "")
+        special = cuda.KERNELS.get(func)
+        if special is not None:
+            return special(self, func, args, kwargs, place or "")
+        out = func(*args, **kwargs)
+        self.enter(out, func, args, place)
+        return out
+
+    def enter(self, out, func, args, place: str | None) -> None:
+        """Enter the storages of ``out`` that are new."""
+        if type(out) is torch.Tensor:
+            storage = out.untyped_storage()
+            if storage._cdata not in self._watched:
+                self._enter_new(storage, func, args, place, 0)
+            return
+        for index, leaf in enumerate(tree_leaves(out)):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._watched:
+                    self._enter_new(storage, func, args, place, index)
+
+    def _enter_new(self, storage, func, args, place, index: int) -> None:
+        if not storage.nbytes() or storage.device.type != "meta":
+            return
+        if place is None:
+            place = self._owned_by(args, index)
+            self._owner[storage._cdata] = place
+            self._watch(storage, place, self._kind, func.__name__)
+            return
+        self._watch(storage, place, self.kind_at(place), func.__name__)
+
+    def _owned_by(self, args, index: int) -> str:
+        """Outside modules (the optimiser, clipping): whose parameter, gradient or state the operator works on."""
+        if not args:
+            return ""
+        first = args[0]
+        if isinstance(first, (list, tuple)):
+            first = first[index] if index < len(first) and len(first) > 1 else None
+        if isinstance(first, torch.Tensor):
+            return self._owner.get(first.untyped_storage()._cdata, "")
+        return ""
+
+    @property
+    def in_module(self) -> bool:
+        return bool(self._stack)
+
+    def kind_at(self, place: str) -> str:
+        """What an allocation on behalf of ``place`` is, until it proves to be another."""
+        if place in self.heads and self.phase in ("forward", "backward"):
+            return "logits_and_loss"
+        if self.in_backward and self._stack:
+            return "activations"  # recomputed by a checkpoint
+        return self._kind
+
+    def _value(self, tensor: torch.Tensor):
+        """The value of a tensor that the program reads on the host, where the job states it."""
+        frame = sys._getframe(2)
+        for _ in range(12):
+            if frame is None:
+                break
+            name = frame.f_code.co_name
+            if name in cuda.HOST_READS:
+                answer = cuda.HOST_READS[name]
+                return (not self.padded) if answer is None else answer
+            frame = frame.f_back
+        raise DataDependent(_caller())
+
+
+def _caller() -> str:
+    """The nearest frame outside torch: where the program asked for a value."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and "/app/dryrun/" not in file:
+            return f"{file.rsplit('site-packages/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "?"

@@ -1,0 +1,21 @@
+"""The one error that a user may be told."""
+
+
+class PlanError(Exception):
+    """What was asked and what was found, with what to do next.
+
+    ``message`` is one sentence of fact, ``hint`` one of advice. Every interface catches this class once:
+    the command line prints it and exits with 2, the HTTP API answers 422, the page shows it at ``field``.
+    """
+
+    def __init__(self, message: str, hint: str = "", field: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.field = field
+
+    def as_dict(self) -> dict:
+        out = {"message": self.message, "hint": self.hint}
+        if self.field:
+            out["field"] = self.field
+        return out

@@ -1,0 +1,209 @@
+"""The Job: one schema for the form, the API, the command line, the documentation and the tests.
+
+Field names and values are the wire format; the defaults are what a user of that stack gets who says nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from app.errors import PlanError
+
+Task = Literal[
+    "causal-lm",
+    "seq2seq-lm",
+    "masked-lm",
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "image-text-to-text",
+    "speech-seq2seq",
+]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_torch_forloop",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adafactor",
+    "sgd",
+    "sgd_momentum",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "lion_32bit",
+    "paged_lion_32bit",
+]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quantization(_Strict):
+    """The layout that bitsandbytes gives to the linear layers (``transformers.BitsAndBytesConfig``)."""
+
+    type: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Data type of the stored weights.")
+    double_quant: bool = Field(True, description="Quantise the quantisation constants too (4-bit types).")
+    compute_dtype: Dtype = Field("bfloat16", description="Dtype of the matrix products (bnb_4bit_compute_dtype).")
+    skip_modules: tuple[str, ...] = Field((), description="Modules left as they are, beside the output head.")
+
+
+class Lora(_Strict):
+    """Adapters as ``peft.LoraConfig`` takes them."""
+
+    r: Annotated[int, Field(ge=1, le=65536)] = Field(16, description="Rank of the adapters.")
+    alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scaling numerator; costs no memory.")
+    dropout: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Dropout before each adapter.")
+    target_modules: tuple[str, ...] | Literal["all-linear"] | None = Field(
+        None, description="Names of the wrapped modules, or all-linear; null: what PEFT knows for this architecture."
+    )
+    use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
+    use_rslora: bool = Field(False, description="Rank-stabilised scaling; costs no memory.")
+    modules_to_save: tuple[str, ...] = Field((), description="Modules trained in full beside the adapters.")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _split(cls, value):
+        if isinstance(value, str) and value != "all-linear":
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+
+class OwnGpu(_Strict):
+    """A card that is not in the catalogue."""
+
+    name: str = Field("my card", max_length=200)
+    memory_bytes: Annotated[int, Field(gt=0, le=1 << 50)]
+
+
+class Allocator(_Strict):
+    """``PYTORCH_ALLOC_CONF``."""
+
+    expandable_segments: bool = Field(False, description="Grow one range per pool instead of many segments.")
+    max_split_size_mb: Annotated[int, Field(ge=21, le=1 << 20)] | None = Field(
+        None, description="Never split blocks larger than this (more than 20 MiB, as PyTorch asks)."
+    )
+
+
+class Job(_Strict):
+    """One training step or one generation, as somebody would run it."""
+
+    model: str | None = Field(None, max_length=400, description="Hub id, local folder or path of a config.json.")
+    config: dict[str, Any] | None = Field(None, description="The config.json itself; instead of `model`.")
+    revision: str | None = Field(None, max_length=200, description="Hub revision; null: main.")
+    task: Task | None = Field(None, description="Which Auto class is built; null: from the config's architectures.")
+    method: Literal["full", "lora", "qlora", "inference"] = Field("qlora", description="What is trained.")
+    dtype: Dtype = Field("bfloat16", description="Dtype the weights are loaded in.")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
+        None, description="Autocast; null: no for pytorch, bf16 for the trainers."
+    )
+    quantization: Quantization | None = Field(None, description="null: none; for qlora NF4 with double quantisation.")
+    prepare_for_kbit_training: bool | None = Field(
+        None, description="peft.prepare_model_for_kbit_training is called; null: for qlora, unless the trainer is trl."
+    )
+    lora: Lora | None = Field(None, description="Adapters; null: none, for lora and qlora the defaults.")
+    optimizer: Optimizer | None = Field(None, description="As transformers' optim; null: the trainer's default.")
+    gradient_checkpointing: Literal["off", "reentrant", "non_reentrant"] | bool | None = Field(
+        None, description="null: on for qlora and trl, else off; true: the library's default (non_reentrant)."
+    )
+    batch_size: Count = Field(1, description="Sequences (or images) a step on one device.")
+    sequence_length: Count | None = Field(1024, description="Tokens of one sequence; null where there are none.")
+    target_length: Count | None = Field(None, description="Tokens of the labels of an encoder-decoder; null: the same.")
+    new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="Tokens that inference generates; null: 64."
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(1, description="Batches a step.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attn_implementation.")
+    attention_mask: Literal["absent", "full", "padded"] = Field("full", description="What the batch carries.")
+    trainer: Literal["pytorch", "transformers", "trl"] = Field("pytorch", description="Whose step it is.")
+    gpu: str | OwnGpu | None = Field(None, description="Catalogue name, or a card of your own.")
+    gpu_count: Annotated[int, Field(ge=1, le=100_000)] = 1
+    nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
+    strategy: Literal[
+        "single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "tensor-parallel", "device-map"
+    ] = "single"
+    allocator: Allocator = Allocator()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give exactly one of `model` and `config`")
+        if self.quantization is not None and self.method == "full":
+            raise ValueError("quantised weights cannot be trained in full: use method qlora, or leave quantization out")
+        if self.lora is not None and self.method == "full":
+            raise ValueError("method full trains every weight and takes no lora: use method lora, or leave lora out")
+        return self
+
+    def resolved(self) -> Job:
+        """The same job with every null replaced by what the stack would do."""
+        trainer, method = self.trainer, self.method
+        training = method != "inference"
+        fill: dict[str, Any] = {}
+        if self.mixed_precision is None:
+            fill["mixed_precision"] = "no" if trainer == "pytorch" or not training else "bf16"
+        if method == "qlora" and self.quantization is None:
+            fill["quantization"] = Quantization()
+        if method in ("lora", "qlora") and self.lora is None:
+            fill["lora"] = Lora()
+        quantized = self.quantization is not None or method == "qlora"
+        if self.prepare_for_kbit_training is None:
+            fill["prepare_for_kbit_training"] = training and quantized and trainer != "trl"
+        if self.optimizer is None:
+            fill["optimizer"] = "adamw_torch" if trainer == "pytorch" else "adamw_torch_fused"
+        checkpointing = self.gradient_checkpointing
+        if not training:
+            fill["gradient_checkpointing"] = "off"
+        elif checkpointing is None:
+            checkpointing = method == "qlora" or trainer == "trl"
+        if isinstance(checkpointing, bool) and training:
+            fill["gradient_checkpointing"] = "non_reentrant" if checkpointing else "off"
+        if not training and self.new_tokens is None:
+            fill["new_tokens"] = 64
+        return self.model_copy(update=fill)
+
+
+def read_job(data: Any) -> Job:
+    """A Job from what a person sent. Raises :class:`PlanError` that says what is wrong and what to write instead."""
+    if isinstance(data, Job):
+        return data
+    if not isinstance(data, dict):
+        raise PlanError(f"a job is a JSON object, not {type(data).__name__}", 'send {"model": "…", "method": "qlora"}')
+    try:
+        return Job.model_validate(data)
+    except ValidationError as error:
+        raise _plan_error(error, data) from None
+
+
+def _plan_error(error: ValidationError, data: dict) -> PlanError:
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        nearest = difflib.get_close_matches(path[-1], known, 1, 0.5)
+        hint = f"did you mean `{nearest[0]}`?" if nearest else f"the fields are {', '.join(sorted(known))}"
+        return PlanError(f"unknown field `{where}`", hint, where)
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return PlanError(message, "see the job's fields in the documentation")
+    if path[0] == "gradient_checkpointing":
+        where, message = path[0], "should be off, reentrant, non_reentrant, true or false"
+    if path[0] == "gpu" and len(path) > 1:
+        where, message = "gpu", "should be a name of the catalogue or {\"name\": …, \"memory_bytes\": …}"
+    got = first.get("input")
+    shown = repr(got) if len(repr(got)) < 60 else type(got).__name__
+    allowed = first.get("ctx", {}).get("expected")
+    nearest = difflib.get_close_matches(str(got), [w.strip("' ") for w in (allowed or "").replace(" or ", ",").split(",")], 1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"change `{where}`; it was {shown}"
+    return PlanError(f"`{where}`: {message[0].lower()}{message[1:]} (got {shown})", hint, path[0])
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    models = {"quantization": Quantization, "lora": Lora, "allocator": Allocator, "gpu": OwnGpu}
+    return list(models.get(path[0], Job).model_fields if path else Job.model_fields)

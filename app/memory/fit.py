@@ -1,0 +1,71 @@
+"""Does it fit: the replayed allocator under a card's bytes, with the interval that the answer lies in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.memory.allocator import CachingAllocator, OutOfMemory, Settings
+from app.memory.event import EMPTY_CACHE, Books
+from app.memory.overheads import Context
+
+ALLOCATOR_ERROR = 0.02
+"""How far the replayed reserved peak may lie from a card's, as a share of it: the 95th percentile of the measured
+rows in the README's table, rounded up. A step inside it is called tight."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``fits``, ``tight`` (inside the interval) or ``does_not_fit``; bytes throughout.
+
+    ``limit`` is what the allocator may reserve there, ``headroom`` that less the reserved peak (negative: missing),
+    ``margin`` half the interval, ``breaks`` the phase that runs out of memory.
+    """
+
+    verdict: str
+    limit: int
+    headroom: int
+    margin: int
+    breaks: str | None
+
+
+def passes(books: Books, settings: Settings) -> tuple[bool, str | None]:
+    """Whether every event of ``books`` is served within ``settings.limit``; else the phase that is not."""
+    allocator = CachingAllocator(settings)
+    sizes = [allocation.size for allocation in books.allocations]
+    bounds = [mark.at for mark in books.marks[1:]] + [len(books.events)]
+    for mark, end in zip(books.marks, bounds):
+        if mark.name == EMPTY_CACHE:
+            allocator.empty_cache()
+        try:
+            for at in range(mark.at, end):
+                event = books.events[at]
+                if event >= 0:
+                    allocator.malloc(event, sizes[event])
+                else:
+                    allocator.free(~event)
+        except OutOfMemory:
+            return False, "load" if mark.step == 0 else mark.name
+    return True, None
+
+
+def judge(
+    books: Books, allocated: int, reserved: int, load: int, usable: int, context: Context, settings: Settings
+) -> Verdict:
+    """The verdict for a card with ``usable`` bytes, of which ``context`` is gone before the allocator starts.
+
+    ``allocated`` and ``reserved`` are the peaks without a limit, ``load`` the peak while loading. The replay under the
+    limit is asked only where those leave it open.
+    """
+    limit = usable - context.expected
+    margin = int(ALLOCATOR_ERROR * reserved) + (context.high - context.expected)
+    needed = max(reserved, load)
+    if needed <= limit:
+        return Verdict("fits" if needed + margin <= limit else "tight", limit, limit - needed, margin, None)
+    bounded = Settings(settings.expandable_segments, settings.max_split_size, max(limit, 0))
+    if max(allocated, load) <= limit:
+        ok, where = passes(books, bounded)
+        if ok:
+            return Verdict("tight", limit, limit - max(allocated, load), margin, None)
+    else:
+        _, where = passes(books, bounded)
+    return Verdict("does_not_fit", limit, limit - needed, margin, where)

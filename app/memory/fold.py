@@ -1,0 +1,338 @@
+"""The books of a deep model from the books of a shallow one: each kind of layer run once, its events repeated.
+
+A stack of layers is a sequence of types. What a layer takes and gives back depends on its own type and on its
+neighbours' (the first and the last layer are neighbours of nothing), so a run over few layers that has every such
+triple shows what every layer of the whole stack does. :func:`expand` writes those books; whether it may is not for it
+to know: the caller compares it, event for event, with a second run of another depth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
+
+
+class Unfoldable(Exception):
+    """These books cannot be repeated; the message says why."""
+
+
+class Stack(NamedTuple):
+    """Layers run one after another.
+
+    ``paths`` are the module paths of the lists that hold them (``model.layers``; several where lists are zipped),
+    ``short`` the layers' types in the books at hand, ``whole`` the types in the books that are wanted.
+    """
+
+    paths: tuple[str, ...]
+    short: tuple[int, ...]
+    whole: tuple[int, ...]
+
+    def templates(self) -> list[int]:
+        """For every layer of the whole, a layer of the short run with the same type between the same types."""
+        first: dict[tuple, int] = {}
+        for position, triple in enumerate(_triples(self.short)):
+            first.setdefault(triple, position)
+        try:
+            return [first[triple] for triple in _triples(self.whole)]
+        except KeyError as error:
+            raise Unfoldable(f"no layer of {self.paths[0]} stands between the types {error}") from None
+
+
+def _triples(types: Sequence[int]) -> list[tuple]:
+    return list(zip((None, *types), types, (*types[1:], None)))
+
+
+def shorten(types: Sequence[int], repeats: int) -> list[int]:
+    """The layers to keep: the fewest found in which every type stands between every pair of types that it has, each
+    such triple ``repeats`` times where the whole has it that often. The first and the last layer stay.
+
+    Between two places where the same pair of types follows, layers can be left out and no new triple arises.
+    """
+    kept = list(range(len(types)))
+    start = 0
+    while start < len(kept) - 1:
+        now = [types[index] for index in kept]
+        inner = _triples(now)[1:-1]
+        spare = Counter(inner)
+        spare.subtract({triple: min(repeats, count) for triple, count in Counter(_triples(types)[1:-1]).items()})
+        pair, lost, best = now[start : start + 2], Counter(), start
+        for stop in range(start + 1, len(kept) - 1):
+            lost[inner[stop - 1]] += 1
+            if lost[inner[stop - 1]] > spare[inner[stop - 1]]:
+                break
+            if now[stop : stop + 2] == pair:
+                best = stop
+        del kept[start + 1 : best + 1]
+        start += 1
+    return kept
+
+
+class _Piece(NamedTuple):
+    """Events ``start`` to ``end`` that stand as they are, or (``stack`` not None) blocks that stand for layers."""
+
+    start: int
+    end: int
+    stack: int | None = None
+    step: int = 0
+    blocks: dict[int, tuple[int, int]] = {}
+
+
+def expand(books: Books, stacks: Sequence[Stack], growth: Mapping[int, int] | None = None) -> Books:
+    """The books of the whole stacks from ``books`` of the short ones.
+
+    ``growth`` has, by the key of an allocation that no layer owns, the bytes by which it is larger in the whole.
+    Raises :class:`Unfoldable` where an event has no meaning in the whole.
+    """
+    return _Expansion(books, stacks, growth or {}).run()
+
+
+def growth_of(books: Books, stacks: Sequence[Stack], whole: Books) -> dict[int, int]:
+    """By how many bytes allocations that no layer owns are larger in ``whole`` than in ``books``, by their key there.
+
+    Raises :class:`Unfoldable` where ``whole`` is not ``books`` expanded but for that.
+    """
+    expansion = _Expansion(books, stacks, {})
+    out = expansion.run()
+    if out == whole:
+        return {}
+    if len(out.allocations) != len(whole.allocations):
+        raise Unfoldable(f"{len(out.allocations)} allocations expected, {len(whole.allocations)} made")
+    origin = {new: old for old, new in expansion.origins.items()}
+    growth = {}
+    for key, (mine, theirs) in enumerate(zip(out.allocations, whole.allocations)):
+        if mine.size != theirs.size:
+            if key not in origin:
+                raise Unfoldable(f"{theirs.op} of {theirs.module}: {mine.size} bytes expected, {theirs.size} taken")
+            growth[origin[key]] = theirs.size - mine.size
+    if not growth or expand(books, stacks, growth) != whole:
+        raise Unfoldable("the events of a deeper run are others than expected")
+    return growth
+
+
+class _Names(dict):
+    """Module paths as they are called in one layer of the whole, found when first asked for."""
+
+    def __init__(self, rename):
+        super().__init__()
+        self._rename = rename
+
+    def __missing__(self, path: str) -> str:
+        name = self[path] = self._rename(path)
+        return name
+
+
+class _Expansion:
+    def __init__(self, books: Books, stacks: Sequence[Stack], growth: Mapping[int, int]):
+        self.books = books
+        self.stacks = stacks
+        self.growth = growth
+        self.templates = [stack.templates() for stack in stacks]
+        self.sole: list[dict[int, int]] = []
+        for templates in self.templates:
+            uses = Counter(templates)
+            self.sole.append({position: layer for layer, position in enumerate(templates) if uses[position] == 1})
+        self.units = _Names(self._unit)
+        self.out = Books()
+        # Where an allocation of the short run was made: None, or (stack, position, key within the layer).
+        self.homes: list[tuple[int, int, tuple] | None] = [None] * len(books.allocations)
+        # Keys in the whole of allocations that no layer owns: of those alive, and of all.
+        self.fixed: dict[int, int] = {}
+        self.origins: dict[int, int] = {}
+        self.live = [[{} for _ in stack.whole] for stack in stacks]
+        self.names: dict[tuple | None, _Names] = {None: _Names(lambda path: self._name(path, None))}
+
+    # --- reading --------------------------------------------------------------------------------------------
+
+    def _unit(self, path: str) -> tuple[int, int, str, str] | None:
+        """Whose ``path`` is: stack, position, the list's path, the rest; None: no layer's."""
+        for number, stack in enumerate(self.stacks):
+            for head in stack.paths:
+                if path.startswith(head + "."):
+                    index, dot, tail = path[len(head) + 1 :].partition(".")
+                    if index.isdecimal() and int(index) < len(stack.short):
+                        return number, int(index), head, dot + tail
+        return None
+
+    def _spans(self):
+        """The phases: the mark that begins one, its events, and the calls of empty_cache by the event they follow."""
+        events = self.books.events
+        starts = [n for n, mark in enumerate(self.books.marks) if mark.name != EMPTY_CACHE]
+        if not starts or starts[0] != 0 or self.books.marks[0].at != 0:
+            raise Unfoldable("events before the first phase")
+        for number, following in zip(starts, (*starts[1:], None)):
+            mark = self.books.marks[number]
+            end = len(events) if following is None else self.books.marks[following].at
+            empties: dict[int, int] = Counter(m.at - 1 for m in self.books.marks[number + 1 : following])
+            yield mark, mark.at, end, empties
+
+    def _chunks(self, start: int, end: int) -> list[tuple[tuple[int, int] | None, int, int]]:
+        """Runs of events of one layer, or of none: by where they happened, else by whose memory it is."""
+        units, allocations = self.units, self.books.allocations
+        chunks: list = []
+        current: object = self
+        for at, (event, site) in enumerate(zip(self.books.events[start:end], self.books.sites[start:end]), start):
+            unit = units[site]
+            if unit is None:
+                unit = units[allocations[event if event >= 0 else ~event].module]
+            owner = None if unit is None else unit[:2]
+            if owner != current:
+                chunks.append([owner, at, at])
+                current = owner
+            chunks[-1][2] = at + 1
+        return chunks
+
+    def _pieces(self, mark: Mark, start: int, end: int) -> list[_Piece]:
+        """The span as what stands still and what goes up or down a stack, layer by layer.
+
+        Events of no layer between two layers belong to the one before.
+        """
+        chunks = self._chunks(start, end)
+        seen = {owner for owner, _, _ in chunks}
+        pieces = []
+        at = 0
+        while at < len(chunks):
+            owner, low, high = chunks[at]
+            if owner is None:
+                pieces.append(_Piece(low, high))
+                at += 1
+                continue
+            number, last = owner
+            blocks = {last: (low, high)}
+            step = 0
+            while True:
+                after = at + 1
+                if after < len(chunks) and chunks[after][0] is None:
+                    after += 1
+                if after >= len(chunks) or chunks[after][0][0] != number:
+                    break
+                (_, position), low, high = chunks[after]
+                towards = (position > last) - (position < last)
+                if not towards or step not in (0, towards) or not self._may_skip(number, last, position, seen):
+                    break
+                step = towards
+                blocks[last] = (blocks[last][0], low)
+                blocks[position] = (low, high)
+                last, at = position, after
+            pieces.append(_Piece(chunks[at][1], chunks[at][2], number, step or (-1 if mark.name == "backward" else 1), blocks))
+            at += 1
+        return pieces
+
+    def _may_skip(self, number: int, last: int, position: int, seen: set) -> bool:
+        """Whether the layers between may have no part here: they have none in the phase, or are of other types."""
+        short = self.stacks[number].short
+        ends = {short[last], short[position]}
+        between = range(min(last, position) + 1, max(last, position))
+        return all((number, skipped) not in seen or short[skipped] not in ends for skipped in between)
+
+    # --- writing --------------------------------------------------------------------------------------------
+
+    def run(self) -> Books:
+        for serial, (mark, start, end, empties) in enumerate(self._spans()):
+            self.out.marks.append(Mark(len(self.out.events), mark.name, mark.step))
+            self._empty(empties.get(start - 1, 0), mark.step)
+            for part, piece in enumerate(self._pieces(mark, start, end)):
+                if piece.stack is None:
+                    self._write(piece.start, piece.end, None, empties, mark.step)
+                    continue
+                templates = self.templates[piece.stack]
+                for position, (low, high) in piece.blocks.items():
+                    self._settle((serial, part), piece.stack, position, low, high)
+                for layer in range(len(templates))[:: piece.step]:
+                    block = piece.blocks.get(templates[layer])
+                    if block is not None:
+                        self._write(*block, (piece.stack, layer), empties, mark.step)
+        self._check_released()
+        return self.out
+
+    def _settle(self, part: tuple, number: int, position: int, start: int, end: int) -> None:
+        """Give the allocations of a block names by which the same ones of other layers are found."""
+        seen: Counter = Counter()
+        for event in self.books.events[start:end]:
+            if event < 0:
+                continue
+            entry = self.books.allocations[event]
+            unit = self.units[entry.module]
+            if unit is None:
+                module: object = entry.module
+            elif unit[0] == number:
+                module = (unit[1] - position, *unit[2:])
+            else:
+                module = unit
+            what = (module, entry.size, entry.op)
+            self.homes[event] = (number, position, (part, what, seen[what]))
+            seen[what] += 1
+
+    def _write(self, start: int, end: int, layer: tuple[int, int] | None, empties: Mapping[int, int], step: int) -> None:
+        out, homes, events, sites = self.out, self.homes, self.books.events, self.books.sites
+        allocations, own = self.books.allocations, None
+        names = self.names.get(layer)
+        if layer is not None:
+            own = self.live[layer[0]][layer[1]]
+            if names is None:
+                names = self.names[layer] = _Names(lambda path: self._name(path, layer))
+        for at in range(start, end):
+            event = events[at]
+            if event >= 0:
+                size, module, kind, phase, op = allocations[event]
+                key = len(out.allocations)
+                if own is None:
+                    self.fixed[event] = self.origins[event] = key
+                    size += self.growth.get(event, 0)
+                else:
+                    own[homes[event][2]] = key
+                out.allocations.append(Allocation(size, names[module], kind, phase, op))
+                out.events.append(key)
+            else:
+                out.events.append(~self._given(~event, layer))
+            out.sites.append(names[sites[at]])
+            if at in empties:
+                self._empty(empties[at], step)
+
+    def _empty(self, times: int, step: int) -> None:
+        self.out.marks += [Mark(len(self.out.events), EMPTY_CACHE, step)] * times
+
+    def _given(self, key: int, layer: tuple[int, int] | None) -> int:
+        """What is given back in ``layer`` where its template gives back ``key``."""
+        home = self.homes[key]
+        try:
+            if home is None:
+                return self.fixed.pop(key)
+            number, position, name = home
+            return self.live[number][self._layer(number, position, layer)].pop(name)
+        except KeyError:
+            entry = self.books.allocations[key]
+            raise Unfoldable(f"{entry.op} of {entry.module or 'the model'} is given back by more layers than took it") from None
+
+    def _layer(self, number: int, position: int, layer: tuple[int, int] | None) -> int:
+        """Which layer of the whole is meant in ``layer`` where its template means the one at ``position``.
+
+        A neighbour stays a neighbour; further off only a layer that occurs once is known to be the same one.
+        """
+        if layer is not None and layer[0] == number:
+            away = position - self.templates[number][layer[1]]
+            if -1 <= away <= 1:
+                return layer[1] + away
+        if layer is None or self.templates[layer[0]][layer[1]] in self.sole[layer[0]]:
+            sole = self.sole[number].get(position)
+            if sole is not None:
+                return sole
+        raise Unfoldable(f"layer {position} of {self.stacks[number].paths[0]} is used from afar")
+
+    def _name(self, path: str, layer: tuple[int, int] | None) -> str:
+        unit = self.units[path]
+        if unit is None:
+            return path
+        number, position, head, tail = unit
+        return f"{head}.{self._layer(number, position, layer)}{tail}"
+
+    def _check_released(self) -> None:
+        """What the short run gives back is given back by every layer of the whole."""
+        kept = set(range(len(self.homes))).difference(~event for event in self.books.events if event < 0)
+        stay = Counter((home[0], home[1]) for home in map(self.homes.__getitem__, kept) if home is not None)
+        for number, templates in enumerate(self.templates):
+            for layer, position in enumerate(templates):
+                if len(self.live[number][layer]) != stay[number, position]:
+                    raise Unfoldable(f"layer {layer} of {self.stacks[number].paths[0]} does not give back what it took")

@@ -1,0 +1,200 @@
+"""The use cases behind every interface: a Job in, a plain JSON-able answer out."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+from app.catalog.gpus import Gpu, all_gpus, find_gpu
+from app.catalog.models import find_model
+from app.errors import PlanError
+from app.job import Job, OwnGpu, read_job
+from app.memory.allocator import MIB, Settings
+from app.memory.breakdown import Reading, read
+from app.memory.event import KINDS, Books
+from app.memory.fit import judge
+from app.memory.overheads import context
+
+DEFAULT_GPU = "a100-80gb"
+"""The card whose kernels are meant when a job names none."""
+
+_NOT_YET = {
+    "strategy": ("single", "several cards are not planned yet", "plan one card's share with strategy single"),
+    "gpu_count": (1, "several cards are not planned yet", "set gpu_count to 1"),
+    "nodes": (1, "several nodes are not planned yet", "set nodes to 1"),
+}
+
+
+def estimate(data: Any, *, all_layers: bool = False) -> dict:
+    """The answer to one job: a dict of the fields of the wire format. Raises :class:`PlanError`."""
+    job = read_job(data).resolved()
+    _refuse_unplanned(job)
+    gpu = _card_of(job)
+    config, source = _config_of(job)
+    traced = _trace(_key(job, config, gpu))
+    return _answer(job, gpu, source, traced, all_layers)
+
+
+def _refuse_unplanned(job: Job) -> None:
+    for field, (only, message, hint) in _NOT_YET.items():
+        if getattr(job, field) != only:
+            raise PlanError(f"`{field}` is {getattr(job, field)!r}: {message}", hint, field)
+    if job.attention == "flash_attention_2":
+        raise PlanError(
+            "flash_attention_2 is a package of its own that is not installed here", "use attention sdpa", "attention"
+        )
+
+
+def _card_of(job: Job) -> Gpu | OwnGpu:
+    if isinstance(job.gpu, OwnGpu):
+        return job.gpu
+    return find_gpu(job.gpu or DEFAULT_GPU)
+
+
+def _kernels_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors that are traced for a card; an own card has the default card's."""
+    known = gpu if isinstance(gpu, Gpu) else find_gpu(DEFAULT_GPU)
+    if known.compute_capability is None:
+        raise PlanError(f"{known.name} runs ROCm, whose kernels are not modelled", "choose an NVIDIA card", "gpu")
+    return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count
+
+
+def _config_of(job: Job) -> tuple[dict, dict]:
+    """config.json's object, and where it came from."""
+    if job.config is not None:
+        return job.config, {"kind": "inline", "id": None}
+    name = job.model
+    known = find_model(name)
+    if known is not None:
+        return dict(known.config), {"kind": "catalogue", "id": known.id}
+    for path in (name, os.path.join(name, "config.json")):
+        if os.path.isfile(path):
+            return _read_file(path), {"kind": "file", "id": path}
+    from app.hub import fetch_config
+
+    return fetch_config(name, job.revision)
+
+
+def _read_file(path: str) -> dict:
+    if os.path.getsize(path) > 4 * MIB:
+        raise PlanError(f"{path} has {os.path.getsize(path)} bytes: no config.json is that large", "name the model's own", "model")
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} cannot be read as JSON: {error}", "name a config.json", "model") from None
+    if not isinstance(data, dict):
+        raise PlanError(f"{path} holds no JSON object", "name a config.json", "model")
+    return data
+
+
+def _key(job: Job, config: dict, gpu) -> str:
+    """Everything that shapes a trace, as one string: the job without what only reads it, the config, the kernels."""
+    shape = job.model_dump(exclude={"model", "config", "revision", "gpu", "allocator"})
+    return json.dumps([shape, config, _kernels_of(gpu)], sort_keys=True, default=str)
+
+
+@lru_cache(maxsize=64)
+def _trace(key: str):
+    """The dry run for a key; the last few are kept."""
+    from app.dryrun.run import trace
+
+    shape, config, (capability, multiprocessors) = json.loads(key)
+    job = Job.model_validate({**shape, "config": config})
+    return trace(job, config, tuple(capability), multiprocessors)
+
+
+def _answer(job: Job, gpu, source: dict, traced, all_layers: bool) -> dict:
+    settings = _settings(job)
+    reading = read(traced.books, settings)
+    capability, _ = _kernels_of(gpu)
+    outside = context(capability)
+    fits = [_fit(card, gpu, traced.books, reading, settings) for card in _cards(gpu)]
+    layers = traced.layers if all_layers else traced.layer_groups
+    load = reading.phases[0]
+    return {
+        "job": job.model_dump(exclude={"config"}, mode="json"),
+        "model": {**source, **traced.facts},
+        "peak": {
+            "allocated": reading.peak.peak,
+            "reserved": reading.reserved,
+            "process": reading.reserved + outside.expected,
+            "process_interval": [reading.reserved + outside.low, reading.reserved + outside.high],
+            "phase": reading.peak.name,
+            "step": reading.peak.step,
+            "module": reading.peak_module,
+            "op": reading.peak_op,
+        },
+        "load": {"placed_allocated": reading.placed, "peak_allocated": load.peak, "peak_reserved": load.reserved},
+        "optimizer_state": reading.optimizer_state,
+        "phases": [
+            {
+                "step": phase.step,
+                "name": phase.name,
+                "allocated_start": phase.start,
+                "allocated_end": phase.end,
+                "peak_allocated": phase.peak,
+                "peak_reserved": phase.reserved,
+            }
+            for phase in reading.phases
+        ],
+        "parts": reading.parts,
+        "holders": [{"module": module, "kind": kind, "bytes": size} for module, kind, size in reading.holders],
+        "timeline": {
+            "kinds": list(KINDS),
+            "points": [
+                {**{k: v for k, v in asdict(point).items() if k != "kinds"}, "bytes": list(point.kinds)}
+                for point in reading.timeline
+            ],
+        },
+        "layers": [asdict(layer) for layer in layers],
+        "fits": fits,
+        "warnings": [*traced.warnings, *_card_warnings(gpu)],
+        "stack": stack(),
+    }
+
+
+def _settings(job: Job) -> Settings:
+    split = job.allocator.max_split_size_mb
+    return Settings(job.allocator.expandable_segments, None if split is None else split * MIB)
+
+
+def _cards(gpu) -> list:
+    """The job's own card first, then every card whose kernels are modelled, smallest first."""
+    rest = [card for card in all_gpus() if card.compute_capability is not None and card != gpu]
+    return [gpu, *rest]
+
+
+def _fit(card, asked, books: Books, reading: Reading, settings: Settings) -> dict:
+    usable = card.memory_bytes if isinstance(card, OwnGpu) else card.total_memory
+    capability = None if isinstance(card, OwnGpu) else card.compute_capability
+    verdict = judge(books, reading.peak.peak, reading.reserved, reading.phases[0].reserved, usable, context(capability), settings)
+    same = _kernels_of(card)[0] == _kernels_of(asked)[0]
+    return {
+        "gpu": card.name if isinstance(card, OwnGpu) else card.key,
+        "name": card.name,
+        "memory_bytes": usable,
+        **asdict(verdict),
+        "margin_source": f"{context(capability).source}; replay error of the measured rows",
+        "same_kernels": same,
+    }
+
+
+def _card_warnings(gpu) -> list[str]:
+    out = []
+    if isinstance(gpu, OwnGpu):
+        out.append(f"{gpu.name}: its kernels are unknown and taken to be those of {find_gpu(DEFAULT_GPU).name}")
+    elif not gpu.measured:
+        out.append(f"{gpu.name}: its usable memory is derived from nvidia-smi's total, nobody's torch reported it")
+    return out
+
+
+@lru_cache(maxsize=1)
+def stack() -> dict[str, str]:
+    """The versions that a plan is traced with."""
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+    return {"vramplan": version("vramplan"), **{name: version(name) for name in names}}
