@@ -92,7 +92,7 @@ _ROWS = (
     ("RTX 4000 Ada", "rtx-4000-ada", "4000-ada rtx-4000-sff-ada 4000-sff-ada", 20,
      Like("l40s"), 20475, "Ada 8.9", 48, 360.0),
     ("RTX 6000 Ada", "rtx-6000-ada", "6000-ada a6000-ada", 48, 48539, 49140, "Ada 8.9", 142, 960.0),
-    ("RTX PRO 6000 Blackwell", "rtx-pro-6000", "pro-6000"
+    ("RTX PRO 6000 Blackwell", "rtx-pro-6000", "pro-6000 "
      "rtx-pro-6000-blackwell-server-edition rtx-pro-6000-blackwell-workstation-edition "
      "rtx-pro-6000-blackwell-max-q-workstation-edition", 96, 97250, 97887, "Blackwell 12.0", 188, 1792.0),
     ("Tesla T4", "t4", "", 16, 14912, 15360, "Turing 7.5", 40, 320.0),

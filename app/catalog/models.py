@@ -9,6 +9,7 @@ give the same parameters, name by name and shape by shape. What no tensor depend
 Imports nothing but the standard library: looking a model up costs no `import torch`.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +20,20 @@ from typing import Any
 class Model:
     """One Hub repository: its id, its architecture and what else it is called.
 
-    `config` holds `model_type`, `architectures` and the facts. Rows share their dicts: copy it deep to
-    change it.
+    `facts` holds `model_type`, `architectures` and what differs from the defaults, to be read only.
     `parameters` counts the class `architectures[0]` names, tied weights once, as
     `transformers` builds it (no multi-token-prediction layers, no buffers).
     """
 
     id: str
-    config: dict[str, Any]
+    facts: dict[str, Any]
     parameters: int
     aliases: tuple[str, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """A copy of the facts, for `transformers` writes into the dicts that it is given."""
+        return copy.deepcopy(self.facts)
 
     @property
     def source(self) -> str:
@@ -56,9 +61,7 @@ MAMBA = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 def _columns(columns: tuple[str, ...], values: tuple[int, ...]) -> dict[str, int]:
     """Spread a row's numbers over the config fields of its columns."""
-    return {
-        field: value for names, value in zip(columns, values, strict=True) for field in names.split()
-    }
+    return {field: value for names, value in zip(columns, values, strict=True) for field in names.split()}
 
 
 def _family(model_type: str, architecture: str, columns: tuple[str, ...] = DECODER, **common: Any) -> Row:
@@ -69,12 +72,12 @@ def _family(model_type: str, architecture: str, columns: tuple[str, ...] = DECOD
     """
 
     def row(
-        ids: str, parameters: int, values: tuple[int, ...] = (), aliases: str = "", **facts: Any
+        ids: str, parameters: int, values: tuple[int, ...] = (), aliases: str = "", **own: Any
     ) -> list[Model]:
         sizes = _columns(columns, values) if values else {}
-        config = {"model_type": model_type, "architectures": [architecture], **sizes, **common, **facts}
+        facts = {"model_type": model_type, "architectures": [architecture], **sizes, **common, **own}
         return [
-            Model(id, config, parameters, (_short(id), *(aliases.split() if i == 0 else ())))
+            Model(id, facts, parameters, (_short(id), *(aliases.split() if i == 0 else ())))
             for i, id in enumerate(ids.split())
         ]
 
@@ -151,8 +154,8 @@ whisper = _family("whisper", "WhisperForConditionalGeneration", WHISPER)
 TIED = {"tie_word_embeddings": True}
 NO_WINDOW = {"sliding_window": None}
 # Which of the two lists serves is decided in each forward pass; what the factors are sizes nothing.
-LONGROPE = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 48,
-                                "long_factor": [1.0] * 48, "original_max_position_embeddings": 4096}}  # fmt: skip
+LONGROPE = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 32.0,
+                                "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}}  # fmt: skip
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
           "image_size": 896, "patch_size": 14, "vision_use_head": False}  # fmt: skip
 
@@ -484,9 +487,7 @@ _FAMILIES: tuple[list[Model], ...] = (
 # fmt: on
 
 MODELS: tuple[Model, ...] = tuple(model for family in _FAMILIES for model in family)
-_BY_NAME: dict[str, Model] = {
-    name.lower(): model for model in MODELS for name in (model.id, *model.aliases)
-}
+_BY_NAME: dict[str, Model] = {name.lower(): model for model in MODELS for name in (model.id, *model.aliases)}
 
 
 def find_model(name: str) -> Model | None:
@@ -495,14 +496,15 @@ def find_model(name: str) -> Model | None:
 
 
 def search_models(q: str, limit: int = 20) -> list[Model]:
-    """Return models whose names hold every word of `q`, those that hold them as whole words first."""
-    words = re.findall(r"[a-z0-9.]+", q.lower())
-
-    def rank(model: Model) -> tuple[int, int]:
+    """Return models whose names hold every word of `q`: those with more of them as whole words, then the shortest."""
+    words = _words(q)
+    found = []
+    for model in MODELS:
         names = " ".join((model.id, *model.aliases)).lower()
-        parts = set(re.findall(r"[a-z0-9.]+", names))
-        return -sum(word in parts for word in words), len(model.id)
+        if all(word in names for word in words):
+            found.append((-len(set(words) & set(_words(names))), len(model.id), model))
+    return [model for *_, model in sorted(found, key=lambda hit: hit[:2])[:limit]]
 
-    return sorted(
-        (m for m in MODELS if all(w in " ".join((m.id, *m.aliases)).lower() for w in words)), key=rank
-    )[:limit]
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9.]+", text.lower())

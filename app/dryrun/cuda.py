@@ -377,6 +377,10 @@ def _accumulate_at(ledger, func, args, kwargs, place):
     """``index_backward``, ``gather_backward`` and their like (torch/csrc/autograd/FunctionsManual.cpp) add in place
     into fresh zeros; only for tensor subclasses and under modes do they take the out-of-place operator."""
     if ledger.in_backward and not ledger.in_module:
+        if func is aten.index_put.default and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            positions = sum(8 * i.numel() * i.dim() for i in args[1] if i is not None)
+            ledger.transient([(positions, "temporaries")], place, "nonzero")
+            return args[0]
         return _IN_PLACE[func](*args, **kwargs)
     out = func(*args, **kwargs)
     ledger.enter(out, func, args, place)
@@ -406,6 +410,38 @@ def _embedding_backward(ledger, func, args, kwargs, place):
     ledger.transient(partials, place, "embedding_backward_cuda_kernel")
     for key in keys:
         ledger.give(key)
+    return out
+
+
+@_kernel(aten._foreach_norm.Scalar)
+def _foreach_norm(ledger, func, args, kwargs, place):
+    """``foreach_tensor_norm_cuda`` (native/cuda/ForeachReduceOp.cu): a partial result a chunk of 65536 elements, for
+    every tensor as many as the largest has. Measured: 38 tensors, the largest of 136134656: 315856 bytes."""
+    tensors = args[0]
+    chunks = max(-(-t.numel() // 65536) for t in tensors)
+    partial = ledger.take(4 * len(tensors) * chunks, place, "kernel_workspace", "_foreach_norm")
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, None)
+    ledger.give(partial)
+    return out
+
+
+@_kernel(aten.index.Tensor)
+def _index(ledger, func, args, kwargs, place):
+    """``index`` by a boolean mask: ``nonzero`` first (native/cuda/Nonzero.cu), then as many rows as it is true for.
+
+    A mask's values are unknown; here it is true everywhere, as for labels none of which is ignored.
+    """
+    source, indices = args
+    mask = indices[0] if indices else None
+    if mask is None or mask.dtype != torch.bool:
+        out = func(*args, **kwargs)
+        ledger.enter(out, func, args, place)
+        return out
+    positions = ledger.take(8 * mask.numel() * mask.dim(), place, "temporaries", "nonzero")
+    out = source.new_empty((mask.numel(), *source.shape[mask.dim() :]))
+    ledger.enter(out, func, args, place)
+    ledger.give(positions)
     return out
 
 
@@ -595,7 +631,8 @@ def as_if_cuda(card: Card):
     """Let PyTorch take the paths on meta tensors that it takes on CUDA ones.
 
     ``torch.optim`` chooses its for-each and fused kernels by device type
-    (``torch/utils/_foreach_utils.py``, ``_get_foreach_kernels_supported_devices``).
+    (``torch/utils/_foreach_utils.py``, ``_get_foreach_kernels_supported_devices``); who asks whether autocast is on
+    asks for the tensor's device type.
     """
     import importlib
 
@@ -605,11 +642,16 @@ def as_if_cuda(card: Card):
     names = ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices")
     modules = [foreach, *(importlib.import_module(f"torch.optim.{name}") for name in ("optimizer", "adam", "adamw", "sgd"))]
     saved = [(module, name, getattr(module, name)) for module in modules for name in names if hasattr(module, name)]
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        function = getattr(torch, name)
+        saved.append((torch, name, function))
+        setattr(torch, name, lambda device="cuda", ask=function: ask("cuda" if device == "meta" else device))
     before = card_in_use
     card_in_use = card
     try:
         for module, name, _ in saved:
-            setattr(module, name, lambda: ["cuda", "meta"])
+            if module is not torch:
+                setattr(module, name, lambda: ["cuda", "meta"])
         yield
     finally:
         card_in_use = before

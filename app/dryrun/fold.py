@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from app.memory.event import Books
-from app.memory.fold import Stack, Unfoldable, expand, growth_of, shorten
+from app.memory.fold import Stack, Unfoldable, expand, growth_of, same, shorten
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def fold(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], name
         growth = growth_of(short, _stacks(groups, once, twice), longer)
         if growth:
             check = _scaled(growth, groups, once, twice, thrice)
-            if expand(short, _stacks(groups, once, thrice), check) != books(thrice):
+            if not same(expand(short, _stacks(groups, once, thrice), check), books(thrice)):
                 raise Unfoldable("memory that no layer owns does not grow in proportion to depth")
             growth = _scaled(growth, groups, once, twice, whole)
         return expand(short, _stacks(groups, once, whole), growth)
@@ -121,31 +121,30 @@ def repeated(model: torch.nn.Module) -> list[Layers]:
     """The outermost lists of layers of which some can be left out; lists of one parent and one length go together."""
     found: list[Layers] = []
 
-    def look(parent: torch.nn.Module, path: str, config) -> None:
-        config = getattr(parent, "config", config)
+    def look(parent: torch.nn.Module, path: str) -> None:
         zipped = defaultdict(list)
         for name, child in parent.named_children():
             if isinstance(child, LISTS) and len(child) > 2:
                 zipped[len(child)].append(f"{path}{name}")
         taken = set()
         for paths in zipped.values():
-            group = _layers(model, tuple(paths), config)
+            group = _layers(model, tuple(paths))
             if len(shorten(group.types, 2)) < len(group.types):
                 found.append(group)
                 taken.update(paths)
         for name, child in parent.named_children():
             if f"{path}{name}" not in taken:
-                look(child, f"{path}{name}.", config)
+                look(child, f"{path}{name}.")
 
-    look(model, "", None)
+    look(model, "")
     return found
 
 
-def _layers(model: torch.nn.Module, paths: tuple[str, ...], config) -> Layers:
+def _layers(model: torch.nn.Module, paths: tuple[str, ...]) -> Layers:
     """Tell the layers' types apart by all that can change what they allocate: :func:`_facts`."""
     lists = [model.get_submodule(path) for path in paths]
     depth = len(lists[0])
-    facts: list[dict[tuple, Any]] = [
+    facts: list[dict[Any, Any]] = [
         {(path, *key): value for path, entries in zip(paths, lists) for key, value in _facts(entries[index]).items()}
         for index in range(depth)
     ]
@@ -158,19 +157,44 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], config) -> Layers:
     for known in facts:
         for key in numbers:
             known.pop(key, None)
-    for name, values in _per_layer(config, depth):
-        for known, value in zip(facts, values):
-            known["config", name] = _plain(value)
+    for holder in _holders(model, paths[0]):
+        for name, values in holder.items():
+            if isinstance(values, (list, tuple)) and len(values) == depth:
+                for known, value in zip(facts, values):
+                    known[name] = _plain(value)
+            elif _selects(name, values, depth):
+                for index, known in enumerate(facts):
+                    known[name] = index in values
     seen: dict[frozenset, int] = {}
     types = tuple(seen.setdefault(frozenset(known.items()), len(seen)) for known in facts)
     return Layers(paths, types, tuple((path, within, attribute) for path, within, attribute in numbers))
 
 
-def _per_layer(config, depth: int) -> list[tuple[str, list]]:
-    """The config's lists with one entry a layer."""
-    if config is None:
-        return []
-    return [(name, value) for name, value in vars(config).items() if isinstance(value, list) and len(value) == depth]
+def _holders(model: torch.nn.Module, path: str) -> list[dict[str, Any]]:
+    """Where the depth of the list at ``path`` may be written: its parent, and the config of the nearest parent."""
+    path = path.rpartition(".")[0]
+    holders = [vars(model.get_submodule(path))]
+    while True:
+        config = getattr(model.get_submodule(path), "config", None)
+        if isinstance(config, transformers.PretrainedConfig):
+            return [*holders, vars(config)]
+        if not path:
+            return holders
+        path = path.rpartition(".")[0]
+
+
+def _selects(name: str, value: Any, depth: int) -> bool:
+    """Whether ``value`` is a list of some layers' numbers."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) < depth
+        and all(type(number) is int and 0 <= number < depth for number in value)
+        and sorted(set(value)) == list(value)
+        and _SPEAKS_OF_LAYERS.search(name) is not None
+    )
+
+
+_SPEAKS_OF_LAYERS = re.compile("layer|block|depth|ind(ex|ices)|idx")
 
 
 def _facts(layer: torch.nn.Module) -> dict[tuple[str, str], Any]:
@@ -216,7 +240,7 @@ def _plain(value: Any) -> Any:
 
 
 def shortened(model: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[Sequence[int]]) -> torch.nn.Module:
-    """A copy of the bare ``model`` with only the ``kept`` layers of each group, renumbered; its config says so too."""
+    """A copy of the bare ``model`` with only the ``kept`` layers of each group, renumbered; its config agrees."""
     lists = [(model.get_submodule(path), indices) for group, indices in zip(groups, kept) for path in group.paths]
     saved = [entries._modules for entries, _ in lists]
     try:
@@ -234,7 +258,7 @@ def shortened(model: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[S
                 module = _submodule(layer, within)
                 if module is not None and attribute in vars(module):
                     vars(module)[attribute] += new - old
-    _shorten_configs(short, groups, kept)
+    _shorten_depths(short, groups, kept)
     return short
 
 
@@ -263,34 +287,25 @@ def _copy_tensors(model: torch.nn.Module, memo: dict[int, Any]) -> None:
             memo[id(tensor)] = twin
 
 
-def _shorten_configs(short: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[Sequence[int]]) -> None:
-    """Depths and lists with one entry a layer, in the config of the nearest parent that has one.
+def _shorten_depths(short: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[Sequence[int]]) -> None:
+    """Depths, lists with one entry a layer and lists of layers' numbers, in the list's parent and its config.
 
     A depth is an integer equal to the number of layers whose name speaks of layers, blocks or depth. Where two groups
-    of one config and one depth are shortened differently, nobody knows whose it is: it stays, as it does no harm.
+    of one config and one depth are shortened differently, nobody knows whose it is: it stays.
     """
-    wanted: dict[int, tuple[Any, dict[int, set[tuple[int, ...]]]]] = {}
+    wanted: dict[tuple[int, int], tuple[dict[str, Any], set[tuple[int, ...]]]] = {}
     for group, indices in zip(groups, kept):
-        config = _config_of(short, group.paths[0])
-        if config is not None:
-            depths = wanted.setdefault(id(config), (config, defaultdict(set)))[1]
-            depths[len(group.types)].add(tuple(indices))
-    for config, depths in wanted.values():
-        for depth, choices in depths.items():
-            if len(choices) > 1:
-                continue
-            (indices,) = choices
-            for name, value in list(vars(config).items()):
-                if type(value) is int and value == depth and re.search("layer|block|depth", name):
-                    vars(config)[name] = len(indices)
-            for name, values in _per_layer(config, depth):
-                vars(config)[name] = [values[index] for index in indices]
-
-
-def _config_of(model: torch.nn.Module, path: str):
-    while path:
-        path = path.rpartition(".")[0]
-        config = getattr(model.get_submodule(path), "config", None)
-        if isinstance(config, transformers.PretrainedConfig):
-            return config
-    return None
+        for holder in _holders(short, group.paths[0]):
+            wanted.setdefault((id(holder), len(group.types)), (holder, set()))[1].add(tuple(indices))
+    for (_, depth), (holder, choices) in wanted.items():
+        if len(choices) > 1:
+            continue
+        (indices,) = choices
+        for name, value in list(holder.items()):
+            if type(value) is int:
+                if value == depth and _SPEAKS_OF_LAYERS.search(name):
+                    holder[name] = len(indices)
+            elif isinstance(value, (list, tuple)) and len(value) == depth:
+                holder[name] = type(value)(value[index] for index in indices)
+            elif _selects(name, value, depth):
+                holder[name] = type(value)(new for new, old in enumerate(indices) if old in value)

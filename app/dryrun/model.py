@@ -211,6 +211,10 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> tor
                 model.gradient_checkpointing_enable(kwargs)
                 model.enable_input_require_grads()
         model = adapt(model, job, task)
+        if job.trainer == "trl" and job.quantization is not None:
+            for name, parameter in model.named_parameters():  # SFTTrainer.__init__, after the QLoRA paper
+                if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
         _own_adapters(model, ledger)
     return model.train()
 

@@ -16,8 +16,11 @@ from app.job import Job
 from app.memory.event import Books
 
 
-def make_optimizer(name: str, parameters: list[torch.nn.Parameter]):
-    """The optimiser that ``transformers.TrainingArguments(optim=name)`` makes (trainer_optimizer.py)."""
+def make_optimizer(name: str, parameters: list, keep_32_bits: list[torch.nn.Parameter] = ()):
+    """The optimiser that ``transformers.TrainingArguments(optim=name)`` makes (trainer_optimizer.py).
+
+    ``keep_32_bits``: parameters whose state an 8-bit optimiser is told to keep in fp32.
+    """
     rate = 1e-4
     make = {
         "adamw_torch": lambda: torch.optim.AdamW(parameters, lr=rate),
@@ -34,7 +37,14 @@ def make_optimizer(name: str, parameters: list[torch.nn.Parameter]):
         "lion_32bit": lambda: bnb.optim.Lion(parameters, lr=rate),
         "paged_lion_32bit": lambda: bnb.optim.PagedLion32bit(parameters, lr=rate),
     }
-    return make[name]()
+    optimizer = make[name]()
+    if keep_32_bits and name.endswith("8bit"):
+        manager = optimizer.mng  # one for the process: forget other models' overrides first
+        manager.pid2config.clear()
+        manager.index2config.clear()
+        for parameter in keep_32_bits:
+            manager.pid2config[id(parameter)] = {"optim_bits": 32}
+    return optimizer
 
 
 @contextlib.contextmanager
@@ -91,34 +101,43 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
     return batch
 
 
-def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int) -> None:
+def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int, forward_only: bool = False) -> None:
     """Forward, backward, step, zero_grad: ``trainer: pytorch``."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     ledger.mark("load", 0, "inputs")
     batch = make_batch(ledger, model, job, task)
-    optimizer = make_optimizer(job.optimizer, parameters)
+    optimizer = None if forward_only else make_optimizer(job.optimizer, parameters)
     for step in range(1, steps + 1):
-        for _ in range(job.gradient_accumulation_steps if job.gradient_accumulation_steps < 3 else 2):
+        for _ in range(min(job.gradient_accumulation_steps, 2)):
             ledger.mark("forward", step, "activations")
             with autocast(ledger, job):
                 loss = model(**batch).loss
+            if forward_only:
+                ledger.mark("end", step, "temporaries")
+                return
             ledger.mark("backward", step, "activation_gradients")
             ledger.in_backward = True
             loss.backward()
             ledger.in_backward = False
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    ledger.reclassify(parameter.grad, "gradients")
+            settle(ledger, parameters)
         ledger.mark("optimizer", step, "optimizer_temporaries")
         optimizer.step()
-        for parameter, state in optimizer.state.items():
-            for value in state.values():
-                if torch.is_tensor(value) and value.device.type == "meta":
-                    ledger.reclassify(value, "optimizer_state")
+        settle(ledger, parameters, optimizer)
         optimizer.zero_grad(set_to_none=True)
         del loss
         ledger.mark("end", step, "temporaries")
-    ledger.close()
+
+
+def settle(ledger: Ledger, parameters: list[torch.nn.Parameter], optimizer=None) -> None:
+    """Say of what backward and the optimiser left that it is gradients and state."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            ledger.reclassify(parameter.grad, "gradients")
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            for value in state.values():
+                if torch.is_tensor(value) and value.device.type == "meta":
+                    ledger.reclassify(value, "optimizer_state")
 
 
 @contextlib.contextmanager
@@ -139,13 +158,16 @@ def autocast(ledger: Ledger, job: Job):
         torch.set_autocast_enabled("cuda", False)
 
 
-def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2) -> Books:
-    """The books of placing the bare ``model`` and running ``steps`` steps of ``job``."""
+def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward_only: bool = False) -> Books:
+    """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; or its first forward pass."""
+    from app.dryrun.trainers import run_trainer
+
     ledger = Ledger(card, padded=job.attention_mask == "padded")
+    if job.mixed_precision != "no":
+        ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16, ledger)
+    run = run_plain if job.trainer == "pytorch" else run_trainer
     with cuda.as_if_cuda(card), paged_states_elsewhere():
         model = load(model, job, task, ledger)
-        if job.mixed_precision != "no":
-            ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16, ledger)
         with ledger.watching(model), ledger.autocast or contextlib.nullcontext():
-            run_plain(ledger, model, job, task, steps)
-    return ledger.books
+            run(ledger, model, job, task, steps, forward_only)
+            return ledger.close()

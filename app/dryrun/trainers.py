@@ -1,0 +1,147 @@
+"""The steps of transformers' Trainer and TRL's SFTTrainer, with their own code where it runs without a card.
+
+Restated from transformers 5.17 ``trainer.py`` (``_run_epoch``, ``training_step``, ``compute_loss``), accelerate 1.15
+``accelerator.py`` (``prepare_model``: autocast inside ``forward``, outputs cast to fp32) and trl 1.16
+``trainer/sft_trainer.py`` (``compute_loss``). TRL's fused head and its chunked loss are run as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import MethodType
+
+import torch
+import transformers
+from accelerate.utils.operations import convert_outputs_to_fp32
+from peft import PeftModel
+
+from app.dryrun.step import autocast, make_batch, make_optimizer, settle
+from app.dryrun.trace import Ledger
+from app.job import Job
+
+MAX_GRAD_NORM = 1.0  # TrainingArguments.max_grad_norm
+
+
+def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, forward_only: bool = False) -> None:
+    """``trainer: transformers`` or ``trl``: batch to device, compute_loss, backward, clip, step, zero_grad."""
+    fused = job.trainer == "trl"
+    with _fused_head(model) if fused else contextlib.nullcontext():
+        _wrap_forward(ledger, model, job)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = None if forward_only else make_optimizer(job.optimizer, _groups(model), _embeddings(model))
+        accumulate = min(job.gradient_accumulation_steps, 2)
+        total = 0.0
+        for step in range(1, steps + 1):
+            for _ in range(accumulate):
+                ledger.mark("forward", step, "activations")
+                batch = make_batch(ledger, model, job, task)
+                items = (batch["labels"] != -100).sum() if "labels" in batch else None
+                loss = (_fused_loss if fused else _loss)(model, batch, items)
+                if forward_only:
+                    return
+                ledger.mark("backward", step, "activation_gradients")
+                loss = loss / 1
+                ledger.in_backward = True
+                loss.backward()
+                ledger.in_backward = False
+                settle(ledger, parameters)
+                total = total + loss.detach()
+                del loss
+            ledger.mark("optimizer", step, "optimizer_temporaries")
+            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            optimizer.step()
+            settle(ledger, parameters, optimizer)
+            model.zero_grad()
+            del norm
+            ledger.mark("end", step, "temporaries")
+
+
+def _wrap_forward(ledger: Ledger, model, job: Job) -> None:
+    """``Accelerator.prepare_model`` with native mixed precision."""
+    if job.mixed_precision == "no":
+        return
+    forward = model.forward
+
+    def cast(self, *args, **kwargs):
+        with autocast(ledger, job):
+            return forward(*args, **kwargs)
+
+    model.forward = MethodType(convert_outputs_to_fp32(cast), model)
+
+
+def _loss(model, batch: dict, items) -> torch.Tensor:
+    """``Trainer.compute_loss``: the model's own loss, over all items of the accumulated batch if it takes that."""
+    extra = {"num_items_in_batch": items} if getattr(_base(model), "accepts_loss_kwargs", True) and items is not None else {}
+    outputs = model(**batch, **(extra if _takes_loss_kwargs(model) else {}))
+    return outputs["loss"]
+
+
+def _takes_loss_kwargs(model) -> bool:
+    """``Trainer.model_accepts_loss_kwargs``: the base model's forward takes keyword arguments."""
+    import inspect
+
+    forward = type(_base(model)).forward
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+
+
+def _fused_loss(model, batch: dict, items) -> torch.Tensor:
+    """``SFTTrainer.compute_loss`` with loss_type nll, and the metrics it computes beside it."""
+    outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    loss = (-outputs.log_probs).sum() / torch.as_tensor(items).clamp(min=1)
+    for metric in (outputs.label_mask, outputs.entropy.detach(), outputs.is_top1):
+        metric.sum()
+    return loss
+
+
+def _base(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _groups(model) -> list[dict]:
+    """``Trainer.create_optimizer``: weights that decay, then those that do not."""
+    decay = set(transformers.Trainer.get_decay_parameter_names(None, model))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if name in decay], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name not in decay], "weight_decay": 0.0},
+    ]
+
+
+def _embeddings(model) -> list[torch.nn.Parameter]:
+    """Whose state ``Trainer.create_optimizer`` keeps in 32 bits with an 8-bit optimiser."""
+    return [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+
+
+class _NoKernel:
+    """A Triton kernel that writes where it was told and allocates nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def _fused_head(model):
+    """``add_fused_lm_head`` as SFTTrainer calls it, with its Triton kernels and fp32 products as on a card.
+
+    trl/kernels/chunked_logprob.py: the kernels fold tiles in place; ``_addmm_fp32`` is ``addmm(out=…)``, no temporary.
+    """
+    import trl.kernels.chunked_logprob as kernels
+    import trl.trainer.utils as utils
+
+    replaced = {
+        (kernels, "_forward_kernel"): _NoKernel(),
+        (kernels, "_backward_kernel"): _NoKernel(),
+        (kernels, "_use_triton"): lambda device: True,
+        (kernels, "_addmm_fp32"): lambda acc, a, b: None,
+        (kernels, "triton"): type("triton", (), {"cdiv": staticmethod(lambda a, b: -(-a // b))}),
+        (utils, "_use_triton"): lambda device: True,
+    }
+    saved = {(module, name): getattr(module, name, None) for module, name in replaced}
+    for (module, name), value in replaced.items():
+        setattr(module, name, value)
+    try:
+        utils.add_fused_lm_head(_base(model), outputs=("log_probs", "entropy", "is_top1"))
+        yield
+    finally:
+        for (module, name), value in saved.items():
+            setattr(module, name, value)
