@@ -1,0 +1,23 @@
+"""vramplan: will it fit? The memory of one training step on a GPU, from config.json alone.
+
+The way of a request, which is also the direction of the imports::
+
+    cli, web        how it is asked: a terminal, HTTP, a page
+    form, batch     a job as flat text; many jobs, one answer or one error each
+    render/         how an answer looks: words, terminal, HTML
+    answer          the answer's fields, typed, as the HTTP API documents them
+    service         the use cases: a job in, a plain answer out
+    hub             config.json from the Hub, at a pinned commit
+    dryrun/         the user's own step on the meta device, every allocation written down (needs torch)
+    memory/         the books of that step read back: allocator, peak, parts, verdict (pure integers)
+    catalog/        GPUs and models as tables of facts
+    job, errors     the one schema of a job; the one error that a user is told
+"""
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vramplan")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,9 @@ its own, with an empty cache.
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -29,20 +32,54 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Autocast(TorchFunctionMode):
-    """Casts as ``torch.autocast("cuda", dtype)`` would. ``ledger`` says when a backward pass recomputes."""
+    """Casts as ``torch.autocast("cuda", dtype)`` would, while it is :meth:`on`."""
 
-    def __init__(self, dtype: torch.dtype, ledger):
+    def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        self.ledger = ledger
-        self.enabled = False
+        self._enabled = False
+        self._suspended = False
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def clear(self) -> None:
-        self._cache.clear()
+    @contextlib.contextmanager
+    def on(self):
+        """``with torch.autocast("cuda", dtype)``, outermost; also for those who ask ``torch.is_autocast_enabled``."""
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", self.dtype)
+        self._enabled = True
+        try:
+            yield
+        finally:
+            self._enabled = False
+            self._cache.clear()
+            torch.set_autocast_enabled("cuda", False)
 
-    def _active(self) -> bool:
-        return self.ledger.in_module if self.ledger.in_backward else self.enabled
+    @contextlib.contextmanager
+    def suspended(self):
+        """``torch.autocast(…, enabled=False)``, as rotary embeddings ask for."""
+        before, self._suspended = self._suspended, True
+        try:
+            yield
+        finally:
+            self._suspended = before
+
+    @contextlib.contextmanager
+    def in_modules_of(self, model: torch.nn.Module):
+        """Let the model's own ``maybe_autocast`` (transformers/utils/generic.py) find this mode; on the meta device
+        it would do nothing."""
+
+        def maybe_autocast(device_type, dtype=None, enabled=True, cache_enabled=None):
+            return contextlib.nullcontext() if enabled else self.suspended()
+
+        modules = {sys.modules[type(module).__module__] for module in model.modules()}
+        saved = [(module, module.maybe_autocast) for module in modules if hasattr(module, "maybe_autocast")]
+        for module, _ in saved:
+            module.maybe_autocast = maybe_autocast
+        try:
+            yield
+        finally:
+            for module, function in saved:
+                module.maybe_autocast = function
 
     def _lower(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or tensor.dtype in (self.dtype, torch.float64):
@@ -62,7 +99,7 @@ class Autocast(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "backward" and isinstance(args[0], torch.Tensor):
             return self._backward(*args, **kwargs)
-        if not self._active():
+        if not self._enabled or self._suspended:
             return func(*args, **kwargs)
         cast = None
         if name in LOWER_PRECISION:

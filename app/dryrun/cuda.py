@@ -197,7 +197,7 @@ def _workspace(ledger, name: str, size: int) -> None:
         ledger.take(size, "", "kernel_workspace", name)
 
 
-@_kernel(aten.mm.default, aten.bmm.default, aten.baddbmm.default)
+@_kernel(aten.mm.default, aten.mm.out, aten.bmm.default, aten.baddbmm.default)
 def _matmul(ledger, func, args, kwargs, place):
     out = func(*args, **kwargs)
     ledger.enter(out, func, args, place)

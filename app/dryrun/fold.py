@@ -159,12 +159,12 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...]) -> Layers:
             known.pop(key, None)
     for holder in _holders(model, paths[0]):
         for name, values in holder.items():
-            if isinstance(values, (list, tuple)) and len(values) == depth:
-                for known, value in zip(facts, values):
-                    known[name] = _plain(value)
-            elif _selects(name, values, depth):
+            if _selects(name, values, depth):
                 for index, known in enumerate(facts):
                     known[name] = index in values
+            elif isinstance(values, (list, tuple)) and len(values) == depth:
+                for known, value in zip(facts, values):
+                    known[name] = _plain(value)
     seen: dict[frozenset, int] = {}
     types = tuple(seen.setdefault(frozenset(known.items()), len(seen)) for known in facts)
     return Layers(paths, types, tuple((path, within, attribute) for path, within, attribute in numbers))
@@ -187,7 +187,7 @@ def _selects(name: str, value: Any, depth: int) -> bool:
     """Whether ``value`` is a list of some layers' numbers."""
     return (
         isinstance(value, (list, tuple))
-        and len(value) < depth
+        and not name.startswith("_")
         and all(type(number) is int and 0 <= number < depth for number in value)
         and sorted(set(value)) == list(value)
         and _SPEAKS_OF_LAYERS.search(name) is not None
@@ -305,7 +305,7 @@ def _shorten_depths(short: torch.nn.Module, groups: Sequence[Layers], kept: Sequ
             if type(value) is int:
                 if value == depth and _SPEAKS_OF_LAYERS.search(name):
                     holder[name] = len(indices)
-            elif isinstance(value, (list, tuple)) and len(value) == depth:
-                holder[name] = type(value)(value[index] for index in indices)
             elif _selects(name, value, depth):
                 holder[name] = type(value)(new for new, old in enumerate(indices) if old in value)
+            elif isinstance(value, (list, tuple)) and len(value) == depth:
+                holder[name] = type(value)(value[index] for index in indices)

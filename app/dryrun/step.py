@@ -110,7 +110,7 @@ def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int, forward_on
     for step in range(1, steps + 1):
         for _ in range(min(job.gradient_accumulation_steps, 2)):
             ledger.mark("forward", step, "activations")
-            with autocast(ledger, job):
+            with ledger.autocast.on() if ledger.autocast else contextlib.nullcontext():
                 loss = model(**batch).loss
             if forward_only:
                 ledger.mark("end", step, "temporaries")
@@ -126,6 +126,7 @@ def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int, forward_on
         optimizer.zero_grad(set_to_none=True)
         del loss
         ledger.mark("end", step, "temporaries")
+    ledger.close()
 
 
 def settle(ledger: Ledger, parameters: list[torch.nn.Parameter], optimizer=None) -> None:
@@ -140,34 +141,19 @@ def settle(ledger: Ledger, parameters: list[torch.nn.Parameter], optimizer=None)
                     ledger.reclassify(value, "optimizer_state")
 
 
-@contextlib.contextmanager
-def autocast(ledger: Ledger, job: Job):
-    """``torch.autocast("cuda", dtype)`` as the job has it; also for those who ask ``torch.is_autocast_enabled``."""
-    if ledger.autocast is None:
-        yield
-        return
-    mode = ledger.autocast
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", mode.dtype)
-    mode.enabled = True
-    try:
-        yield
-    finally:
-        mode.enabled = False
-        mode.clear()
-        torch.set_autocast_enabled("cuda", False)
-
-
 def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward_only: bool = False) -> Books:
     """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; or its first forward pass."""
     from app.dryrun.trainers import run_trainer
 
     ledger = Ledger(card, padded=job.attention_mask == "padded")
     if job.mixed_precision != "no":
-        ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16, ledger)
+        ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
     run = run_plain if job.trainer == "pytorch" else run_trainer
     with cuda.as_if_cuda(card), paged_states_elsewhere():
         model = load(model, job, task, ledger)
-        with ledger.watching(model), ledger.autocast or contextlib.nullcontext():
+        mode = ledger.autocast
+        with ledger.watching(model), mode or contextlib.nullcontext(), (
+            mode.in_modules_of(model) if mode else contextlib.nullcontext()
+        ):
             run(ledger, model, job, task, steps, forward_only)
             return ledger.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import weakref
 from bisect import bisect_right
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,13 +99,13 @@ class Ledger(TorchDispatchMode):
             path = paths.get(id(module))
             if path is None:
                 return original(module, *args, **kwargs)
+            recompute = self.autocast is not None and self.in_backward and not stack
             stack.append(path)
             try:
-                return original(module, *args, **kwargs)
+                with self.autocast.on() if recompute else nullcontext():  # a checkpoint enters its own autocast
+                    return original(module, *args, **kwargs)
             finally:
                 stack.pop()
-                if self.autocast is not None and self.in_backward and not stack:
-                    self.autocast.clear()
 
         torch.nn.Module.__call__ = call
         try:

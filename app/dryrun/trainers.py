@@ -15,7 +15,7 @@ import transformers
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import PeftModel
 
-from app.dryrun.step import autocast, make_batch, make_optimizer, settle
+from app.dryrun.step import make_batch, make_optimizer, settle
 from app.dryrun.trace import Ledger
 from app.job import Job
 
@@ -26,7 +26,7 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, forward_
     """``trainer: transformers`` or ``trl``: batch to device, compute_loss, backward, clip, step, zero_grad."""
     fused = job.trainer == "trl"
     with _fused_head(model) if fused else contextlib.nullcontext():
-        _wrap_forward(ledger, model, job)
+        _wrap_forward(ledger, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = None if forward_only else make_optimizer(job.optimizer, _groups(model), _embeddings(model))
         accumulate = min(job.gradient_accumulation_steps, 2)
@@ -54,16 +54,17 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, forward_
             model.zero_grad()
             del norm
             ledger.mark("end", step, "temporaries")
+        ledger.close()
 
 
-def _wrap_forward(ledger: Ledger, model, job: Job) -> None:
+def _wrap_forward(ledger: Ledger, model) -> None:
     """``Accelerator.prepare_model`` with native mixed precision."""
-    if job.mixed_precision == "no":
+    if ledger.autocast is None:
         return
     forward = model.forward
 
     def cast(self, *args, **kwargs):
-        with autocast(ledger, job):
+        with ledger.autocast.on():
             return forward(*args, **kwargs)
 
     model.forward = MethodType(convert_outputs_to_fp32(cast), model)

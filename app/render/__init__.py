@@ -1,0 +1,1 @@
+"""How an answer looks. Bytes become GiB here and nowhere before."""

@@ -1,0 +1,385 @@
+"""An answer as the page shows it: the form, the bar and the timeline as plain data, and the templates that draw them.
+
+Everything is drawn on the server. No style is inline, so that the page's policy can forbid it: positions are SVG
+attributes, colours are classes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from app import __version__
+from app.catalog.gpus import all_gpus
+from app.catalog.models import MODELS
+from app.errors import PlanError
+from app.form import fields, to_job
+from app.render import words
+from app.render.words import GIB
+
+TEMPLATES = Path(__file__).parents[2] / "templates"
+FIRST_VISIT = {
+    "model": "llama-3.1-8b",
+    "method": "qlora",
+    "gpu": "rtx-4090",
+    "batch_size": "1",
+    "sequence_length": "2048",
+}
+EXAMPLES = {
+    "70B, QLoRA, one A100": {
+        "model": "llama-3.1-70b",
+        "method": "qlora",
+        "gpu": "a100-80gb",
+        "batch_size": "1",
+        "sequence_length": "2048",
+        "lora.r": "16",
+        "lora.target_modules": "q_proj,k_proj,v_proj,o_proj",
+    },
+    "8B, LoRA, one H100": {
+        "model": "llama-3.1-8b",
+        "method": "lora",
+        "gpu": "h100",
+        "batch_size": "4",
+        "sequence_length": "2048",
+        "gradient_checkpointing": "true",
+    },
+    "0.6B in full, a 16 GB card": {
+        "model": "qwen3-0.6b",
+        "method": "full",
+        "gpu": "t4",
+        "batch_size": "1",
+        "sequence_length": "1024",
+    },
+}
+
+MAIN = ("model", "method", "gpu", "batch_size", "sequence_length")
+FOLDED = {
+    "Training": (
+        "trainer",
+        "optimizer",
+        "gradient_checkpointing",
+        "gradient_accumulation_steps",
+        "dtype",
+        "mixed_precision",
+    ),
+    "Adapters": (
+        "lora.r",
+        "lora.target_modules",
+        "lora.alpha",
+        "lora.dropout",
+        "lora.use_dora",
+        "lora.use_rslora",
+        "lora.modules_to_save",
+    ),
+    "Quantisation": (
+        "quantization.type",
+        "quantization.double_quant",
+        "quantization.compute_dtype",
+        "quantization.skip_modules",
+        "prepare_for_kbit_training",
+    ),
+    "Model and batch": (
+        "task",
+        "attention",
+        "attention_mask",
+        "target_length",
+        "new_tokens",
+        "revision",
+    ),
+    "Allocator": ("allocator.expandable_segments", "allocator.max_split_size_mb"),
+}
+LABELS = {
+    "gpu": "GPU",
+    "lora.r": "Rank",
+    "lora.use_dora": "DoRA",
+    "lora.use_rslora": "Rank-stabilised",
+    "dtype": "Weights' dtype",
+    "prepare_for_kbit_training": "Prepare for k-bit training",
+    "quantization.type": "Weights",
+    "allocator.max_split_size_mb": "Largest block to split, MiB",
+    "gradient_accumulation_steps": "Accumulation steps",
+}
+HELP = {
+    "gpu": "A card of the catalogue, or the memory of another: 24GiB.",
+    "model": "A Hub id, or a name of the list.",
+    "method": "",
+    "attention": "Which attention is run (attn_implementation).",
+}
+LISTS = {"model": "models", "gpu": "gpus"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What a page is made of: the form's ``values``, and either an ``answer`` or a ``problem``.
+
+    ``address`` is the job as a query string; ``posted`` tells that a config came with the form, which no address holds.
+    """
+
+    values: dict[str, str]
+    answer: dict | None
+    problem: PlanError | None
+    address: str
+    base_url: str
+    posted: bool
+
+
+class Control(NamedTuple):
+    """One input of the form. ``default`` is what an empty one means."""
+
+    name: str
+    label: str
+    help: str
+    choices: tuple[str, ...]
+    numeric: bool
+    list_id: str
+    value: str
+    default: str
+    error: str
+
+
+class Segment(NamedTuple):
+    """A stretch of the bar; positions in percent."""
+
+    kind: str
+    name: str
+    bytes: int
+    x: float
+    width: float
+
+
+class Bar(NamedTuple):
+    """The process against the card. ``card`` is where the card ends, in percent; None where none was asked for."""
+
+    segments: list[Segment]
+    card: float | None
+    total: int
+
+
+class Span(NamedTuple):
+    """A stretch of the timeline: a phase or a step; positions in percent."""
+
+    name: str
+    x: float
+    width: float
+
+
+class Timeline(NamedTuple):
+    """The step as stacked areas in a box of 1000 × 1000, the first area drawn first; the rest in percent of the box."""
+
+    areas: list[tuple[str, str]]
+    reserved: str
+    phases: list[Span]
+    steps: list[Span]
+    ticks: list[tuple[float, str]]
+    card: float | None
+    peak: tuple[float, float]
+    rows: list[dict[str, Any]]
+    kinds: list[tuple[str, str]]
+
+
+def render(template: str, view: View) -> str:
+    """The page, or the result alone."""
+    return _templates().get_template(template).render(view=view, **_context(view))
+
+
+@lru_cache(maxsize=1)
+def _templates() -> Environment:
+    templates = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"size": words.size, "number": words.number}
+    templates.globals |= {
+        "version": __version__,
+        "words": words,
+        "bar": bar,
+        "timeline": timeline,
+        "layer_rows": layer_rows,
+        "with_gpu": with_gpu,
+        "curl": curl,
+        "gpus": all_gpus(),
+        "models": MODELS,
+        "examples": {name: urlencode(pairs) for name, pairs in EXAMPLES.items()},
+    }
+    return templates
+
+
+def _context(view: View) -> dict[str, Any]:
+    controls = {name: _control(name, view) for names in (MAIN, *FOLDED.values()) for name in names}
+    at = _control_of(view.problem, controls)
+    if at:
+        controls[at] = controls[at]._replace(error=view.problem.message)
+    elif view.problem and view.problem.field == "config":
+        at = "config"
+    folded = []
+    for title, names in FOLDED.items():
+        group = [controls[name] for name in names]
+        folded.append((title, group, any(control.value or control.error for control in group)))
+    return {"main": [controls[name] for name in MAIN], "folded": folded, "error_at": at}
+
+
+def _control(name: str, view: View) -> Control:
+    field = fields()[name]
+    label = LABELS.get(name) or name.split(".")[-1].replace("_", " ").capitalize()
+    return Control(
+        name=name,
+        label=label,
+        help=HELP.get(name, field.help),
+        choices=field.choices if field.kind != "array" else (),
+        numeric=field.kind in ("integer", "number"),
+        list_id=LISTS.get(name, ""),
+        value=view.values.get(name, ""),
+        default=_default(name, view.answer),
+        error="",
+    )
+
+
+def _control_of(problem: PlanError | None, controls: dict) -> str:
+    """The control that a problem is shown at: its field's, else the first of the field's group."""
+    field = problem.field if problem else None
+    if field is None or field in controls:
+        return field or ""
+    return next((name for name in controls if name.startswith(field.partition(".")[0] + ".")), "")
+
+
+def _default(name: str, answer: dict | None) -> str:
+    """What the answer's job has for a field, as text."""
+    value: Any = answer["job"] if answer else None
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ", ".join(value)
+    return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def bar(answer: dict) -> Bar:
+    """The parts of the peak, what is reserved beside them and the CUDA context, against the card."""
+    peak, card = answer["peak"], words.asked_card(answer)
+    total = max(peak["process"], card["memory_bytes"] if card else 0)
+    stretches = words.parts(answer) + [
+        ("unused", "Reserved, unused", peak["reserved"] - peak["allocated"]),
+        ("context", "CUDA context", peak["process"] - peak["reserved"]),
+    ]
+    segments, taken = [], 0
+    for kind, name, count in stretches:
+        if count:
+            segments.append(Segment(kind, name, count, _percent(taken, total), _percent(count, total)))
+            taken += count
+    return Bar(segments, _percent(card["memory_bytes"], total) if card else None, total)
+
+
+def timeline(answer: dict) -> Timeline:
+    """The step's memory in order of its allocations."""
+    kinds = answer["timeline"]["kinds"]
+    points = [point for point in answer["timeline"]["points"] if point["phase"] != "end"]
+    order = [kind for kind in words.KINDS if kind in kinds]
+    columns = [kinds.index(kind) for kind in order]
+    used = [i for i, column in enumerate(columns) if any(point["bytes"][column] for point in points)]
+    first, last = points[0]["event"], points[-1]["event"]
+    span = max(1, last - first)
+    card = words.asked_card(answer)
+    limit = card["limit"] if card and 0 < card["limit"] < 1.5 * answer["peak"]["reserved"] else None
+    top = max(answer["peak"]["reserved"], limit or 0) * 1.06
+    xs = [round(1000 * (point["event"] - first) / span) for point in points]
+    sums = [0] * len(points)
+    areas = []
+    for i in used:
+        sums = [total + point["bytes"][columns[i]] for total, point in zip(sums, points)]
+        line = " ".join(f"{x},{_down(total, top)}" for x, total in zip(xs, sums))
+        areas.append((order[i], f"{xs[0]},1000 {line} {xs[-1]},1000"))
+    reserved = " ".join(f"{x},{_down(point['reserved'], top)}" for x, point in zip(xs, points))
+    peak = max(range(len(points)), key=lambda i: points[i]["allocated"])
+    rows = [
+        {
+            "x": x / 10,
+            "step": point["step"],
+            "phase": point["phase"],
+            "module": point["module"],
+            "allocated": point["allocated"],
+            "kinds": [point["bytes"][columns[i]] for i in used],
+        }
+        for x, point in zip(xs, points)
+    ]
+    return Timeline(
+        areas=areas[::-1],
+        reserved=reserved,
+        phases=_spans(points, xs, lambda point: (point["step"], point["phase"]), lambda key: key[1]),
+        steps=_spans(points, xs, lambda point: point["step"], lambda key: words.STEPS.get(key, f"Step {key}")),
+        ticks=[(_down(tick, top) / 10, words.size(tick)) for tick in _ticks(top)],
+        card=_down(limit, top) / 10 if limit else None,
+        peak=(xs[peak] / 10, _down(points[peak]["allocated"], top) / 10),
+        rows=rows,
+        kinds=[(order[i], words.KINDS[order[i]]) for i in used],
+    )
+
+
+def _down(count: int, top: float) -> int:
+    """A height as SVG counts: from the top, in thousandths."""
+    return round(1000 - 1000 * count / top)
+
+
+def _percent(part: int, whole: int) -> float:
+    return round(100 * part / whole, 3)
+
+
+def _spans(points: list[dict], xs: list[int], key, name) -> list[Span]:
+    """Stretches of equal ``key``, each from the end of the one before."""
+    out: list[Span] = []
+    start = 0
+    for i, point in enumerate(points):
+        if i + 1 == len(points) or key(points[i + 1]) != key(point):
+            end = xs[i] / 10
+            if end > start:
+                out.append(Span(name(key(point)), start, round(end - start, 1)))
+            start = end
+    return out
+
+
+def _ticks(top: float) -> list[int]:
+    """Three to six round amounts below ``top``, zero left out."""
+    unit = 1 << 10
+    while unit * 1024 < top and unit < GIB:
+        unit *= 1024
+    scale = unit
+    while True:
+        for factor in (1, 2, 5):
+            step = scale * factor
+            if top / step <= 6:
+                return list(range(step, int(top), step))
+        scale *= 10
+
+
+def layer_rows(answer: dict) -> list[tuple[str, int, list[dict]]]:
+    """The layers as (repeated block, how often, its modules); ``""`` holds those outside of blocks."""
+    out: list[tuple[str, int, list[dict]]] = []
+    for layer in answer["layers"]:
+        block, name = words.split_path(layer["path"])
+        if not out or out[-1][0] != block:
+            out.append((block, layer["count"], []))
+        out[-1][2].append({**layer, "name": name})
+    return out
+
+
+def with_gpu(view: View, gpu: str) -> str:
+    """The address of the same job on another card."""
+    kept = {key: text for key, text in view.values.items() if not key.startswith("gpu.") and key != "config"}
+    return urlencode({**kept, "gpu": gpu})
+
+
+def curl(view: View) -> str:
+    """The command that asks for this answer; a config is left for the reader to fill in."""
+    values = dict(view.values)
+    if view.posted:
+        values.pop("model", None)
+        values["config"] = '{"model_type": "…"}'
+    body = json.dumps(to_job(values.items()), ensure_ascii=False).replace("'", "'\\''")
+    return f"curl -s {view.base_url}estimate -H 'content-type: application/json' -d '{body}'"
+
+

@@ -1,0 +1,218 @@
+"""An answer as a page of a terminal: the verdict in words, the bar, the tables."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from app.render import words
+from app.render.words import size
+
+COLORS = {
+    "weights": "blue",
+    "quantization_constants": "bright_blue",
+    "adapters": "cyan",
+    "buffers": "bright_black",
+    "inputs": "bright_black",
+    "optimizer_state": "magenta",
+    "gradients": "yellow",
+    "kv_cache": "bright_green",
+    "activations": "green",
+    "activation_gradients": "bright_yellow",
+    "logits_and_loss": "red",
+    "dequantized_weights": "bright_cyan",
+    "optimizer_temporaries": "bright_magenta",
+    "kernel_workspace": "white",
+    "temporaries": "bright_red",
+}
+GLYPHS = "█▓▒░▚▞▙▟▛▜"
+STATES = {"fits": "bold green", "tight": "bold yellow", "does_not_fit": "bold red", "unasked": "bold"}
+CARDS = 6
+WIDEST = 110
+
+
+def page(answer: dict, width: int) -> RenderableType:
+    """The whole page for an answer, ``width`` columns wide."""
+    head = Text.assemble(
+        (words.verdict(answer), STATES[words.state(answer)]),
+        "\n",
+        (words.model_name(answer), "bold"),
+        f", {words.number(answer['model']['parameters'])} parameters\n",
+        (words.settings(answer), "dim"),
+    )
+    parts = [head, "", _peaks(answer), "", _bar(answer, width - 2), "", _title("Phases"), _phases(answer)]
+    parts += ["", _title("Layers (bytes of one)"), _layers(answer, width), "", _title("Smallest cards that fit"), _cards(answer)]
+    if answer["warnings"]:
+        parts += ["", _title("Warnings")]
+        parts += [Padding(Text(f"! {warning}", "yellow"), (0, 0, 0, 2)) for warning in answer["warnings"]]
+    parts += ["", Text(words.stack(answer), "dim")]
+    return Group(*parts)
+
+
+def show(answer: dict, console: Console) -> None:
+    """Print the page, no wider than reads well."""
+    width = min(console.width, WIDEST)
+    console.print(page(answer, width), highlight=False, width=width)
+
+
+def _title(text: str) -> Text:
+    return Text(text, "bold")
+
+
+def _peaks(answer: dict) -> RenderableType:
+    peak = answer["peak"]
+    low, high = peak["process_interval"]
+    table = _grid("left", "right", "left")
+    table.add_row("Allocated", size(peak["allocated"]), Text("max_memory_allocated", "dim"))
+    table.add_row("Reserved", size(peak["reserved"]), Text("max_memory_reserved", "dim"))
+    table.add_row("Process", size(peak["process"]), Text(f"as nvidia-smi shows it: {size(low)} to {size(high)}", "dim"))
+    if answer["load"]["peak_reserved"] > peak["reserved"]:
+        table.add_row("Loading", size(answer["load"]["peak_reserved"]), Text("reserved while the model loads", "dim"))
+    place = words.peak_place(answer)
+    return Group(table, Padding(Text(f"The peak comes {place}."), (0, 0, 0, 2)))
+
+
+def _grid(*justify: str) -> Table:
+    table = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+    for side in justify:
+        table.add_column(justify=side)
+    return table
+
+
+def _bar(answer: dict, width: int) -> RenderableType:
+    """The process against the card: one glyph and colour a part, what is free as dots."""
+    peak, card = answer["peak"], words.asked_card(answer)
+    total = max(peak["process"], card["memory_bytes"] if card else 0)
+    entries = sorted(words.parts(answer), key=lambda part: -part[2])
+    named = [(name, count, COLORS.get(kind, "white")) for kind, name, count in entries if count >= total / 1000]
+    named += [
+        ("Everything else", sum(count for _, _, count in entries if count < total / 1000), "bright_black"),
+        ("Reserved, unused", peak["reserved"] - peak["allocated"], "bright_black"),
+        ("CUDA context", peak["process"] - peak["reserved"], "bright_black"),
+    ]
+    bar, legend = Text(), _grid("left", "left", "right", "right")
+    done = drawn = 0
+    for index, (name, count, color) in enumerate(named):
+        if not count:
+            continue
+        done += count
+        cells = round(done / total * width) - drawn
+        drawn += cells
+        glyph = GLYPHS[index % len(GLYPHS)]
+        bar.append(glyph * cells, color)
+        legend.add_row(Text(glyph, color), name, size(count), Text(f"{100 * count / total:.1f} %", "dim"))
+    free = total - peak["process"]
+    bar.append("·" * (width - drawn), "dim")
+    if card:
+        legend.add_row(Text("·", "dim"), "Free" if free else "Card", size(free or card["memory_bytes"]), "")
+    return Group(Padding(bar, (0, 0, 0, 2)), legend)
+
+
+def _phases(answer: dict) -> Table:
+    table = _table("", "Phase", "Start", "Peak", "End", "Reserved")
+    last = None
+    for phase in words.phases(answer):
+        title = phase["title"] if phase["title"] != last else ""
+        last = phase["title"]
+        style = None
+        if (phase["step"], phase["name"]) == (answer["peak"]["step"], answer["peak"]["phase"]):
+            style = "bold"
+        amounts = ("allocated_start", "peak_allocated", "allocated_end", "peak_reserved")
+        table.add_row(title, phase["name"], *(size(phase[amount]) for amount in amounts), style=style)
+    return table
+
+
+def weights_of(answer: dict) -> tuple[str, str]:
+    """The field of a layer that holds its weights as this job stores them, and that layout's name."""
+    kind = answer["job"]["quantization"]
+    if kind is None or kind["type"] == "int8":
+        return "base", answer["job"]["dtype"]
+    return ("nf4_double_quant", f"{kind['type']} double") if kind["double_quant"] else ("nf4", kind["type"])
+
+
+def _layers(answer: dict, width: int) -> Table:
+    stored, layout = weights_of(answer)
+    columns = {
+        stored: layout,
+        "adapters": "Adapters",
+        "gradients": "Gradients",
+        "optimizer_state": "State",
+        "activations": "Activ.",
+        "activations_checkpointed": "checkp.",
+    }
+    if width < 100:
+        del columns["gradients"]
+    used = [field for field in columns if any(layer[field] for layer in answer["layers"])]
+    table = _table("Module", "Params", *(columns[field] for field in used))
+    table.columns[0].overflow = "fold"
+    table.columns[0].no_wrap = False
+    above = None
+    for layer in answer["layers"]:
+        block, name = words.split_path(layer["path"])
+        if block and block != above:
+            table.add_row(block + (f"  × {layer['count']}" if layer["count"] > 1 else ""), style="bold")
+        above = block
+        amounts = (size(layer[field]) if layer[field] else "" for field in used)
+        parameters = words.number(layer["parameters"]) if layer["parameters"] else ""
+        table.add_row(f"  {name}" if block else name, parameters, *amounts)
+    return table
+
+
+def _cards(answer: dict) -> RenderableType:
+    cards = words.cards_that_fit(answer)
+    if not cards:
+        return Padding(Text("None of the catalogue holds this job."), (0, 0, 0, 2))
+    table = _table("Card", "Memory", "To spare", "")
+    for fit in cards[:CARDS]:
+        note = "tight" if fit["verdict"] == "tight" else ""
+        table.add_row(fit["name"], size(fit["memory_bytes"]), size(fit["headroom"]), note)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """A quiet table: no lines, a dim head, words to the left and numbers to the right."""
+    table = Table(box=None, pad_edge=True, padding=(0, 1, 0, 1), header_style="dim")
+    text = {"", "Phase", "Module", "Card", "--gpu", "Model", "Also called", "Smallest card that fits"}
+    for name in columns:
+        table.add_column(name, justify="left" if name in text else "right", no_wrap=True)
+    return table
+
+
+def gpus(cards, console: Console) -> None:
+    """The catalogue of cards."""
+    table = _table("Card", "--gpu", "Memory", "Sold as", "bf16")
+    for card in cards:
+        memory = ("" if card.measured else "~") + size(card.total_memory)
+        table.add_row(card.name, card.key, memory, f"{card.marketed_gb} GB", "yes" if card.bf16 else "no")
+    console.print(table, highlight=False)
+    console.print(Text("  Memory: what torch can use. ~ derived from nvidia-smi's total, not read.", "dim"))
+
+
+def models(found, console: Console) -> None:
+    """Models of the catalogue."""
+    table = _table("Model", "Params", "Also called")
+    table.columns[2].no_wrap = False
+    for model in found:
+        table.add_row(model.id, words.number(model.parameters), ", ".join(model.aliases))
+    console.print(table, highlight=False)
+
+
+def ladder() -> Table:
+    """The empty table of ``demo``: one row a model."""
+    return _table("Model", "Params", "Weights", "Peak", "Process", "Smallest card that fits")
+
+
+def ladder_row(table: Table, answer: dict) -> None:
+    """Add one answer to :func:`ladder`'s table."""
+    weights = sum(answer["parts"].get(kind, 0) for kind in ("weights", "quantization_constants"))
+    cards = words.cards_that_fit(answer)
+    table.add_row(
+        words.model_name(answer),
+        words.number(answer["model"]["parameters"]),
+        size(weights),
+        size(answer["peak"]["allocated"]),
+        size(answer["peak"]["process"]),
+        cards[0]["name"] if cards else "none",
+    )

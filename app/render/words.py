@@ -1,0 +1,171 @@
+"""What every rendering says in the same words: sizes, the verdict, the place of the peak, the cards that fit."""
+
+from __future__ import annotations
+
+import re
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+FITTING = ("fits", "tight")
+
+KINDS = {
+    "weights": "Weights",
+    "quantization_constants": "Quantisation constants",
+    "adapters": "Adapters",
+    "buffers": "Buffers",
+    "inputs": "Inputs",
+    "optimizer_state": "Optimizer state",
+    "gradients": "Gradients",
+    "kv_cache": "KV cache",
+    "activations": "Activations",
+    "activation_gradients": "Gradients of activations",
+    "logits_and_loss": "Logits and loss",
+    "dequantized_weights": "Dequantised weights",
+    "optimizer_temporaries": "Optimizer temporaries",
+    "kernel_workspace": "Kernel workspace",
+    "temporaries": "Temporaries",
+}
+"""Names of the kinds of memory, those that stay first: so they are stacked."""
+
+STEPS = {0: "Load", 1: "First step", 2: "Steady step"}
+_DURING = {
+    "load": "while the model loads",
+    "forward": "in the forward pass",
+    "backward": "in the backward pass",
+    "optimizer": "in the optimizer step",
+    "generate": "while generating",
+}
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them: GiB from 100 MiB on, else MiB or KiB."""
+    if abs(count) >= 100 * MIB:
+        return f"{count / GIB:.2f} GiB" if abs(count) < 10 * GIB else f"{count / GIB:.1f} GiB"
+    if abs(count) >= MIB:
+        return f"{count / MIB:.1f} MiB"
+    return f"{count / KIB:.1f} KiB" if count else "0"
+
+
+def number(count: int) -> str:
+    """A count of parameters: 8.03 B, 135 M, 4096."""
+    for scale, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return str(count)
+
+
+def during(phase: str) -> str:
+    """A phase as part of a sentence."""
+    return _DURING.get(phase, f"in {phase}")
+
+
+def with_article(name: str) -> str:
+    """A card's name with *a* or *an*, as it is read aloud; a name that has its own, or is not a card's, as it is."""
+    first = name.split()[0] if name.split() else ""
+    if first.lower() in ("a", "an", "my", "the", "our"):
+        return name
+    spelled = first[:2].isupper() and first != "TITAN" or first[1:2].isdigit()
+    return f"an {name}" if first[:1].upper() in ("AEFHILMNORSX" if spelled else "AEIOU") else f"a {name}"
+
+
+def asked_card(answer: dict) -> dict | None:
+    """The verdict on the card that the job names, or None where it names none."""
+    return answer["fits"][0] if answer["job"]["gpu"] is not None else None
+
+
+def state(answer: dict) -> str:
+    """``fits``, ``tight`` or ``does_not_fit`` on the job's card; ``unasked`` where it names none."""
+    card = asked_card(answer)
+    return card["verdict"] if card else "unasked"
+
+
+def cards_that_fit(answer: dict) -> list[dict]:
+    """The verdicts on cards that hold the job, smallest first."""
+    return sorted((fit for fit in answer["fits"] if fit["verdict"] in FITTING), key=lambda fit: fit["memory_bytes"])
+
+
+def verdict(answer: dict) -> str:
+    """The answer to the question, in one sentence."""
+    card = asked_card(answer)
+    if card is None:
+        needs = f"Needs {size(answer['peak']['process'])}"
+        cards = cards_that_fit(answer)
+        return f"{needs}: the smallest card is {with_article(cards[0]['name'])}" if cards else f"{needs}: no card holds it"
+    name = with_article(card["name"])
+    if card["verdict"] == "fits":
+        return f"Fits {name} with {size(card['headroom'])} to spare"
+    if card["verdict"] == "tight":
+        return f"Tight on {name}: {size(card['headroom'])} to spare, give or take {size(card['margin'])}"
+    missing = size(-card["headroom"])
+    where = f", out of memory {during(card['breaks'])}" if card["breaks"] else ""
+    return f"Does not fit {name}: {missing} short{where}"
+
+
+def margin(answer: dict) -> str:
+    """How sure the verdict is, and why."""
+    card = answer["fits"][0]
+    return f"± {size(card['margin'])}: {card['margin_source']}"
+
+
+def peak_place(answer: dict) -> str:
+    """When and where the step is at its highest."""
+    peak = answer["peak"]
+    step = {1: "the first step", 2: "a steady step"}.get(peak["step"], "the step")
+    place = f"{during(peak['phase'])} of {step}" if peak["phase"] != "generate" else during("generate")
+    return f"{place}, at {operator(peak['module'], peak['op'])}"
+
+
+def operator(module: str, op: str) -> str:
+    """An operator and its module, without PyTorch's overload names."""
+    name = re.sub(r"\.(default|out|Tensor|Scalar)$", "", op).strip("_")
+    return f"{name} in {module}" if module else name
+
+
+def model_name(answer: dict) -> str:
+    """The model: its id, else its class."""
+    return answer["model"].get("id") or answer["model"]["class"]
+
+
+def settings(answer: dict) -> str:
+    """The job on one line, as its answer resolved it."""
+    job = answer["job"]
+    out = [job["method"]]
+    if job["quantization"]:
+        kind = job["quantization"]
+        out.append(kind["type"] + (" double quant" if kind["double_quant"] and kind["type"] != "int8" else ""))
+    if job["lora"]:
+        targets = job["lora"]["target_modules"]
+        where = targets if isinstance(targets, str) else ", ".join(targets or ())
+        out.append(f"LoRA r{job['lora']['r']}" + (f" on {where}" if where else ""))
+    out.append(f"batch {job['batch_size']}" + (f" × {job['sequence_length']}" if job["sequence_length"] else ""))
+    if job["method"] == "inference":
+        out.append(f"{job['new_tokens']} new tokens")
+    else:
+        out += [job["optimizer"], f"checkpointing {job['gradient_checkpointing'].replace('_', '-')}", job["trainer"]]
+    return " · ".join([*out, job["dtype"], job["attention"]])
+
+
+def parts(answer: dict) -> list[tuple[str, str, int]]:
+    """What is alive at the peak as (kind, name, bytes), in the order in which it is stacked."""
+    alive = answer["parts"]
+    known = [(kind, name, alive[kind]) for kind, name in KINDS.items() if alive.get(kind)]
+    return known + [(kind, kind.replace("_", " "), count) for kind, count in alive.items() if kind not in KINDS]
+
+
+def phases(answer: dict) -> list[dict]:
+    """The phases worth a row: those in which something is taken, with the name of their step."""
+    return [
+        {**phase, "title": STEPS.get(phase["step"], f"Step {phase['step']}")}
+        for phase in answer["phases"]
+        if phase["name"] != "end"
+    ]
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """A module's path as the repeated block that it is in (``model.layers.{0..31}``, or nothing) and the rest."""
+    found = re.fullmatch(r"(.*?\.(?:\d+|\{[^}]*\}))(?:\.(.+))?", path)
+    return (found[1], found[2] or "(itself)") if found else ("", path)
+
+
+def stack(answer: dict) -> str:
+    """The versions that the plan was traced with."""
+    return " · ".join(f"{name} {version}" for name, version in answer["stack"].items())

@@ -1,0 +1,311 @@
+"""The page and the HTTP API. One trace at a time; every error leaves through one handler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+import anyio
+import anyio.to_thread
+from fastapi import Body, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from pydantic import WrapValidator
+from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+
+from app import __version__
+from app.answer import Answer, Failure, GpuRow, Health, Line, ModelRow
+from app.batch import Unexpected, failure, plan, unwrap
+from app.catalog.gpus import all_gpus
+from app.catalog.models import find_model, search_models
+from app.errors import PlanError
+from app.form import to_job
+from app.job import Job, read_job
+from app.render import html
+
+BODY_LIMIT = 4 << 20
+"""Bytes of a request. A config.json has kilobytes."""
+WAITING_LIMIT = 16
+"""Jobs in line, beyond which a visitor is asked to come back."""
+BATCH_LIMIT = 1000
+STATIC = Path(__file__).parents[1] / "static"
+POLICY = "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'self'; frame-ancestors 'none'"
+HEADERS = {
+    b"content-security-policy": POLICY.encode(),
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cache-control": b"no-cache",
+}
+
+EXAMPLES = {
+    "qlora": {
+        "summary": "QLoRA of an 8B model on a 24 GB card",
+        "value": {"model": "llama-3.1-8b", "method": "qlora", "sequence_length": 2048, "gpu": "rtx-4090"},
+    },
+    "full": {
+        "summary": "A config of one's own, trained in full on a card of one's own",
+        "value": {
+            "config": {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "hidden_size": 512,
+                "intermediate_size": 1376,
+                "num_hidden_layers": 8,
+                "num_attention_heads": 8,
+                "vocab_size": 32000,
+            },
+            "method": "full",
+            "batch_size": 8,
+            "gpu": {"name": "my card", "memory_bytes": 12 << 30},
+        },
+    },
+}
+BATCH_EXAMPLES = {
+    "two": {
+        "summary": "A job, and a job with an id",
+        "value": [EXAMPLES["qlora"]["value"], {"id": "own", "job": EXAMPLES["full"]["value"]}],
+    }
+}
+
+JobBody = Annotated[Job, WrapValidator(lambda value, _: read_job(value)), Body(openapi_examples=EXAMPLES)]
+"""A Job, documented by its schema and read by :func:`read_job`, whose errors name the nearest field."""
+Items = Annotated[list[Job | dict], WrapValidator(lambda value, _: value), Body(openapi_examples=BATCH_EXAMPLES)]
+ERRORS = {
+    422: {"model": Failure, "description": "The job cannot be planned, or is none."},
+    413: {"model": Failure, "description": "The request is too large."},
+    500: {"model": Failure, "description": "A fault of the planner."},
+    503: {"model": Failure, "description": "Too many jobs wait; Retry-After says when to come back."},
+}
+
+
+class Busy(PlanError):
+    """Too many jobs wait."""
+
+    def __init__(self):
+        super().__init__(f"more than {WAITING_LIMIT} jobs are waiting here", "try again in a few seconds")
+
+
+class Desk:
+    """Where jobs are planned: one at a time, in the order they came, on a thread of their own."""
+
+    def __init__(self, local_files: bool):
+        self.local_files = local_files
+        self.slot = anyio.CapacityLimiter(1)
+
+    @property
+    def waiting(self) -> int:
+        return self.slot.statistics().tasks_waiting
+
+    def admit(self) -> None:
+        """Raise :class:`Busy` where the line is full."""
+        if self.waiting >= WAITING_LIMIT:
+            raise Busy
+
+    async def plan(self, job: Any, request: Request | None = None, *, all_layers: bool = False) -> dict:
+        """The answer to ``job``. Raises :class:`PlanError`. A visitor who has left is not planned for."""
+        self._refuse_local(job)
+        async with self.slot:
+            if request is not None and await request.is_disconnected():
+                raise Busy
+            return await anyio.to_thread.run_sync(partial(plan, job, all_layers=all_layers))
+
+    def _refuse_local(self, job: Any) -> None:
+        name = job.model if isinstance(job, Job) else job.get("model") if isinstance(job, dict) else None
+        if self.local_files or not isinstance(name, str) or find_model(name) is not None:
+            return
+        if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or os.path.exists(name):
+            raise PlanError("this server reads no files of its own", "send the config.json as `config`", "model")
+
+
+class Guard:
+    """Middleware: the headers of every response, and an end to bodies that are too large."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        taken = 0
+
+        async def limited():
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > BODY_LIMIT:
+                raise HTTPException(413)
+            return message
+
+        async def with_headers(message):
+            if message["type"] == "http.response.start":
+                given = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(pair for pair in HEADERS.items() if pair[0] not in given)]
+            await send(message)
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > BODY_LIMIT:
+            return await _refuse(413)(scope, receive, with_headers)
+        await self.app(scope, limited, with_headers)
+
+
+def _refuse(status: int) -> JSONResponse:
+    messages = {
+        404: ("there is nothing at this address", "see /openapi.json for what there is"),
+        405: ("this address does not take that method", "see /openapi.json for what it takes"),
+        413: (f"the request has more than {BODY_LIMIT} bytes", "send less: no config.json is that large"),
+    }
+    error = PlanError(*messages.get(status, ("the request cannot be read", "see /openapi.json")))
+    return JSONResponse(failure(error), status)
+
+
+def _status(error: PlanError) -> tuple[int, dict[str, str]]:
+    if isinstance(error, Busy):
+        return 503, {"retry-after": "5"}
+    return (500 if isinstance(error, Unexpected) else 422), {}
+
+
+async def _on_plan_error(_: Request, error: PlanError) -> Response:
+    status, headers = _status(error)
+    return JSONResponse(failure(error), status, headers)
+
+
+async def _on_malformed(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    reason = first.get("ctx", {}).get("error") if first["type"] == "json_invalid" else None
+    what = f"the body is not JSON: {reason}" if reason else f"the request: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return await _on_plan_error(request, PlanError(what, "send a job as JSON; /openapi.json has its schema"))
+
+
+async def _on_http(_: Request, error: HTTPException) -> Response:
+    return _refuse(error.status_code)
+
+
+def create_app(*, local_files: bool = False, warm: bool = False) -> FastAPI:
+    """The application. ``local_files``: a job's model may be a path here; ``warm``: plan the first visit's job early."""
+    desk = Desk(local_files)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if not warm:
+            yield
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(desk.plan, to_job(html.FIRST_VISIT.items()))
+            yield
+
+    app = FastAPI(
+        title="vramplan",
+        version=__version__,
+        summary="Will it fit? The GPU memory of a training step, from config.json alone.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.add_middleware(GZipMiddleware, minimum_size=2000)
+    app.add_middleware(Guard)
+    app.add_exception_handler(PlanError, _on_plan_error)
+    app.add_exception_handler(RequestValidationError, _on_malformed)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    _add_api(app, desk)
+    _add_page(app, desk)
+    return app
+
+
+def _add_api(app: FastAPI, desk: Desk) -> None:
+    @app.post("/estimate", response_model=Answer, responses=ERRORS, summary="Plan one job")
+    async def estimate(request: Request, job: JobBody, all_layers: bool = False) -> Response:
+        desk.admit()
+        return JSONResponse(await desk.plan(job, request, all_layers=all_layers))
+
+    @app.get("/estimate.json", response_model=Answer, responses=ERRORS, summary="Plan the job of a page's address")
+    async def estimate_address(request: Request) -> Response:
+        desk.admit()
+        return JSONResponse(await desk.plan(to_job(request.query_params.multi_items()), request))
+
+    @app.post(
+        "/estimate/batch",
+        response_model=list[Answer | Line],
+        responses=ERRORS,
+        summary="Plan many jobs; each gets its answer or its error",
+    )
+    async def batch(request: Request, items: Items) -> Response:
+        if not isinstance(items, list):
+            raise PlanError("a batch is a list of jobs", 'send [{"model": "…"}, {"id": 1, "job": {"model": "…"}}]')
+        if len(items) > BATCH_LIMIT:
+            raise PlanError(f"a batch of {len(items)} jobs is too long", f"send at most {BATCH_LIMIT} at once")
+        desk.admit()
+        out = []
+        for item in items:
+            tag, job = unwrap(item)
+            try:
+                out.append({**tag, **await desk.plan(job, request)})
+            except PlanError as error:
+                out.append({**tag, **failure(error)})
+        return JSONResponse(out)
+
+    @app.get("/gpus", summary="The cards of the catalogue, the smallest first")
+    async def gpus() -> list[GpuRow]:
+        return [GpuRow(**asdict(card)) for card in all_gpus()]
+
+    @app.get("/models", responses={422: ERRORS[422]}, summary="Models that need no download")
+    async def models(
+        q: Annotated[str, Query(max_length=200, description="Words of a model's name.")] = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    ) -> list[ModelRow]:
+        return [
+            ModelRow(id=m.id, parameters=m.parameters, model_type=m.config["model_type"], aliases=list(m.aliases))
+            for m in search_models(q, limit)
+        ]
+
+    @app.get("/health", summary="Whether the service is up")
+    async def health() -> Health:
+        return Health(version=__version__, waiting=desk.waiting)
+
+
+def _add_page(app: FastAPI, desk: Desk) -> None:
+    async def respond(request: Request, pairs: list[tuple[str, str]], template: str) -> Response:
+        """Plan what the form holds and render it; an error is rendered at its field, the rest of the form kept."""
+        values = {key: text for key, text in pairs if text.strip()}
+        answer, problem, status, headers = None, None, 200, {}
+        try:
+            if "config" in values:
+                pairs = [pair for pair in pairs if pair[0] != "model"]
+            job = to_job(pairs)
+            desk.admit()
+            answer = await desk.plan(job, request)
+        except PlanError as error:
+            problem = error
+            status, headers = _status(error)
+        address = urlencode([pair for pair in values.items() if pair[0] != "config"])
+        view = html.View(values, answer, problem, address, str(request.base_url), posted="config" in values)
+        return HTMLResponse(html.render(template, view), status, headers)
+
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return await respond(request, request.query_params.multi_items() or list(html.FIRST_VISIT.items()), "page.html")
+
+    @app.get("/result", include_in_schema=False)
+    async def result(request: Request) -> Response:
+        return await respond(request, request.query_params.multi_items(), "result.html")
+
+    @app.post("/", include_in_schema=False)
+    async def page_of_config(request: Request) -> Response:
+        return await respond(request, await _posted(request), "page.html")
+
+    @app.post("/result", include_in_schema=False)
+    async def result_of_config(request: Request) -> Response:
+        return await respond(request, await _posted(request), "result.html")
+
+
+async def _posted(request: Request) -> list[tuple[str, str]]:
+    form = await request.form(max_files=0)
+    return [(key, value) for key, value in form.multi_items() if isinstance(value, str)]
