@@ -15,17 +15,19 @@ import torch
 
 aten = torch.ops.aten
 
-HOST_READS: dict[str, bool | None] = {
+HOST_READS: dict[str, bool | str] = {
     # transformers/masking_utils.py: "is every sequence one sequence?" The job has no packed sequences.
     "find_packed_sequence_indices": True,
-    # "does the mask hide nothing?" None: as the job says.
-    "_ignore_causal_mask_sdpa": None,
-    "_ignore_bidirectional_mask_sdpa": None,
-    "create_recurrent_attention_mask": None,
-    "flash_attention_mask": None,
-    "fast_all": None,
+    # "does the mask hide nothing?"
+    "_ignore_causal_mask_sdpa": "full",
+    "_ignore_bidirectional_mask_sdpa": "full",
+    "create_recurrent_attention_mask": "full",
+    "flash_attention_mask": "full",
+    "fast_all": "full",
+    # transformers/modeling_rope_utils.py: the largest position, plus one
+    "longrope_frequency_update": "length",
 }
-"""Functions that read a tensor's value on the host, and what they are told."""
+"""Functions that read a tensor's value on the host, and what they are told: a value, or what the job says of it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def attention_backend(card: Card, query, key, value, mask, dropout_p: float, is_
         and key.shape[-2] != 1
         and head % 8 == 0
         and value_head % 8 == 0
-        and _cudnn_takes_heads(head, value_head)
+        and _cudnn_takes_heads(card, head, value_head)
         and not (mask is not None and mask.requires_grad)
     ):
         return "cudnn"
@@ -106,9 +108,11 @@ def attention_backend(card: Card, query, key, value, mask, dropout_p: float, is_
     return "math"
 
 
-def _cudnn_takes_heads(head: int, value_head: int) -> bool:
-    """``check_cudnn_tensor_shapes``: up to 128, and 192 with values of 128 (256 needs cuDNN 9.22 and a newer build)."""
-    return (head <= 128 and value_head <= 128) or (head == 192 and value_head == 128)
+def _cudnn_takes_heads(card: Card, head: int, value_head: int) -> bool:
+    """``check_cudnn_tensor_shapes``: up to 128, on sm90 up to 256 (measured on an H100: heads of 256 run cuDNN), and 192
+    with values of 128 on sm100."""
+    limit = 256 if card.capability == (9, 0) else 128
+    return (head <= limit and value_head <= limit) or (head == 192 and value_head == 128)
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
@@ -445,6 +449,37 @@ def _index(ledger, func, args, kwargs, place):
     return out
 
 
+@_kernel(aten.nonzero.default)
+def _nonzero(ledger, func, args, kwargs, place):
+    """``nonzero`` of a condition that holds everywhere, as for labels none of which is ignored."""
+    out = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device="meta")
+    ledger.enter(out, func, args, place)
+    return out
+
+
+@_kernel(aten._grouped_mm.default)
+def _grouped_mm(ledger, func, args, kwargs, place):
+    """``_grouped_mm_cuda`` (native/cuda/GroupedBlas.cpp): CUTLASS on sm90 and sm100 in bf16, else a product a group.
+
+    The meta kernel refuses what the fallback takes. Measured on an H100 with CUTLASS: 64 bytes a group for the
+    arguments and 512 a multiprocessor.
+    """
+    a, b = args[0], args[1]
+    groups = b.shape[0] if b.dim() == 3 else a.shape[0] if a.dim() == 3 else args[2].shape[0]
+    if a.dtype == torch.bfloat16:
+        out = func(*args, **kwargs)
+    else:
+        rows, columns = a.shape[-2], b.shape[-1]
+        out = a.new_empty((rows, columns) if a.dim() + b.dim() == 5 else (groups, rows, columns))
+    ledger.enter(out, func, args, place)
+    if a.dtype == torch.bfloat16 and ledger.card.capability in ((9, 0), (10, 0), (10, 3)):
+        sizes = [64 * groups, 512 * ledger.card.multiprocessors]
+        ledger.transient([(size, "kernel_workspace") for size in sizes], place, "bf16bf16_grouped_mm")
+    else:
+        _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
+    return out
+
+
 @_kernel(aten.convolution.default)
 def _convolution(ledger, func, args, kwargs, place):
     """``convolution`` (native/Convolution.cpp) copies an input that is not contiguous; cuDNN wants channels last.
@@ -611,6 +646,38 @@ def _register_bitsandbytes():
         for key in keys:
             ledger.give(key)
         return out
+
+    @_kernel(bnb.int8_vectorwise_quant.default)
+    def _int8_quant(ledger, func, args, kwargs, place):
+        """backends/cuda/ops.py ``int8_vectorwise_quant``: with a threshold, ``A.abs()`` and a mask to look for
+        outliers. How many there are depends on the values; here none, as for weights of a usual scale."""
+        a = args[0]
+        stats = torch.empty(a.numel() // a.shape[-1], dtype=torch.float32, device="meta")
+        out = torch.empty(a.shape, dtype=torch.int8, device="meta")
+        ledger.enter((stats, out), func, args, place)
+        if (args[1] if len(args) > 1 else kwargs.get("threshold", 0.0)) == 0:
+            return out, stats, None
+        magnitude = ledger.take(_bytes(a), place, "temporaries", "abs")
+        mask = ledger.take(a.numel(), place, "temporaries", "outliers")
+        ledger.give(magnitude)
+        ledger.give(mask)
+        return out, stats, torch.empty(0, dtype=torch.long, device="meta")
+
+    @_kernel(bnb.int8_mixed_scaled_mm.default)
+    def _int8_mm(ledger, func, args, kwargs, place):
+        """backends/default/ops.py: the product in int32, dequantised to fp16, cast to the input's dtype."""
+        a, weight = args[0], args[2]
+        rows = a.numel() // a.shape[-1] * weight.shape[0]
+        product = ledger.take(4 * rows, place, "dequantized_weights", "int8_linear_matmul")
+        half = torch.empty(*a.shape[:-1], weight.shape[0], dtype=torch.float16, device="meta")
+        ledger.enter(half, func, args, place)
+        out = half
+        if a.dtype != torch.float16:
+            out = torch.empty(half.shape, dtype=a.dtype, device="meta")
+            ledger.enter(out, func, args, place)
+        del half
+        ledger.give(product)
+        return out, torch.empty(0, dtype=a.dtype, device="meta")
 
     @_kernel(bnb.dequantize_4bit.default, bnb.dequantize_blockwise.default)
     def _dequantize(ledger, func, args, kwargs, place):

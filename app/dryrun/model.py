@@ -320,8 +320,8 @@ def _int8(linear, path, ledger):
     weight.CB = weight.data
     weight.SCB = torch.empty(n, dtype=torch.float32, device="meta")
     new.weight = weight
-    ledger.own(weight, path, "weights")
     ledger.own(weight.SCB, path, "quantization_constants")
+    ledger.own(weight, path, "weights")
     return new
 
 

@@ -145,7 +145,7 @@ def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward
     """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; or its first forward pass."""
     from app.dryrun.trainers import run_trainer
 
-    ledger = Ledger(card, padded=job.attention_mask == "padded")
+    ledger = Ledger(card, job.attention_mask == "padded", job.sequence_length or 0)
     if job.mixed_precision != "no":
         ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
     run = run_plain if job.trainer == "pytorch" else run_trainer

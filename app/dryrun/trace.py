@@ -50,13 +50,14 @@ class Ledger(TorchDispatchMode):
     """Keeps :class:`~app.memory.event.Books` of what runs under it.
 
     ``card`` is the :class:`~app.dryrun.cuda.Card` whose kernels are meant; ``padded`` is the answer to a program
-    that asks whether its attention mask hides anything.
+    that asks whether its attention mask hides anything, ``length`` to one that asks how long a sequence is.
     """
 
-    def __init__(self, card: cuda.Card, padded: bool = False):
+    def __init__(self, card: cuda.Card, padded: bool = False, length: int = 0):
         super().__init__()
         self.card = card
         self.padded = padded
+        self.length = length
         self.books = Books()
         self.phase = "load"
         self.step = 0
@@ -261,8 +262,9 @@ class Ledger(TorchDispatchMode):
                 break
             name = frame.f_code.co_name
             if name in cuda.HOST_READS:
+                told = {"full": not self.padded, "length": self.length}
                 answer = cuda.HOST_READS[name]
-                return (not self.padded) if answer is None else answer
+                return told[answer] if isinstance(answer, str) else answer
             frame = frame.f_back
         raise DataDependent(_caller())
 

@@ -200,6 +200,7 @@ def _templates() -> Environment:
         "bar": bar,
         "timeline": timeline,
         "layer_rows": layer_rows,
+        "layer_columns": layer_columns,
         "with_gpu": with_gpu,
         "curl": curl,
         "gpus": all_gpus(),
@@ -312,7 +313,7 @@ def timeline(answer: dict) -> Timeline:
         reserved=reserved,
         phases=_spans(points, xs, lambda point: (point["step"], point["phase"]), lambda key: key[1]),
         steps=_spans(points, xs, lambda point: point["step"], lambda key: words.STEPS.get(key, f"Step {key}")),
-        ticks=[(_down(tick, top) / 10, words.size(tick)) for tick in _ticks(top)],
+        ticks=[(_down(tick, top) / 10, words.rounded(tick)) for tick in _ticks(top)],
         card=_down(limit, top) / 10 if limit else None,
         peak=(xs[peak] / 10, _down(points[peak]["allocated"], top) / 10),
         rows=rows,
@@ -365,6 +366,21 @@ def layer_rows(answer: dict) -> list[tuple[str, int, list[dict]]]:
             out.append((block, layer["count"], []))
         out[-1][2].append({**layer, "name": name})
     return out
+
+
+def layer_columns(answer: dict) -> list[tuple[str, str]]:
+    """The columns of bytes of the layers' table as (field, name); those without a number are left out."""
+    columns = {
+        "base": answer["job"]["dtype"],
+        "nf4": "NF4",
+        "nf4_double_quant": "NF4 double",
+        "adapters": "Adapters",
+        "gradients": "Gradients",
+        "optimizer_state": "State",
+        "activations": "Activations",
+        "activations_checkpointed": "… checkpointed",
+    }
+    return [(field, name) for field, name in columns.items() if any(layer[field] for layer in answer["layers"])]
 
 
 def with_gpu(view: View, gpu: str) -> str:

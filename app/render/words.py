@@ -45,6 +45,12 @@ def size(count: int) -> str:
     return f"{count / KIB:.1f} KiB" if count else "0"
 
 
+def rounded(count: int) -> str:
+    """A round amount without the zeros behind its point: 5 GiB."""
+    unit, name = (GIB, "GiB") if count >= GIB else (MIB, "MiB") if count >= MIB else (KIB, "KiB")
+    return f"{count / unit:g} {name}"
+
+
 def number(count: int) -> str:
     """A count of parameters: 8.03 B, 135 M, 4096."""
     for scale, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
