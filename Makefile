@@ -12,7 +12,7 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	touch $@
 
 test: venv
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 demo: venv
 	$(VENV)/bin/vramplan demo

@@ -59,9 +59,9 @@ Maybe = str | None
 def estimate(
     context: typer.Context,
     model: Annotated[Maybe, typer.Argument(help=fields()["model"].help, show_default=False)] = None,
-    config: Annotated[Maybe, typer.Option(help="A config.json instead of MODEL (-: standard input).", metavar="FILE")] = None,
+    config: Annotated[Maybe, typer.Option(help="A config.json instead of MODEL (-: stdin).", metavar="FILE")] = None,
     job: Annotated[Maybe, typer.Option(help="A whole job as JSON; options change it.", metavar="FILE")] = None,
-    jobs: Annotated[Maybe, typer.Option(help="Many jobs, one a line of JSON (-: standard input).", metavar="FILE")] = None,
+    jobs: Annotated[Maybe, typer.Option(help="Many jobs, one a line of JSON (-: stdin).", metavar="FILE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The answer as JSON.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Every layer, repeated ones too.")] = False,
     method: Annotated[Maybe, _field("method", "--method", "-m")] = None,
@@ -191,7 +191,7 @@ def serve(
     from app.web import create_app
 
     local = host in ("127.0.0.1", "::1", "localhost")
-    uvicorn.run(create_app(local_files=local), host=host, port=port, server_header=False)
+    uvicorn.run(create_app(local_files=local, warm=True), host=host, port=port, server_header=False)
 
 
 @app.command()

@@ -118,7 +118,7 @@ def _answer(job: Job, gpu, source: dict, traced, all_layers: bool) -> dict:
     load = reading.phases[0]
     return {
         "job": job.model_dump(exclude={"config"}, mode="json"),
-        "model": {**source, **traced.facts},
+        "model": {**source, **{key: fact for key, fact in traced.facts.items() if key != "optimizer_state"}},
         "peak": {
             "allocated": reading.peak.peak,
             "reserved": reading.reserved,
@@ -130,7 +130,7 @@ def _answer(job: Job, gpu, source: dict, traced, all_layers: bool) -> dict:
             "op": reading.peak_op,
         },
         "load": {"placed_allocated": reading.placed, "peak_allocated": load.peak, "peak_reserved": load.reserved},
-        "optimizer_state": reading.optimizer_state,
+        "optimizer_state": traced.facts["optimizer_state"],
         "phases": [
             {
                 "step": phase.step,

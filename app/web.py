@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -189,16 +189,18 @@ async def _on_http(_: Request, error: HTTPException) -> Response:
 
 
 def create_app(*, local_files: bool = False, warm: bool = False) -> FastAPI:
-    """The application. ``local_files``: a job's model may be a path here; ``warm``: plan the first visit's job early."""
+    """The application. ``local_files``: a job's model may be a path; ``warm``: plan the first visit's job at the start."""
     desk = Desk(local_files)
+
+    async def warm_up() -> None:
+        with suppress(PlanError):
+            await desk.plan(to_job(html.FIRST_VISIT.items()))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if not warm:
-            yield
-            return
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(desk.plan, to_job(html.FIRST_VISIT.items()))
+            if warm:
+                tasks.start_soon(warm_up)
             yield
 
     app = FastAPI(

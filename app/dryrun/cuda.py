@@ -24,10 +24,16 @@ HOST_READS: dict[str, bool | str] = {
     "create_recurrent_attention_mask": "full",
     "flash_attention_mask": "full",
     "fast_all": "full",
+    # transformers/generation/utils.py: "is a special token negative, is the mask of the wrong kind?"
+    "GenerationMixin._prepare_special_tokens": False,
+    "GenerationMixin.generate": False,
+    # "has every sequence ended?" Not before the length that was asked for: new tokens are a minimum too.
+    "StopCheck.__call__": "generated",
     # transformers/modeling_rope_utils.py: the largest position, plus one
     "longrope_frequency_update": "length",
 }
-"""Functions that read a tensor's value on the host, and what they are told: a value, or what the job says of it."""
+"""Functions that read a tensor's value on the host, by qualified name, and what they are told: a value, or what the
+job says of it."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ that run event for event is it repeated to the whole depth. In every other case 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import functools
+import gc
 import logging
 import math
 import re
@@ -22,7 +24,7 @@ import torch
 import transformers
 
 from app.memory.event import Books
-from app.memory.fold import Stack, Unfoldable, expand, growth_of, same, shorten
+from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, same, shorten, triples
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +47,14 @@ class Layers(NamedTuple):
 def folded_books(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], names: Iterable[str] = ()) -> Books:
     """The books of ``trace(model)``, without running more layers than it takes to know them.
 
-    ``trace`` may change the model it is given; ``model`` itself is given to it only where folding fails. ``names`` are
-    the module names that the job spells out: one with a layer's number in it makes that layer unlike the others.
+    ``trace`` may change the model it is given: it is always a copy, ``model`` itself stays as it is. ``names`` are the
+    module names that the job spells out: one with a layer's number in it makes that layer unlike the others.
     """
     try:
         return fold(model, trace, names)
     except Unfoldable as reason:
         log.info("not folded: %s", reason)
-    return trace(model)
+    return trace(shortened(model, [], []))
 
 
 def fold(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], names: Iterable[str] = ()) -> Books:
@@ -61,57 +63,101 @@ def fold(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], name
         if re.search(r"(^|\.)\d+(\.|$)", name):
             raise Unfoldable(f"the job names a layer by its number: {name}")
     groups = repeated(model)
-    whole = [range(len(group.types)) for group in groups]
-    once, twice, thrice = ([shorten(group.types, repeats) for group in groups] for repeats in (1, 2, 3))
-    if not groups or sum(map(len, once + twice)) > ENOUGH * sum(map(len, whole)):
+    depth = sum(len(group.types) for group in groups)
+    if not groups or sum(len(shorten(group.types, repeats)) for group in groups for repeats in (1, 2)) > ENOUGH * depth:
         raise Unfoldable("too few layers repeat")
+    with _without_collector():
+        try:
+            return _Fold(model, groups, trace).books()
+        except Unfoldable:
+            raise
+        except Exception as error:
+            raise Unfoldable(f"the short model does not run: {type(error).__name__}: {error}") from error
 
-    def books(kept):
-        return trace(shortened(model, groups, kept))
 
+@contextlib.contextmanager
+def _without_collector():
+    """Python's cyclic collector off: it would look for garbage among millions of live objects, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        short, longer = books(once), books(twice)
-        growth = growth_of(short, _stacks(groups, once, twice), longer)
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Fold:
+    """One model's short runs. A depth is, for each group, the layers that are kept."""
+
+    def __init__(self, model: torch.nn.Module, groups: list[Layers], trace: Callable[[torch.nn.Module], Books]):
+        self.model, self.groups, self.trace = model, groups, trace
+        self.whole = [range(len(group.types)) for group in groups]
+        self.once = self._depth(1)
+
+    def books(self) -> Books:
+        short = self._run(self.once)
+        twice = self._depth(2)
+        growth = growth_of(short, self._stacks(twice), self._run(twice))
         if growth:
-            check = _scaled(growth, groups, once, twice, thrice)
-            if not same(expand(short, _stacks(groups, once, thrice), check), books(thrice)):
-                raise Unfoldable("memory that no layer owns does not grow in proportion to depth")
-            growth = _scaled(growth, groups, once, twice, whole)
-        return expand(short, _stacks(groups, once, whole), growth)
-    except Unfoldable:
-        raise
-    except Exception as error:
-        raise Unfoldable(f"the short model does not run: {type(error).__name__}: {error}") from error
+            growth = self._growth(short, twice, growth)
+        return expand(short, self._stacks(self.whole), growth)
 
+    def _growth(self, short: Books, twice: list, growth: dict[int, int]) -> dict[int, int]:
+        """By how many bytes allocations are larger in the whole, if that is a linear function of the numbers of layers
+        of each type: observed in as many directions as it takes, and then foretold for one more run."""
+        seen = [(self._counts(twice), growth)]
+        target = self._counts(self.whole)
+        more: list[set[tuple]] = [set() for _ in self.groups]
+        for number, group in enumerate(self.groups):
+            for triple in triples(group.types):
+                if combination(target, [counts for counts, _ in seen]) is not None:
+                    break
+                added = [{triple} if n == number else set() for n in range(len(self.groups))]
+                depth = self._depth(1, added)
+                counts = self._counts(depth)
+                if combination(counts, [known for known, _ in seen]) is None:
+                    seen.append((counts, growth_of(short, self._stacks(depth), self._run(depth))))
+                    more[number].add(triple)
+        check = self._depth(3) if len(seen) == 1 else self._depth(2, more)
+        if sum(map(len, check)) > ENOUGH * sum(map(len, self.whole)):
+            raise Unfoldable("too few layers repeat to foresee how memory grows with depth")
+        if not same(expand(short, self._stacks(check), self._scaled(seen, check)), self._run(check)):
+            raise Unfoldable("memory does not grow in proportion to depth")
+        return self._scaled(seen, self.whole)
 
-def _stacks(groups: Sequence[Layers], short: Sequence[Sequence[int]], whole: Sequence[Sequence[int]]) -> list[Stack]:
-    def types(group, kept):
-        return tuple(group.types[index] for index in kept)
+    def _scaled(self, seen: list[tuple[list[int], dict[int, int]]], depth) -> dict[int, int]:
+        factors = combination(self._counts(depth), [counts for counts, _ in seen])
+        if factors is None:
+            raise Unfoldable("memory grows with the depths of several types of layers")
+        total: dict[int, Fraction] = defaultdict(Fraction)
+        for factor, (_, growth) in zip(factors, seen):
+            for key, size in growth.items():
+                total[key] += factor * size
+        if any(size.denominator != 1 for size in total.values()):
+            raise Unfoldable("memory grows by parts of bytes")
+        return {key: int(size) for key, size in total.items()}
 
-    return [Stack(group.paths, types(group, a), types(group, b)) for group, a, b in zip(groups, short, whole)]
+    def _depth(self, repeats: int, more: Sequence[set[tuple]] | None = None) -> list[list[int]]:
+        return [shorten(group.types, repeats, more[n] if more else ()) for n, group in enumerate(self.groups)]
 
+    def _run(self, depth: Sequence[Sequence[int]]) -> Books:
+        return self.trace(shortened(self.model, self.groups, depth))
 
-def _scaled(growth: dict[int, int], groups, start, seen, wanted) -> dict[int, int]:
-    """``growth``, observed between the depths ``start`` and ``seen``, as it is between ``start`` and ``wanted``.
+    def _stacks(self, depth: Sequence[Sequence[int]]) -> list[Stack]:
+        def types(group, kept):
+            return tuple(group.types[index] for index in kept)
 
-    It may depend on the number of layers of each type; known is only what lies on the line through both depths.
-    """
+        return [Stack(group.paths, types(group, a), types(group, b)) for group, a, b in zip(self.groups, self.once, depth)]
 
-    def counts(kept):
-        return Counter((n, group.types[i]) for n, (group, indices) in enumerate(zip(groups, kept)) for i in indices)
-
-    before, between, after = counts(start), counts(seen), counts(wanted)
-    ratios = set()
-    for kind, count in after.items():
-        step, far = between[kind] - before[kind], count - before[kind]
-        if step or far:
-            ratios.add(Fraction(far, step) if step else None)
-    if len(ratios) != 1 or None in ratios:
-        raise Unfoldable("memory that no layer owns grows with the depths of several types of layers")
-    scaled = {key: size * ratio for ratio in ratios for key, size in growth.items()}
-    if any(size.denominator != 1 for size in scaled.values()):
-        raise Unfoldable("memory that no layer owns grows by parts of bytes")
-    return {key: int(size) for key, size in scaled.items()}
+    def _counts(self, depth: Sequence[Sequence[int]]) -> list[int]:
+        """How many layers of each type there are more than in the shortest run."""
+        counts: Counter = Counter({(n, kind): 0 for n, group in enumerate(self.groups) for kind in group.types})
+        for sign, layers in ((1, depth), (-1, self.once)):
+            for n, (group, kept) in enumerate(zip(self.groups, layers)):
+                for index in kept:
+                    counts[n, group.types[index]] += sign
+        return list(counts.values())
 
 
 # --- finding ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -45,14 +46,12 @@ def nf4_bytes(elements: int, double_quant: bool) -> int:
     return packed + blocks + 4 * -(-blocks // 256) + 1024 + 4
 
 
-def weights_table(model: torch.nn.Module, itemsize: int, skip: tuple[str, ...]) -> list[Layer]:
-    """The modules of the bare model that hold parameters, in order."""
+def weights_table(model: torch.nn.Module, skip: tuple[str, ...]) -> list[Layer]:
+    """Every module of the bare model with the parameters that are its own, in order; a tied weight counts once."""
     skipped = [*get_keys_to_not_convert(model), *skip]
     rows, seen = [], set()
     for path, module in model.named_modules():
         parameters = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
-        if not parameters:
-            continue
         seen.update(map(id, parameters))
         count = sum(p.numel() for p in parameters)
         base = sum(p.numel() * p.element_size() for p in parameters)
@@ -67,38 +66,25 @@ def weights_table(model: torch.nn.Module, itemsize: int, skip: tuple[str, ...]) 
 
 def with_costs(rows: list[Layer], books: Books, other: Books | None, checkpointed: bool) -> list[Layer]:
     """``rows`` with what the books of the job hold for each module, and ``other``'s activations: those of the same
-    job with checkpointing the other way round (None where the model cannot)."""
-    paths = {row.path for row in rows}
-    costs: dict[str, dict[str, int]] = {}
+    job with checkpointing the other way round (None where the model cannot).
+
+    A cost belongs to the module itself or, for what PEFT added, to the one it wraps. Modules that hold nothing are
+    left out.
+    """
+    here, there = saved(books), saved(other) if other else {}
+    plain, packed = (there, here) if checkpointed else (here, there)
+    table = {row.path: asdict(row) for row in rows}
+    steps = max((mark.step for mark in books.marks), default=1)
     for allocation in books.allocations:
         field = _KINDS.get(allocation.kind)
-        if field and allocation.phase in ("load", "backward", "optimizer"):
-            owner = _owner(allocation.module, paths)
-            cell = costs.setdefault(owner, {})
-            if field != "gradients" or allocation.size:
-                cell[field] = cell.get(field, 0) + allocation.size
-    steps = max((mark.step for mark in books.marks), default=1)
-    here, there = saved(books), saved(other) if other else {}
-    out = []
-    for row in rows:
-        cell = costs.get(row.path, {})
-        kept, alternative = _under(here, row.path, paths), _under(there, row.path, paths)
-        plain, packed = (alternative, kept) if checkpointed else (kept, alternative)
-        out.append(
-            replace(
-                row,
-                adapters=cell.get("adapters", 0),
-                gradients=cell.get("gradients", 0) // steps,
-                optimizer_state=cell.get("optimizer_state", 0),
-                activations=plain,
-                activations_checkpointed=packed,
-            )
-        )
-    extra = {path for path in {*here, *there} if _owner(path, paths) == ""} - {""}
-    for path in sorted(extra):
-        plain, packed = (there.get(path, 0), here.get(path, 0)) if checkpointed else (here.get(path, 0), there.get(path, 0))
-        out.append(Layer(path, "", 1, 0, 0, 0, 0, 0, 0, 0, plain, packed))
-    return out
+        if field and allocation.op not in ("to", "load"):
+            table[_owner(allocation.module, table)][field] += allocation.size
+    for sizes, field in ((plain, "activations"), (packed, "activations_checkpointed")):
+        for path, size in sizes.items():
+            table[_owner(path, table)][field] += size
+    for cells in table.values():
+        cells["gradients"] //= steps
+    return [Layer(**cells) for cells in table.values() if any(value for value in list(cells.values())[3:])]
 
 
 def saved(books: Books) -> dict[str, int]:
@@ -121,15 +107,11 @@ def saved(books: Books) -> dict[str, int]:
     return out
 
 
-def _owner(path: str, paths: set[str]) -> str:
-    """The row that a module path belongs to: itself or its nearest ancestor with a row."""
+def _owner(path: str, paths: Container[str]) -> str:
+    """The row that a module path belongs to: its own or its nearest ancestor's."""
     while path and path not in paths:
         path = path.rpartition(".")[0]
     return path
-
-
-def _under(sizes: dict[str, int], row: str, paths: set[str]) -> int:
-    return sum(size for path, size in sizes.items() if _owner(path, paths) == row)
 
 
 def group(rows: list[Layer]) -> list[Layer]:

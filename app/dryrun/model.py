@@ -180,6 +180,12 @@ def load(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> torch.n
                 ledger.own(buffer, path, "buffers")
     model = _prepare(model, job, task, ledger)
     ledger.empty_cache()
+    if job.trainer == "trl" and job.quantization is not None and job.method != "inference":
+        ledger.mark("load", 0, "adapters")
+        with ledger.watching(model):  # SFTTrainer.__init__: adapters in bf16, after the QLoRA paper
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
@@ -188,6 +194,9 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> tor
     kwargs = {"use_reentrant": job.gradient_checkpointing == "reentrant"}
     if job.method == "inference":
         model.requires_grad_(False)
+        if job.lora is not None:  # an adapter served beside its base
+            model = adapt(model, job, task)
+            _own_adapters(model, ledger)
         return model.eval()
     if checkpointing and not model.supports_gradient_checkpointing:
         raise PlanError(
@@ -211,10 +220,6 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> tor
                 model.gradient_checkpointing_enable(kwargs)
                 model.enable_input_require_grads()
         model = adapt(model, job, task)
-        if job.trainer == "trl" and job.quantization is not None:
-            for name, parameter in model.named_parameters():  # SFTTrainer.__init__, after the QLoRA paper
-                if parameter.requires_grad and "lora_magnitude_vector" not in name:
-                    parameter.data = parameter.data.to(torch.bfloat16)
         _own_adapters(model, ledger)
     return model.train()
 

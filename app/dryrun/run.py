@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
 from app.dryrun import cuda, layers
 from app.dryrun.model import build_base, is_skipped, read_config, task_of
+from app.dryrun.fold import folded_books
 from app.dryrun.step import dry_run
 from app.dryrun.trace import DataDependent
 from app.errors import PlanError
@@ -33,7 +35,8 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
     task = job.task or task_of(configuration)
     _check_length(job, configuration, task)
     base = build_base(configuration, task, getattr(torch, job.dtype))
-    rows = layers.weights_table(base, getattr(torch, job.dtype).itemsize, job.quantization.skip_modules if job.quantization else ())
+    skip = job.quantization.skip_modules if job.quantization else ()
+    rows = layers.weights_table(base, skip)
     facts = {
         "task": task,
         "class": type(base).__name__,
@@ -42,27 +45,31 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
         "supports_checkpointing": bool(base.supports_gradient_checkpointing),
     }
     warnings = _weight_warnings(job, base)
-    books = _books(job, configuration, task, card)
-    other = None
+    spare = copy.deepcopy(base) if job.method != "inference" and base.supports_gradient_checkpointing else None
+    books = _books(base, job, task, card)
     checkpointed = job.gradient_checkpointing != "off"
-    if job.method != "inference" and base.supports_gradient_checkpointing:
+    other = None
+    if spare is not None:
         flipped = job.model_copy(update={"gradient_checkpointing": "off" if checkpointed else "non_reentrant"})
-        other = _books(flipped, configuration, task, card, steps=0)
+        other = _books(spare, flipped, task, card, forward_only=True)
     facts["trainable_parameters"] = _trainable(books, job)
+    facts["optimizer_state"] = _state_bytes(books)
     table = layers.with_costs(rows, books, other, checkpointed)
     return Traced(books, facts, table, layers.group(table), warnings)
 
 
-def _books(job: Job, configuration, task: str, card: cuda.Card, steps: int = 2) -> Books:
-    model = build_base(configuration, task, getattr(torch, job.dtype))
+def _books(model, job: Job, task: str, card: cuda.Card, forward_only: bool = False) -> Books:
+    """The books of ``job`` on the bare ``model``, folded; what the stack itself refuses is told as such."""
+    names = (*(job.lora.target_modules or () if job.lora and job.lora.target_modules != "all-linear" else ()),
+             *(job.lora.modules_to_save if job.lora else ()), *(job.quantization.skip_modules if job.quantization else ()))
     try:
-        return dry_run(model, job, task, card, steps)
+        return folded_books(model, lambda m: dry_run(m, job, task, card, 2, forward_only), names)
     except PlanError:
         raise
     except DataDependent as error:
         raise PlanError(
             f"{type(model).__name__} computes with values that a dry run does not have, at {error.where}",
-            "its activations cannot be planned; method inference without generation may",
+            "its weights can be planned, its activations cannot",
             "model",
         ) from None
     except Exception as error:
@@ -89,11 +96,27 @@ def _check_length(job: Job, configuration, task: str) -> None:
 
 
 def _trainable(books: Books, job: Job) -> int:
-    kind = "adapters" if job.method in ("lora", "qlora") else "gradients"
+    """How many parameters are trained: the gradients' elements, each of its parameter's dtype (fp32 for adapters
+    unless the trainer casts them)."""
     if job.method == "inference":
         return 0
-    size = sum(a.size for a in books.allocations if a.kind == kind and a.op == "place")
-    return size // 4 if kind == "adapters" else 0
+    if job.method == "full":
+        return sum(a.size for a in books.allocations if a.kind == "weights" and a.op == "place") // getattr(
+            torch, job.dtype
+        ).itemsize
+    return sum(a.size for a in books.allocations if a.kind == "adapters" and a.op == "place") // 4
+
+
+def _state_bytes(books: Books) -> int:
+    """The bytes of the tensors in ``optimizer.state`` on the card, summed as a script would sum them.
+
+    bitsandbytes (optim/optimizer.py ``init_state``) gives every 8-bit state, beside an absmax of its own
+    (``torch.zeros``), one code book of 1024 bytes that all parameters share: it counts once for each.
+    """
+    states = [a for a in books.allocations if a.kind == "optimizer_state"]
+    scales = sum(a.op == "zeros.default" for a in states)
+    shared = sum(a.op == "_to_copy.default" and a.size == 1024 for a in states)
+    return sum(a.size for a in states) + 1024 * max(scales - shared, 0)
 
 
 def _weight_warnings(job: Job, model) -> list[str]:

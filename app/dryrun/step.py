@@ -12,6 +12,7 @@ from app.dryrun import cuda
 from app.dryrun.autocast import Autocast
 from app.dryrun.model import load
 from app.dryrun.trace import Ledger
+from app.errors import PlanError
 from app.job import Job
 from app.memory.event import Books
 
@@ -129,11 +130,34 @@ def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int, forward_on
     ledger.close()
 
 
+def run_generate(ledger: Ledger, model, job: Job, task: str, *_) -> None:
+    """``model.generate``: prefill and ``new_tokens`` greedy steps with the model's own cache."""
+    if task not in ("causal-lm", "image-text-to-text"):
+        raise PlanError(f"generation is planned for causal models, not for {task}", "name task causal-lm", "task")
+    model.config.use_cache = True
+    ledger.mark("load", 0, "inputs")
+    ids = torch.empty(job.batch_size, job.sequence_length, dtype=torch.long, device="meta")
+    mask = torch.empty_like(ids)
+    for tensor in (ids, mask):
+        ledger.own(tensor, "", "inputs")
+    ledger.length = job.sequence_length + job.new_tokens
+    ledger.mark("generate", 1, "activations")
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=job.new_tokens, min_new_tokens=job.new_tokens,
+            do_sample=False, pad_token_id=0,
+        )
+    ledger.mark("end", 1, "temporaries")
+    ledger.close()
+    del out
+
+
 def settle(ledger: Ledger, parameters: list[torch.nn.Parameter], optimizer=None) -> None:
     """Say of what backward and the optimiser left that it is gradients and state."""
     for parameter in parameters:
         if parameter.grad is not None:
             ledger.reclassify(parameter.grad, "gradients")
+            ledger.follow(parameter.grad, parameter)
     if optimizer is not None:
         for state in optimizer.state.values():
             for value in state.values():
@@ -148,7 +172,7 @@ def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward
     ledger = Ledger(card, job.attention_mask == "padded", job.sequence_length or 0)
     if job.mixed_precision != "no":
         ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
-    run = run_plain if job.trainer == "pytorch" else run_trainer
+    run = run_generate if job.method == "inference" else run_plain if job.trainer == "pytorch" else run_trainer
     with cuda.as_if_cuda(card), paged_states_elsewhere():
         model = load(model, job, task, ledger)
         mode = ledger.autocast

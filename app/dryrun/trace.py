@@ -176,6 +176,10 @@ class Ledger(TorchDispatchMode):
         entry = self.books.allocations[key]
         self.books.allocations[key] = entry._replace(kind=kind, module=entry.module if module is None else module)
 
+    def follow(self, tensor: torch.Tensor, owned: torch.Tensor) -> None:
+        """What is made of ``tensor`` outside modules belongs to whom ``owned`` belongs."""
+        self._owner[tensor.untyped_storage()._cdata] = self._owner.get(owned.untyped_storage()._cdata, "")
+
     def _watch(self, storage, module: str, kind: str, op: str) -> None:
         identity = storage._cdata
         watch = _Watch(storage, self._released)
@@ -197,7 +201,7 @@ class Ledger(TorchDispatchMode):
             return self._value(args[0])
         place = self._place()
         self._site = place
-        if not self.in_backward:
+        if self._stack or not self.in_backward:  # a reentrant checkpoint's recompute makes nodes too
             numbers, places = self._links
             numbers.append(_sequence_number())
             places.append(place or "")
@@ -260,9 +264,11 @@ class Ledger(TorchDispatchMode):
         for _ in range(12):
             if frame is None:
                 break
-            name = frame.f_code.co_name
+            name = frame.f_code.co_qualname
             if name in cuda.HOST_READS:
                 told = {"full": not self.padded, "length": self.length}
+                if cuda.HOST_READS[name] == "generated":
+                    told["generated"] = frame.f_locals["length"] >= self.length
                 answer = cuda.HOST_READS[name]
                 return told[answer] if isinstance(answer, str) else answer
             frame = frame.f_back

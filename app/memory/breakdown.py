@@ -45,7 +45,7 @@ class Reading:
 
     ``phases`` begin with the load; ``peak`` is the phase with the highest moment of all steps, ``parts`` what is alive
     in it by kind (they sum to ``peak.peak``), ``holders`` the largest by module. ``placed`` is what lies there before
-    the first step, ``optimizer_state`` the bytes of the state's tensors, ``reserved`` the most ever reserved.
+    the first step, ``reserved`` the most ever reserved.
     """
 
     phases: list[Phase]
@@ -57,7 +57,6 @@ class Reading:
     holders: list[tuple[str, str, int]]
     timeline: list[Point]
     placed: int
-    optimizer_state: int
     reserved: int
 
 
@@ -116,9 +115,8 @@ def read(books: Books, settings: Settings = Settings(), points: int = POINTS) ->
     peak = max(phases[1:], key=lambda phase: phase.peak)
     parts, holders = _alive_at(books, settings, best[1])
     entry = allocations[events[best[1]]]
-    states = sum(allocations[key].size for key in live if allocations[key].kind == "optimizer_state")
     return Reading(
-        phases, peak, best[1], entry.module, entry.op, parts, holders, timeline, placed, states, allocator.peak_reserved
+        phases, peak, best[1], entry.module, entry.op, parts, holders, timeline, placed, allocator.peak_reserved
     )
 
 

@@ -9,7 +9,9 @@ to know: the caller compares it, event for event, with a second run of another d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
@@ -45,19 +47,21 @@ def _triples(types: Sequence[int]) -> list[tuple]:
     return list(zip((None, *types), types, (*types[1:], None)))
 
 
-def shorten(types: Sequence[int], repeats: int) -> list[int]:
+def shorten(types: Sequence[int], repeats: int, more: Collection[tuple] = ()) -> list[int]:
     """The layers to keep: the fewest found in which every type stands between every pair of types that it has, each
-    such triple ``repeats`` times where the whole has it that often. The first and the last layer stay.
+    such triple ``repeats`` times (those in ``more`` once more) where the whole has it that often. The first and the
+    last layer stay.
 
     Between two places where the same pair of types follows, layers can be left out and no new triple arises.
     """
+    wanted = {triple: min(repeats + (triple in more), count) for triple, count in triples(types).items()}
     kept = list(range(len(types)))
     start = 0
     while start < len(kept) - 1:
         now = [types[index] for index in kept]
         inner = _triples(now)[1:-1]
         spare = Counter(inner)
-        spare.subtract({triple: min(repeats, count) for triple, count in Counter(_triples(types)[1:-1]).items()})
+        spare.subtract(wanted)
         pair, lost, best = now[start : start + 2], Counter(), start
         for stop in range(start + 1, len(kept) - 1):
             lost[inner[stop - 1]] += 1
@@ -70,11 +74,64 @@ def shorten(types: Sequence[int], repeats: int) -> list[int]:
     return kept
 
 
+def triples(types: Sequence[int]) -> Counter:
+    """How often every type stands between every pair of types."""
+    return Counter(_triples(types)[1:-1])
+
+
+def combination(target: Sequence[int], vectors: Sequence[Sequence[int]]) -> list[Fraction] | None:
+    """The coefficients with which ``vectors`` add up to ``target``; None: they do not."""
+    rows = [[*map(Fraction, column), Fraction(value)] for *column, value in zip(*vectors, target)]
+    pivots: list[int] = []
+    for column in range(len(vectors)):
+        at = next((n for n in range(len(pivots), len(rows)) if rows[n][column]), None)
+        if at is None:
+            continue
+        top = len(pivots)
+        rows[top], rows[at] = rows[at], rows[top]
+        rows[top] = [value / rows[top][column] for value in rows[top]]
+        for n, row in enumerate(rows):
+            if n != top and row[column]:
+                rows[n] = [value - row[column] * pivot for value, pivot in zip(row, rows[top])]
+        pivots.append(column)
+    if any(row[-1] for row in rows[len(pivots) :]):
+        return None
+    out = [Fraction(0)] * len(vectors)
+    for row, column in zip(rows, pivots):
+        out[column] = row[-1]
+    return out
+
+
+@dataclass
+class _Chunk:
+    """Consecutive events of one ``owner``, a (stack, position) or None; ``takes``: not releases only."""
+
+    owner: tuple[int, int] | None
+    start: int
+    end: int = 0
+    takes: bool = False
+
+
+def _lend(chunks: list[_Chunk]) -> None:
+    """What a layer gives back of the layer that ran before it is its own doing.
+
+    That is: releases in the midst of its events, or at their end if the way does not lead back.
+    """
+    owned = [chunk for chunk in chunks if chunk.owner is not None]
+    for earlier, before, chunk, after in zip((None, *owned), owned, owned[1:], (*owned[2:], None)):
+        if chunk.takes or not before.takes or chunk.owner[0] != before.owner[0]:
+            continue
+        amid = after is not None and after.owner == before.owner
+        behind = earlier is not None and earlier.owner == chunk.owner and (after is None or after.takes)
+        if amid or behind:
+            chunk.owner, chunk.takes = before.owner, True
+
+
 class _Piece(NamedTuple):
     """Events ``start`` to ``end`` that stand as they are, or (``stack`` not None) blocks that stand for layers."""
 
-    start: int
-    end: int
+    start: int = 0
+    end: int = 0
     stack: int | None = None
     step: int = 0
     blocks: dict[int, tuple[int, int]] = {}
@@ -83,7 +140,7 @@ class _Piece(NamedTuple):
 def expand(books: Books, stacks: Sequence[Stack], growth: Mapping[int, int] | None = None) -> Books:
     """The books of the whole stacks from ``books`` of the short ones.
 
-    ``growth`` has, by the key of an allocation that no layer owns, the bytes by which it is larger in the whole.
+    ``growth`` has, by the key of an allocation that stands for itself alone, by how many bytes it is larger in the whole.
     Raises :class:`Unfoldable` where an event has no meaning in the whole.
     """
     return _Expansion(books, stacks, growth or {}).run()
@@ -117,7 +174,7 @@ def _settled(books: Books) -> list[tuple[int, str]]:
 
 
 def growth_of(books: Books, stacks: Sequence[Stack], whole: Books) -> dict[int, int]:
-    """By how many bytes allocations that no layer owns are larger in ``whole`` than in ``books``, by their key there.
+    """By how many bytes allocations that stand for themselves alone are larger in ``whole`` than in ``books``, by key.
 
     Raises :class:`Unfoldable` where ``whole`` is not ``books`` expanded but for that.
     """
@@ -165,7 +222,7 @@ class _Expansion:
         self.out = Books()
         # Where an allocation of the short run was made: None, or (stack, position, key within the layer).
         self.homes: list[tuple[int, int, tuple] | None] = [None] * len(books.allocations)
-        # Keys in the whole of allocations that no layer owns: of those alive, and of all.
+        # Keys in the whole: of what no layer owns and is alive, and of all that stands for itself alone.
         self.fixed: dict[int, int] = {}
         self.origins: dict[int, int] = {}
         self.live = [[{} for _ in stack.whole] for stack in stacks]
@@ -195,20 +252,18 @@ class _Expansion:
             empties: dict[int, int] = Counter(m.at - 1 for m in self.books.marks[number + 1 : following])
             yield mark, mark.at, end, empties
 
-    def _chunks(self, start: int, end: int) -> list[tuple[tuple[int, int] | None, int, int]]:
+    def _chunks(self, start: int, end: int) -> list[_Chunk]:
         """Runs of events of one layer, or of none: by where they happened, else by whose memory it is."""
         units, allocations = self.units, self.books.allocations
-        chunks: list = []
-        current: object = self
+        chunks: list[_Chunk] = []
         for at, (event, site) in enumerate(zip(self.books.events[start:end], self.books.sites[start:end]), start):
-            unit = units[site]
-            if unit is None:
-                unit = units[allocations[event if event >= 0 else ~event].module]
+            unit = units[site] or units[allocations[event if event >= 0 else ~event].module]
             owner = None if unit is None else unit[:2]
-            if owner != current:
-                chunks.append([owner, at, at])
-                current = owner
-            chunks[-1][2] = at + 1
+            if not chunks or owner != chunks[-1].owner:
+                chunks.append(_Chunk(owner, at))
+            chunks[-1].takes |= event >= 0
+            chunks[-1].end = at + 1
+        _lend(chunks)
         return chunks
 
     def _pieces(self, mark: Mark, start: int, end: int) -> list[_Piece]:
@@ -217,33 +272,38 @@ class _Expansion:
         Events of no layer between two layers belong to the one before.
         """
         chunks = self._chunks(start, end)
-        seen = {owner for owner, _, _ in chunks}
+        seen = {chunk.owner for chunk in chunks}.difference({None})
         pieces = []
         at = 0
         while at < len(chunks):
-            owner, low, high = chunks[at]
-            if owner is None:
-                pieces.append(_Piece(low, high))
+            chunk = chunks[at]
+            if chunk.owner is None:
+                pieces.append(_Piece(chunk.start, chunk.end))
                 at += 1
                 continue
-            number, last = owner
-            blocks = {last: (low, high)}
+            number, last = chunk.owner
+            blocks = {last: (chunk.start, chunk.end)}
             step = 0
             while True:
                 after = at + 1
-                if after < len(chunks) and chunks[after][0] is None:
+                if after < len(chunks) and chunks[after].owner is None:
                     after += 1
-                if after >= len(chunks) or chunks[after][0][0] != number:
+                if after >= len(chunks) or chunks[after].owner[0] != number:
                     break
-                (_, position), low, high = chunks[after]
+                chunk = chunks[after]
+                position = chunk.owner[1]
                 towards = (position > last) - (position < last)
+                if not towards and (after == at + 1 or len(seen) > 1):
+                    blocks[last] = (blocks[last][0], chunk.end)
+                    at = after
+                    continue
                 if not towards or step not in (0, towards) or not self._may_skip(number, last, position, seen):
                     break
                 step = towards
-                blocks[last] = (blocks[last][0], low)
-                blocks[position] = (low, high)
+                blocks[last] = (blocks[last][0], chunk.start)
+                blocks[position] = (chunk.start, chunk.end)
                 last, at = position, after
-            pieces.append(_Piece(chunks[at][1], chunks[at][2], number, step or (-1 if mark.name == "backward" else 1), blocks))
+            pieces.append(_Piece(stack=number, step=step or (-1 if mark.name == "backward" else 1), blocks=blocks))
             at += 1
         return pieces
 
@@ -300,9 +360,10 @@ class _Expansion:
     ) -> None:
         """Write a block as ``layer`` of the whole; what its like share is given back by the ``final`` one of them."""
         out, homes, events, sites = self.out, self.homes, self.books.events, self.books.sites
-        allocations, own = self.books.allocations, None
+        allocations, own, sole = self.books.allocations, None, True
         names = self.names.get(layer)
         if layer is not None:
+            sole = self.templates[layer[0]][layer[1]] in self.sole[layer[0]]
             own = self.live[layer[0]][layer[1]]
             if names is None:
                 names = self.names[layer] = _Names(lambda path: self._name(path, layer))
@@ -312,10 +373,12 @@ class _Expansion:
                 size, module, kind, phase, op = allocations[event]
                 key = len(out.allocations)
                 if own is None:
-                    self.fixed[event] = self.origins[event] = key
-                    size += self.growth.get(event, 0)
+                    self.fixed[event] = key
                 else:
                     own[homes[event][2]] = key
+                if sole:
+                    self.origins[event] = key
+                    size += self.growth.get(event, 0)
                 out.allocations.append(Allocation(size, names[module], kind, phase, op))
                 out.events.append(key)
             elif homes[~event] is None and not final:

@@ -170,7 +170,7 @@ class Span(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """The step as stacked areas in a box of 1000 × 1000, the first area drawn first; the rest in percent of the box."""
+    """The step as stacked areas in a box of 1000 × 1000, in the order of drawing; the rest in percent of the box."""
 
     areas: list[tuple[str, str]]
     reserved: str
@@ -191,7 +191,11 @@ def render(template: str, view: View) -> str:
 @lru_cache(maxsize=1)
 def _templates() -> Environment:
     templates = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     templates.filters |= {"size": words.size, "number": words.number}
     templates.globals |= {
@@ -199,7 +203,6 @@ def _templates() -> Environment:
         "words": words,
         "bar": bar,
         "timeline": timeline,
-        "layer_rows": layer_rows,
         "layer_columns": layer_columns,
         "with_gpu": with_gpu,
         "curl": curl,
@@ -312,7 +315,7 @@ def timeline(answer: dict) -> Timeline:
         areas=areas[::-1],
         reserved=reserved,
         phases=_spans(points, xs, lambda point: (point["step"], point["phase"]), lambda key: key[1]),
-        steps=_spans(points, xs, lambda point: point["step"], lambda key: words.STEPS.get(key, f"Step {key}")),
+        steps=_spans(points, xs, lambda point: words.step_title(point["step"], point["phase"]), str),
         ticks=[(_down(tick, top) / 10, words.rounded(tick)) for tick in _ticks(top)],
         card=_down(limit, top) / 10 if limit else None,
         peak=(xs[peak] / 10, _down(points[peak]["allocated"], top) / 10),
@@ -355,17 +358,6 @@ def _ticks(top: float) -> list[int]:
             if top / step <= 6:
                 return list(range(step, int(top), step))
         scale *= 10
-
-
-def layer_rows(answer: dict) -> list[tuple[str, int, list[dict]]]:
-    """The layers as (repeated block, how often, its modules); ``""`` holds those outside of blocks."""
-    out: list[tuple[str, int, list[dict]]] = []
-    for layer in answer["layers"]:
-        block, name = words.split_path(layer["path"])
-        if not out or out[-1][0] != block:
-            out.append((block, layer["count"], []))
-        out[-1][2].append({**layer, "name": name})
-    return out
 
 
 def layer_columns(answer: dict) -> list[tuple[str, str]]:

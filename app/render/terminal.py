@@ -43,7 +43,8 @@ def page(answer: dict, width: int) -> RenderableType:
         (words.settings(answer), "dim"),
     )
     parts = [head, "", _peaks(answer), "", _bar(answer, width - 2), "", _title("Phases"), _phases(answer)]
-    parts += ["", _title("Layers (bytes of one)"), _layers(answer, width), "", _title("Smallest cards that fit"), _cards(answer)]
+    parts += ["", _title("Layers", "of one; K, M, G are KiB, MiB, GiB"), _layers(answer)]
+    parts += ["", _title("Smallest cards that fit"), _cards(answer)]
     if answer["warnings"]:
         parts += ["", _title("Warnings")]
         parts += [Padding(Text(f"! {warning}", "yellow"), (0, 0, 0, 2)) for warning in answer["warnings"]]
@@ -57,8 +58,8 @@ def show(answer: dict, console: Console) -> None:
     console.print(page(answer, width), highlight=False, width=width)
 
 
-def _title(text: str) -> Text:
-    return Text(text, "bold")
+def _title(text: str, note: str = "") -> Text:
+    return Text.assemble((text, "bold"), (f"  {note}" if note else "", "dim"))
 
 
 def _peaks(answer: dict) -> RenderableType:
@@ -129,34 +130,30 @@ def weights_of(answer: dict) -> tuple[str, str]:
     kind = answer["job"]["quantization"]
     if kind is None or kind["type"] == "int8":
         return "base", answer["job"]["dtype"]
-    return ("nf4_double_quant", f"{kind['type']} double") if kind["double_quant"] else ("nf4", kind["type"])
+    return ("nf4_double_quant", f"{kind['type']} dq") if kind["double_quant"] else ("nf4", kind["type"])
 
 
-def _layers(answer: dict, width: int) -> Table:
+def _layers(answer: dict) -> Table:
     stored, layout = weights_of(answer)
     columns = {
         stored: layout,
         "adapters": "Adapters",
-        "gradients": "Gradients",
+        "gradients": "Grads",
         "optimizer_state": "State",
         "activations": "Activ.",
-        "activations_checkpointed": "checkp.",
+        "activations_checkpointed": "ckpt.",
     }
-    if width < 100:
-        del columns["gradients"]
     used = [field for field in columns if any(layer[field] for layer in answer["layers"])]
     table = _table("Module", "Params", *(columns[field] for field in used))
     table.columns[0].overflow = "fold"
     table.columns[0].no_wrap = False
-    above = None
-    for layer in answer["layers"]:
-        block, name = words.split_path(layer["path"])
-        if block and block != above:
-            table.add_row(block + (f"  × {layer['count']}" if layer["count"] > 1 else ""), style="bold")
-        above = block
-        amounts = (size(layer[field]) if layer[field] else "" for field in used)
-        parameters = words.number(layer["parameters"]) if layer["parameters"] else ""
-        table.add_row(f"  {name}" if block else name, parameters, *amounts)
+    for block, count, layers in words.layer_blocks(answer):
+        if block:
+            table.add_row(block + (f" × {count}" if count > 1 else ""), style="bold")
+        for layer in layers:
+            amounts = (words.short(layer[field]) if layer[field] else "" for field in used)
+            parameters = words.number(layer["parameters"]) if layer["parameters"] else ""
+            table.add_row(f"  {layer['name']}" if block else layer["name"], parameters, *amounts)
     return table
 
 
@@ -166,15 +163,14 @@ def _cards(answer: dict) -> RenderableType:
         return Padding(Text("None of the catalogue holds this job."), (0, 0, 0, 2))
     table = _table("Card", "Memory", "To spare", "")
     for fit in cards[:CARDS]:
-        note = "tight" if fit["verdict"] == "tight" else ""
-        table.add_row(fit["name"], size(fit["memory_bytes"]), size(fit["headroom"]), note)
+        table.add_row(fit["name"], size(fit["memory_bytes"]), size(fit["headroom"]), words.note(answer, fit))
     return table
 
 
 def _table(*columns: str) -> Table:
     """A quiet table: no lines, a dim head, words to the left and numbers to the right."""
     table = Table(box=None, pad_edge=True, padding=(0, 1, 0, 1), header_style="dim")
-    text = {"", "Phase", "Module", "Card", "--gpu", "Model", "Also called", "Smallest card that fits"}
+    text = {"", "Phase", "Module", "Card", "--gpu", "Model", "Also called", "Smallest card"}
     for name in columns:
         table.add_column(name, justify="left" if name in text else "right", no_wrap=True)
     return table
@@ -201,7 +197,7 @@ def models(found, console: Console) -> None:
 
 def ladder() -> Table:
     """The empty table of ``demo``: one row a model."""
-    return _table("Model", "Params", "Weights", "Peak", "Process", "Smallest card that fits")
+    return _table("Model", "Params", "Weights", "Peak", "Process", "Smallest card")
 
 
 def ladder_row(table: Table, answer: dict) -> None:
@@ -209,7 +205,7 @@ def ladder_row(table: Table, answer: dict) -> None:
     weights = sum(answer["parts"].get(kind, 0) for kind in ("weights", "quantization_constants"))
     cards = words.cards_that_fit(answer)
     table.add_row(
-        words.model_name(answer),
+        words.model_name(answer).rpartition("/")[2],
         words.number(answer["model"]["parameters"]),
         size(weights),
         size(answer["peak"]["allocated"]),

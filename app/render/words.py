@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from app.catalog.gpus import all_gpus
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FITTING = ("fits", "tight")
 
@@ -26,7 +28,7 @@ KINDS = {
 }
 """Names of the kinds of memory, those that stay first: so they are stacked."""
 
-STEPS = {0: "Load", 1: "First step", 2: "Steady step"}
+_NO_BF16 = {gpu.key for gpu in all_gpus() if not gpu.bf16}
 _DURING = {
     "load": "while the model loads",
     "forward": "in the forward pass",
@@ -43,6 +45,12 @@ def size(count: int) -> str:
     if abs(count) >= MIB:
         return f"{count / MIB:.1f} MiB"
     return f"{count / KIB:.1f} KiB" if count else "0"
+
+
+def short(count: int) -> str:
+    """Bytes for a narrow column: 1.96G, 33.0M, 128K."""
+    number, _, unit = size(count).partition(" ")
+    return f"{number.removesuffix('.0')}{unit[:1]}"
 
 
 def rounded(count: int) -> str:
@@ -89,13 +97,21 @@ def cards_that_fit(answer: dict) -> list[dict]:
     return sorted((fit for fit in answer["fits"] if fit["verdict"] in FITTING), key=lambda fit: fit["memory_bytes"])
 
 
+def note(answer: dict, fit: dict) -> str:
+    """What a card that fits is to be warned of, in a word or two; mostly nothing."""
+    notes = ["tight"] if fit["verdict"] == "tight" else []
+    if answer["job"]["dtype"] == "bfloat16" and fit["gpu"] in _NO_BF16:
+        notes.append("no bfloat16")
+    return ", ".join(notes)
+
+
 def verdict(answer: dict) -> str:
     """The answer to the question, in one sentence."""
     card = asked_card(answer)
     if card is None:
-        needs = f"Needs {size(answer['peak']['process'])}"
         cards = cards_that_fit(answer)
-        return f"{needs}: the smallest card is {with_article(cards[0]['name'])}" if cards else f"{needs}: no card holds it"
+        smallest = f"the smallest card is {with_article(cards[0]['name'])}" if cards else "no card holds it"
+        return f"Needs {size(answer['peak']['process'])}: {smallest}"
     name = with_article(card["name"])
     if card["verdict"] == "fits":
         return f"Fits {name} with {size(card['headroom'])} to spare"
@@ -142,7 +158,8 @@ def settings(answer: dict) -> str:
         targets = job["lora"]["target_modules"]
         where = targets if isinstance(targets, str) else ", ".join(targets or ())
         out.append(f"LoRA r{job['lora']['r']}" + (f" on {where}" if where else ""))
-    out.append(f"batch {job['batch_size']}" + (f" × {job['sequence_length']}" if job["sequence_length"] else ""))
+    length = job["sequence_length"] if answer["model"]["task"] != "image-classification" else None
+    out.append(f"batch {job['batch_size']}" + (f" × {length}" if length else ""))
     if job["method"] == "inference":
         out.append(f"{job['new_tokens']} new tokens")
     else:
@@ -157,10 +174,17 @@ def parts(answer: dict) -> list[tuple[str, str, int]]:
     return known + [(kind, kind.replace("_", " "), count) for kind, count in alive.items() if kind not in KINDS]
 
 
+def step_title(step: int, phase: str) -> str:
+    """What a step is called: the load, the generation, the first step, one like all that follow."""
+    if phase == "generate":
+        return "Generation"
+    return {0: "Load", 1: "First step", 2: "Steady step"}.get(step, f"Step {step}")
+
+
 def phases(answer: dict) -> list[dict]:
     """The phases worth a row: those in which something is taken, with the name of their step."""
     return [
-        {**phase, "title": STEPS.get(phase["step"], f"Step {phase['step']}")}
+        {**phase, "title": step_title(phase["step"], phase["name"])}
         for phase in answer["phases"]
         if phase["name"] != "end"
     ]
@@ -170,6 +194,18 @@ def split_path(path: str) -> tuple[str, str]:
     """A module's path as the repeated block that it is in (``model.layers.{0..31}``, or nothing) and the rest."""
     found = re.fullmatch(r"(.*?\.(?:\d+|\{[^}]*\}))(?:\.(.+))?", path)
     return (found[1], found[2] or "(itself)") if found else ("", path)
+
+
+def layer_blocks(answer: dict) -> list[tuple[str, int, list[dict]]]:
+    """The layers as (repeated block, how often, its modules with their ``name`` in it); ``""``: outside of blocks."""
+    blocks: list[tuple[str, int, list[dict]]] = []
+    for layer in answer["layers"]:
+        block, name = split_path(layer["path"])
+        rows = next((rows for known, _, rows in blocks if block and known == block), None)
+        if rows is None and not (blocks and blocks[-1][0] == block):
+            blocks.append((block, layer["count"], []))
+        (blocks[-1][2] if rows is None else rows).append({**layer, "name": name})
+    return blocks
 
 
 def stack(answer: dict) -> str:

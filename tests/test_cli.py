@@ -1,0 +1,244 @@
+"""The command line as a user meets it: exit codes, one message an error, JSON lines in order, a page to read."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from app import cli
+from app.form import fields, to_job
+from app.job import Job
+from tiny import BAD, JOB, LLAMA
+
+
+@pytest.fixture
+def vramplan(monkeypatch, capsys):
+    """Run ``vramplan`` in this process: (exit code, standard output, standard error)."""
+
+    def run(*args, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["vramplan", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return end.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    return path
+
+
+def job_file(tmp_path, job):
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    return path
+
+
+def test_a_job_that_fits_its_card_exits_with_0_and_says_so_first(vramplan, config):
+    code, out, err = vramplan("estimate", "--config", config, "-m", "lora", "-s", 64, "--gpu", "a100-80gb")
+    assert code == 0 and err == ""
+    assert out.splitlines()[0].strip().startswith("Fits an A100-SXM4-80GB with 7")
+    for word in ("Allocated", "Reserved", "Process", "Phases", "Steady step", "Layers", "Smallest cards that fit", "torch 2"):
+        assert word in out, word
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out
+
+
+def test_a_job_that_does_not_fit_exits_with_1(vramplan, config):
+    code, out, _ = vramplan("estimate", "--config", config, "-m", "lora", "-s", 64, "--gpu", "500MiB")
+    assert code == 1 and out.startswith("Does not fit a card of 500 MiB")
+
+
+def test_a_job_without_a_card_exits_with_0_and_names_the_smallest(vramplan, config):
+    code, out, _ = vramplan("estimate", "--config", config, "-m", "lora", "-s", 64)
+    assert code == 0 and out.startswith("Needs ") and "GeForce RTX 2060" in out
+
+
+def test_json_is_one_answer_on_one_line(vramplan, config):
+    code, out, _ = vramplan("estimate", "--config", config, "--method", "lora", "--sequence-length", 64, "--json")
+    answer = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert sum(answer["parts"].values()) == answer["peak"]["allocated"]
+
+
+def test_repeated_layers_are_one_line_until_layers_are_asked_for(vramplan, config):
+    args = ("estimate", "--config", config, "-m", "lora", "-s", 64)
+    _, grouped, _ = vramplan(*args)
+    _, opened, _ = vramplan(*args, "--layers")
+    assert re.search(r"model\.layers\.\{[^}]*1\} × 2", grouped) and grouped.count("self_attn.q_proj") == 1
+    assert "model.layers.{" not in opened and opened.count("self_attn.q_proj") == 2
+
+
+def test_options_change_a_job_file(vramplan, tmp_path):
+    path = job_file(tmp_path, {**JOB, "lora": {"r": 4, "target_modules": ["q_proj"]}})
+    _, out, _ = vramplan("estimate", "--job", path, "-b", 3, "--lora-r", 8, "--set", "lora.use_rslora=true", "--json")
+    job = json.loads(out)["job"]
+    assert job["batch_size"] == 3
+    assert (job["lora"]["r"], job["lora"]["target_modules"], job["lora"]["use_rslora"]) == (8, ["q_proj"], True)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_planned_is_one_message_and_exit_code_2(vramplan, tmp_path, name):
+    job, message, also, _ = BAD[name]
+    code, out, err = vramplan("estimate", "--job", job_file(tmp_path, job))
+    lines = err.splitlines()
+    assert code == 2 and out == ""
+    assert lines[0].startswith("Cannot say: ") and message in lines[0] and also in err
+    assert len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("estimate", "--config", "{config}", "-b", "-1"), "`batch_size`"),
+        (("estimate", "llama-3.1-8b", "--config", "{config}"), "exactly one"),
+        (("estimate", "--config", "/nowhere/config.json"), "/nowhere/config.json cannot be read"),
+        (("estimate", "--job", "{config}"), "unknown field"),
+        (("estimate", "--jobs", "/nowhere/jobs.jsonl"), "/nowhere/jobs.jsonl cannot be read"),
+        (("estimate", "--jobs", "-", "-b", "2"), "--jobs takes every job from its own line"),
+        (("estimate", "--config", "{config}", "--set", "seed"), "no value"),
+        (("estimate", "--config", "{config}", "--set", "batch=2"), "unknown field `batch`"),
+        (("estimate", "--config", "{config}", "--lora-targets", "nope", "-m", "lora", "-s", "64"), "nope"),
+        (("estimate", "--nonsense"), "nonsense"),
+        (("models", "no-such-model"), "no-such-model"),
+    ],
+)
+def test_bad_options_exit_with_2(vramplan, config, args, message):
+    code, _, err = vramplan(*(arg.format(config=config) for arg in args))
+    assert code == 2 and message in err
+
+
+def test_with_json_an_error_is_json_too(vramplan, tmp_path):
+    code, out, err = vramplan("estimate", "--job", job_file(tmp_path, BAD["negative batch"][0]), "--json")
+    error = json.loads(out)["error"]
+    assert code == 2 and error["field"] == "batch_size" and error["message"] in err
+
+
+def test_a_fault_of_the_planner_is_one_sentence_and_exit_code_2(vramplan, config, monkeypatch):
+    monkeypatch.setattr("app.service.estimate", lambda *_, **__: 1 / 0)
+    code, _, err = vramplan("estimate", "--config", config)
+    assert code == 2 and err.startswith("Cannot say: the planner failed on this job: ZeroDivisionError")
+
+
+def test_jobs_come_back_in_order_with_their_ids_and_errors_do_not_stop_them(vramplan):
+    lines = [
+        json.dumps({"id": 7, "job": JOB}),
+        "",
+        "{not json",
+        json.dumps({"id": "b", "job": {**JOB, "batch_size": 0}}),
+        "[1]",
+        json.dumps({**JOB, "method": "full"}),
+    ]
+    code, out, err = vramplan("estimate", "--jobs", "-", "--json", stdin="\n".join(lines))
+    good, broken, bad, strange, last = map(json.loads, out.splitlines())
+    assert code == 2 and err == ""
+    assert good["id"] == 7 and good["peak"]["allocated"] > 0
+    assert broken["error"]["message"].startswith("the line is not JSON") and "id" not in broken
+    assert bad["id"] == "b" and bad["error"]["field"] == "batch_size"
+    assert "list" in strange["error"]["message"]
+    assert last["job"]["method"] == "full" and "id" not in last
+
+
+def test_jobs_that_all_plan_exit_with_0(vramplan, tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    path.write_text(f"{json.dumps({**JOB, 'gpu': {'memory_bytes': 1 << 20}})}\n")
+    code, out, _ = vramplan("estimate", "--jobs", path)
+    assert code == 0 and json.loads(out)["fits"][0]["verdict"] == "does_not_fit"
+
+
+def test_a_fault_of_the_planner_is_its_lines_alone(vramplan, monkeypatch):
+    from app import service
+
+    real = service.estimate
+    monkeypatch.setattr(service, "estimate", lambda job, **k: real(job, **k) if job["batch_size"] == 1 else {}["x"])
+    jobs = [{**JOB, "batch_size": size} for size in (2, 1)]
+    code, out, _ = vramplan("estimate", "--jobs", "-", stdin="\n".join(map(json.dumps, jobs)))
+    first, second = map(json.loads, out.splitlines())
+    assert code == 2 and "KeyError" in first["error"]["message"] and "peak" in second
+
+
+def test_the_catalogues_are_listed(vramplan):
+    code, out, _ = vramplan("gpus")
+    assert code == 0 and "a100-80gb" in out and max(map(len, out.splitlines())) <= 80
+    code, out, _ = vramplan("models", "llama", "3.1", "8b")
+    assert code == 0 and "meta-llama/Llama-3.1-8B" in out and "Qwen" not in out
+    assert json.loads(vramplan("gpus", "--json")[1])[0]["total_memory"] > 1 << 30
+    assert json.loads(vramplan("models", "pythia-70m", "--json")[1])[0]["id"] == "EleutherAI/pythia-70m"
+
+
+def test_the_demo_answers_the_main_question_and_climbs_the_ladder(vramplan, monkeypatch):
+    from app.batch import plan
+
+    asked = []
+    monkeypatch.setattr(cli, "plan", lambda job: asked.append(job) or plan({**JOB, "gpu": job.get("gpu")}))
+    code, out, _ = vramplan("demo")
+    assert code == 0 and "Fits an A100-SXM4-80GB" in out and "RTX A6000" in out
+    assert [job["model"] for job in asked] == ["llama-3.1-70b"] * 2 + list(cli.LADDER)
+    assert all(job["quantization"]["double_quant"] and job["lora"]["r"] == 16 for job in asked)
+
+
+def test_version_names_the_stack(vramplan):
+    code, out, _ = vramplan("version")
+    assert code == 0 and "vramplan " in out and "transformers " in out
+
+
+def test_looking_things_up_does_not_import_torch():
+    script = (
+        "import sys; from app import cli\n"
+        "for args in (['gpus'], ['models', 'llama'], ['--help'], ['estimate', '--help']):\n"
+        "    sys.argv = ['vramplan', *args]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as end: assert not end.code, args\n"
+        "import app.web\n"
+        "heavy = {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m_app_is_vramplan():
+    done = subprocess.run([sys.executable, "-m", "app", "estimate", "--job", "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("Cannot say: /nowhere cannot be read")
+
+
+def test_text_becomes_what_the_schema_takes():
+    job = to_job(
+        {
+            "model": "123",
+            "batch_size": "4",
+            "gpu": "23.5 gib",
+            "lora.r": "8",
+            "lora.alpha": "0.5",
+            "lora.target_modules": "q_proj, v_proj",
+            "lora.use_dora": "true",
+            "gradient_checkpointing": "false",
+            "sequence_length": "null",
+            "optimizer": "  ",
+        }.items()
+    )
+    assert job == {
+        "model": "123",
+        "batch_size": 4,
+        "gpu": {"name": "a card of 23.5 GiB", "memory_bytes": int(23.5 * 2**30)},
+        "lora": {"r": 8, "alpha": 0.5, "target_modules": ["q_proj", "v_proj"], "use_dora": True},
+        "gradient_checkpointing": False,
+        "sequence_length": None,
+    }
+    assert Job.model_validate(job).lora.target_modules == ("q_proj", "v_proj")
+
+
+def test_every_field_of_the_job_is_known_to_the_form():
+    flat = {name.partition(".")[0] for name in fields()}
+    assert flat == set(Job.model_fields)
+    assert fields()["optimizer"].choices and fields()["lora.use_dora"].choices == ("true", "false")

@@ -1,0 +1,32 @@
+"""Models small enough to be planned in a blink, and jobs that cannot be planned, for the tests of every interface."""
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+}
+JOB = {"config": LLAMA, "method": "lora", "sequence_length": 64}
+
+BAD = {
+    "unknown field": ({**JOB, "batchsize": 2}, "unknown field `batchsize`", "batch_size", "batchsize"),
+    "unknown nested field": ({**JOB, "lora": {"rank": 8}}, "unknown field `lora.rank`", "r", "lora.rank"),
+    "negative batch": ({**JOB, "batch_size": -1}, "`batch_size`", "-1", "batch_size"),
+    "length of words": ({**JOB, "sequence_length": "long"}, "`sequence_length`", "long", "sequence_length"),
+    "unknown method": ({**JOB, "method": "qlorra"}, "`method`", "qlora", "method"),
+    "unknown model_type": ({**JOB, "config": {**LLAMA, "model_type": "lama"}}, "lama", "llama", "config"),
+    "config without model_type": ({**JOB, "config": {"hidden_size": 64}}, "model_type", "config", "config"),
+    "absurd layers": ({**JOB, "config": {**LLAMA, "num_hidden_layers": 10**18}}, "num_hidden_layers", "", "config"),
+    "model and config": ({**JOB, "model": "llama-3.1-8b"}, "exactly one", "", None),
+    "neither": ({"method": "lora"}, "exactly one", "", None),
+    "too long": ({**JOB, "sequence_length": 1024}, "512", "512", "sequence_length"),
+    "no such target": ({**JOB, "lora": {"target_modules": ["nope"]}}, "nope", "q_proj", "lora"),
+    "unknown card": ({**JOB, "gpu": "a100-81gb"}, "a100-81gb", "a100-80gb", "gpu"),
+    "full with lora": ({**JOB, "method": "full", "lora": {"r": 8}}, "method full", "", None),
+}
+"""By name: the job, what its message says, what its message or hint say too, and the field at fault."""
