@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +17,7 @@ from app.job import Job, OwnGpu, read_job
 from app.memory.allocator import MIB, Settings
 from app.memory.breakdown import Reading, read
 from app.memory.event import KINDS, Books
-from app.memory.fit import judge
+from app.memory.fit import judge, passes
 from app.memory.overheads import context
 
 DEFAULT_GPU = "a100-80gb"
@@ -37,6 +38,72 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
     config, source = _config_of(job)
     traced = _trace(_key(job, config, gpu))
     return _answer(job, gpu, source, traced, all_layers)
+
+
+SOLVED = ("batch_size", "sequence_length", "r")
+"""What can be solved for: the number of sequences, the tokens of one, the rank of the adapters."""
+CEILING = {"batch_size": 1 << 16, "sequence_length": 1 << 22, "r": 1 << 12}
+
+
+def solve(data: Any, target: str = "batch_size") -> dict:
+    """The largest ``target`` with which the job's step passes the replayed allocator under ``memory_limit_bytes``.
+
+    The model is there already: the limit holds for the step. 0: none does. Doubling, then halving the gap; the answer
+    passes and the next one does not, both replayed from steps of their own. Raises :class:`PlanError`.
+    """
+    if target not in SOLVED:
+        raise PlanError(f"cannot solve for {target!r}", f"one of {', '.join(SOLVED)}", "for")
+    data = dict(data) if isinstance(data, dict) else data
+    limit = data.pop("memory_limit_bytes", None) if isinstance(data, dict) else None
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+        raise PlanError(f"`memory_limit_bytes` should be a number of bytes (got {limit!r})", "24 GiB are 25769803776", "memory_limit_bytes")
+    job = read_job(data).resolved()
+    _refuse_unplanned(job)
+    if target == "r" and job.lora is None:
+        raise PlanError("a job without adapters has no rank to solve for", "use method lora or qlora", "for")
+    gpu = _card_of(job)
+    config, _ = _config_of(job)
+    settings = replace(_settings(job), limit=limit)
+    tries: dict[int, bool] = {}
+
+    def fits(value: int) -> bool:
+        if value not in tries:
+            tries[value] = passes(_books_of(_key(_with(job, target, value), config, gpu)), settings, placed=True)[0]
+        return tries[value]
+
+    return {target: _largest(fits, CEILING[target]), "memory_limit_bytes": limit, "tries": tries}
+
+
+def _with(job: Job, target: str, value: int) -> Job:
+    if target == "r":
+        return job.model_copy(update={"lora": job.lora.model_copy(update={"r": value})})
+    return job.model_copy(update={target: value})
+
+
+def _largest(fits: Callable[[int], bool], ceiling: int) -> int:
+    """The largest value up to ``ceiling`` that fits, where what fits has no larger value below it that does not.
+
+    A value that the model cannot take at all (a length beyond its positions) ends the search from above.
+    """
+
+    def possible(value: int) -> bool:
+        try:
+            return fits(value)
+        except PlanError:
+            if value == 1:
+                raise
+            return False
+
+    if not possible(1):
+        return 0
+    low = 1
+    while low < ceiling and possible(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if possible(middle) else (low, middle)
+    return low
 
 
 def _refuse_unplanned(job: Job) -> None:
@@ -106,6 +173,16 @@ def _trace(key: str):
     shape, config, (capability, multiprocessors) = json.loads(key)
     job = Job.model_validate({**shape, "config": config})
     return trace(job, config, tuple(capability), multiprocessors)
+
+
+@lru_cache(maxsize=128)
+def _books_of(key: str) -> Books:
+    """The books alone for a key, without the tables."""
+    from app.dryrun.run import books_of
+
+    shape, config, (capability, multiprocessors) = json.loads(key)
+    job = Job.model_validate({**shape, "config": config})
+    return books_of(job, config, tuple(capability), multiprocessors)
 
 
 def _answer(job: Job, gpu, source: dict, traced, all_layers: bool) -> dict:

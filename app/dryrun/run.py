@@ -28,19 +28,32 @@ class Traced:
     warnings: list[str]
 
 
-def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Traced:
-    """Run ``job`` (resolved) on the meta device as a card of this capability would. Raises :class:`PlanError`."""
-    card = cuda.Card(capability, multiprocessors)
+def books_of(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
+    """The books of ``job`` (resolved) alone, as a card of this capability would keep them. Raises :class:`PlanError`."""
+    base, task = _base(job, config)
+    return _books(base, job, task, cuda.Card(capability, multiprocessors))
+
+
+def _base(job: Job, config: dict):
     configuration = read_config(config, job.attention)
     task = job.task or task_of(configuration)
     _check_length(job, configuration, task)
-    base = build_base(configuration, task, getattr(torch, job.dtype))
+    return build_base(configuration, task, getattr(torch, job.dtype)), task
+
+
+def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Traced:
+    """Run ``job`` (resolved) on the meta device as a card of this capability would, and describe the model.
+
+    Raises :class:`PlanError`.
+    """
+    card = cuda.Card(capability, multiprocessors)
+    base, task = _base(job, config)
     skip = job.quantization.skip_modules if job.quantization else ()
     rows = layers.weights_table(base, skip)
     facts = {
         "task": task,
         "class": type(base).__name__,
-        "model_type": configuration.model_type,
+        "model_type": base.config.model_type,
         "parameters": sum(row.parameters for row in rows),
         "supports_checkpointing": bool(base.supports_gradient_checkpointing),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.memory.allocator import CachingAllocator, OutOfMemory, Settings
 from app.memory.event import EMPTY_CACHE, Books
@@ -28,14 +28,19 @@ class Verdict:
     breaks: str | None
 
 
-def passes(books: Books, settings: Settings) -> tuple[bool, str | None]:
-    """Whether every event of ``books`` is served within ``settings.limit``; else the phase that is not."""
-    allocator = CachingAllocator(settings)
+def passes(books: Books, settings: Settings, placed: bool = False) -> tuple[bool, str | None]:
+    """Whether every event of ``books`` is served within ``settings.limit``; else the phase that is not.
+
+    ``placed``: the model lies there already, the limit holds from the first step on.
+    """
+    allocator = CachingAllocator(replace(settings, limit=None) if placed else settings)
     sizes = [allocation.size for allocation in books.allocations]
     bounds = [mark.at for mark in books.marks[1:]] + [len(books.events)]
     for mark, end in zip(books.marks, bounds):
         if mark.name == EMPTY_CACHE:
             allocator.empty_cache()
+        elif mark.step:
+            allocator.settings = settings
         try:
             for at in range(mark.at, end):
                 event = books.events[at]

@@ -43,7 +43,7 @@ def page(answer: dict, width: int) -> RenderableType:
         (words.settings(answer), "dim"),
     )
     parts = [head, "", _peaks(answer), "", _bar(answer, width - 2), "", _title("Phases"), _phases(answer)]
-    parts += ["", _title("Layers", "of one; K, M, G are KiB, MiB, GiB"), _layers(answer)]
+    parts += ["", _title("Layers", "of one; K, M, G are KiB, MiB, GiB"), _layers(answer, width)]
     parts += ["", _title("Smallest cards that fit"), _cards(answer)]
     if answer["warnings"]:
         parts += ["", _title("Warnings")]
@@ -133,7 +133,7 @@ def weights_of(answer: dict) -> tuple[str, str]:
     return ("nf4_double_quant", f"{kind['type']} dq") if kind["double_quant"] else ("nf4", kind["type"])
 
 
-def _layers(answer: dict) -> Table:
+def _layers(answer: dict, width: int) -> RenderableType:
     stored, layout = weights_of(answer)
     columns = {
         stored: layout,
@@ -145,6 +145,7 @@ def _layers(answer: dict) -> Table:
     }
     used = [field for field in columns if any(layer[field] for layer in answer["layers"])]
     table = _table("Module", "Params", *(columns[field] for field in used))
+    table.padding = (0, 1, 0, 0) if width < WIDEST else table.padding
     table.columns[0].overflow = "fold"
     table.columns[0].no_wrap = False
     for block, count, layers in words.layer_blocks(answer):
@@ -154,7 +155,7 @@ def _layers(answer: dict) -> Table:
             amounts = (words.short(layer[field]) if layer[field] else "" for field in used)
             parameters = words.number(layer["parameters"]) if layer["parameters"] else ""
             table.add_row(f"  {layer['name']}" if block else layer["name"], parameters, *amounts)
-    return table
+    return Padding(table, (0, 0, 0, 1 if width < WIDEST else 0))
 
 
 def _cards(answer: dict) -> RenderableType:
