@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from app.errors import PlanError
@@ -23,10 +24,21 @@ class Unexpected(PlanError):
 
 def plan(job: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job. Raises :class:`PlanError` and nothing else."""
-    try:
-        from app.service import estimate
+    from app.service import estimate
 
-        return estimate(job, all_layers=all_layers)
+    return _told(lambda: estimate(job, all_layers=all_layers))
+
+
+def solve(job: Any, target: str) -> dict:
+    """The largest ``target`` of one job under its ``memory_limit_bytes``. Raises :class:`PlanError` and nothing else."""
+    from app.service import solve
+
+    return _told(lambda: solve(job, target))
+
+
+def _told(use_case: Callable[[], dict]) -> dict:
+    try:
+        return use_case()
     except PlanError:
         raise
     except Exception as error:
@@ -41,15 +53,17 @@ def failure(error: PlanError) -> dict:
 
 def unwrap(item: Any) -> tuple[dict, Any]:
     """What to give back with the answer (``{"id": …}`` or nothing), and the job itself."""
-    if isinstance(item, dict) and "job" in item and item.keys() <= {"id", "job"}:
-        return ({"id": item["id"]} if "id" in item else {}), item["job"]
+    if isinstance(item, dict) and "job" in item and item.keys() <= {"id", "job", "memory_limit_bytes"}:
+        tag = {"id": item["id"]} if "id" in item else {}
+        limit = {"memory_limit_bytes": item["memory_limit_bytes"]} if "memory_limit_bytes" in item else {}
+        return tag, {**item["job"], **limit} if limit and isinstance(item["job"], dict) else item["job"]
     return {}, item
 
 
-def plan_item(item: Any, *, all_layers: bool = False) -> dict:
+def each(item: Any, use_case: Callable[[Any], dict]) -> dict:
     """The answer or the error of one item, a job or ``{"id": …, "job": {…}}``, with its id."""
     tag, job = unwrap(item)
     try:
-        return {**tag, **plan(job, all_layers=all_layers)}
+        return {**tag, **use_case(job)}
     except PlanError as error:
         return {**tag, **failure(error)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from app.batch import Unexpected, failure, plan, plan_item
+from app.batch import Unexpected, each, failure, plan
+from app.batch import solve as largest
 from app.catalog.gpus import all_gpus
 from app.catalog.models import MODELS, search_models
 from app.errors import PlanError
@@ -102,7 +103,7 @@ def estimate(
     if jobs is not None:
         if model or config or job or pairs:
             raise PlanError("--jobs takes every job from its own line", "leave the other options out", "jobs")
-        raise typer.Exit(_estimate_lines(jobs, layers))
+        raise typer.Exit(_each_line(jobs, lambda one: plan(one, all_layers=layers)))
     whole = _merge(_read_job(job) if job else {}, to_job(pairs))
     if model is not None:
         whole["model"] = model
@@ -120,6 +121,29 @@ def estimate(
     else:
         terminal.show(answer, Console())
     raise typer.Exit(DOES_NOT_FIT if words.state(answer) == "does_not_fit" else FITS)
+
+
+@app.command()
+def solve(
+    target: Annotated[str, typer.Option("--for", help="batch_size, sequence_length or r (the adapters' rank).")] = "batch_size",
+    job: Annotated[Maybe, typer.Option(help="A whole job as JSON.", metavar="FILE")] = None,
+    jobs: Annotated[Maybe, typer.Option(help="Many jobs, one a line of JSON (-: stdin).", metavar="FILE")] = None,
+    memory_limit_bytes: Annotated[int | None, typer.Option(help="What the allocator may hold, in bytes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer as JSON.")] = False,
+) -> None:
+    """Find the largest batch, length or rank whose step fits in so much allocator memory."""
+    if (job is None) == (jobs is None):
+        raise PlanError("solve takes --job or --jobs", "a line of --jobs is a job with memory_limit_bytes", "jobs")
+    limit = {} if memory_limit_bytes is None else {"memory_limit_bytes": memory_limit_bytes}
+    if jobs is not None:
+        raise typer.Exit(_each_line(jobs, lambda one: largest({**one, **limit} if isinstance(one, dict) else one, target)))
+    with _waiting("Running steps on the meta device"):
+        answer = largest({**_read_job(job), **limit}, target)
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        print(f"{target} {answer[target]} is the largest whose step fits in {words.size(answer['memory_limit_bytes'])}")
+    raise typer.Exit(FITS if answer[target] else DOES_NOT_FIT)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -149,14 +173,14 @@ def _read_job(path: str) -> dict:
     return read_object(_read(path), "job", 'a job is {"model": "…", "method": "qlora"}')
 
 
-def _estimate_lines(path: str, layers: bool) -> int:
+def _each_line(path: str, use_case: Callable[[Any], dict]) -> int:
     """One JSON line out for each job line in, as soon as it is planned."""
     code = FITS
     for line in _lines(path):
         if not line.strip():
             continue
         try:
-            out = plan_item(read_json(line, "line", "a line is one job as JSON"), all_layers=layers)
+            out = each(read_json(line, "line", "a line is one job as JSON"), use_case)
         except PlanError as error:
             out = failure(error)
         code = CANNOT_SAY if "error" in out else code

@@ -1,0 +1,146 @@
+"""Every measured row, asked through the public command line; the README's table is written from the answers.
+
+``VRAMPLAN_WRITE=1 pytest tests/test_accuracy.py`` rewrites the table; without it a table that has drifted fails.
+The rows are in ``shared/measured`` (one H200) beside the repository and in ``tests/measured`` (one H100).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("VRAMPLAN_SHARED", ROOT.parent / "shared")) / "measured"
+OWN = Path(__file__).parent / "measured" / "h100-steps.jsonl"
+PHASES = {
+    "after_forward": ("forward", "allocated_end"),
+    "peak_forward": ("forward", "peak_allocated"),
+    "after_backward": ("backward", "allocated_end"),
+    "peak_backward": ("backward", "peak_allocated"),
+    "peak_optim": ("optimizer", "peak_allocated"),
+    "end_alloc": ("end", "allocated_end"),
+}
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the measured rows are not beside the repository")
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ask(lines: list[dict], *command: str) -> list[dict]:
+    """The answers of two ``python -m app`` processes, every second line each, in order."""
+
+    def run(part: list[dict]) -> list[dict]:
+        text = "\n".join(json.dumps(line) for line in part)
+        done = subprocess.run(
+            [sys.executable, "-m", "app", *command, "--jobs", "-", "--json"],
+            input=text, capture_output=True, text=True, cwd=ROOT, timeout=900,
+        )
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(answers) == len(part), done.stderr[-2000:]
+        return answers
+
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(run, (lines[::2], lines[1::2])))
+    out = [None] * len(lines)
+    out[::2], out[1::2] = halves
+    return out
+
+
+def error(found: int, truth: int) -> float:
+    return abs(found / truth - 1) * 100
+
+
+def compare(rows: list[dict], answers: list[dict]) -> dict[str, list[tuple[float, str]]]:
+    """The errors in percent by figure, each with its row's id."""
+    errors: dict[str, list[tuple[float, str]]] = {}
+
+    def note(figure: str, found: int, truth: int | None, row: dict) -> None:
+        if truth:
+            errors.setdefault(figure, []).append((error(found, truth), row["id"]))
+
+    for row, answer in zip(rows, answers):
+        assert "error" not in answer, (row["id"], answer["error"])
+        measured = row["measured"]
+        assert sum(answer["parts"].values()) == answer["peak"]["allocated"], row["id"]
+        note("peak_allocated", answer["peak"]["allocated"], measured["peak_allocated"], row)
+        note("peak_reserved", answer["peak"]["reserved"], measured.get("peak_reserved"), row)
+        note("placed_allocated", answer["load"]["placed_allocated"], measured["placed_allocated"], row)
+        note("optimizer_state", answer["optimizer_state"], measured.get("optimizer_state"), row)
+        phases = {(phase["step"], phase["name"]): phase for phase in answer["phases"]}
+        for number, step in enumerate((measured.get("steps") or [])[:2], 1):
+            for name, (phase, field) in PHASES.items():
+                if (number, phase) in phases:
+                    note("phases", phases[number, phase][field], step[name], row)
+    return errors
+
+
+def summary(errors: list[tuple[float, str]]) -> tuple[float, float, float]:
+    values = sorted(value for value, _ in errors)
+    return statistics.median(values), values[int(0.95 * (len(values) - 1))], values[-1]
+
+
+def table(title: str, errors: dict[str, list[tuple[float, str]]]) -> list[str]:
+    lines = [f"| {title} | figures | median | 95 % | worst | the worst row |", "| --- | --: | --: | --: | --: | --- |"]
+    for figure, found in errors.items():
+        median, most, worst = summary(found)
+        name = max(found)[1]
+        lines.append(f"| {figure} | {len(found)} | {median:.3f} % | {most:.2f} % | {worst:.2f} % | {name} |")
+    return lines
+
+
+def check_readme(name: str, lines: list[str]) -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+    assert pattern.search(text), f"the README has no block {name}"
+    written = pattern.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], text)
+    if os.environ.get("VRAMPLAN_WRITE"):
+        readme.write_text(written)
+    assert written == text or os.environ.get("VRAMPLAN_WRITE"), f"the README's table {name} has drifted"
+
+
+@needs_shared
+def test_the_shared_rows():
+    rows = rows_of(SHARED / "h200-steps.jsonl")
+    errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
+    bounds = {
+        "peak_allocated": (0.1, 1, 1),
+        "peak_reserved": (1, 5, 8),
+        "placed_allocated": (0.1, 0.1, 0.5),
+        "optimizer_state": (0.1, 0.1, 0.1),
+        "phases": (0.2, 0.5, 1),
+    }
+    check_readme("h200", table("one H200, 78 jobs", errors))
+    for figure, limits in bounds.items():
+        assert all(found <= limit for found, limit in zip(summary(errors[figure]), limits)), (figure, max(errors[figure]))
+
+
+def test_our_own_rows():
+    rows = rows_of(OWN)
+    errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
+    check_readme("h100", table(f"one H100, {len(rows)} jobs", errors))
+    median, most, worst = summary(errors["peak_allocated"])
+    assert median <= 0.1 and most <= 1 and worst <= 2, max(errors["peak_allocated"])
+
+
+@needs_shared
+def test_frontiers():
+    rows = rows_of(SHARED / "h200-frontiers.jsonl")
+    lines = [{**row["job"], "memory_limit_bytes": row["cap_bytes"]} for row in rows]
+    found = [answer["batch_size"] for answer in ask(lines, "solve", "--for", "batch_size")]
+    truth = [row["max_batch_size"] for row in rows]
+    lines = ["| job | limit | largest batch | measured |", "| --- | --: | --: | --: |"]
+    for row, mine in zip(rows, found):
+        lines.append(f"| {row['id']} | {row['cap_bytes'] / 2**30:.1f} GiB | {mine} | {row['max_batch_size']} |")
+    check_readme("frontiers", lines)
+    assert sum(a == b for a, b in zip(found, truth)) >= 9
+    assert all(a <= b for a, b in zip(found, truth))

@@ -1,0 +1,386 @@
+"""The page: whole without JavaScript, alive with it, and quiet towards every other host.
+
+The browser tests want /usr/bin/chromium, which .ci/run installs.
+"""
+
+import json
+import os
+import re
+import threading
+from html.parser import HTMLParser
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+
+from app import web
+from app.render import html, words
+from app.service import estimate
+from tiny import JOB, LLAMA
+
+CHROMIUM = "/usr/bin/chromium"
+ADDRESS = {"model": "pythia-70m", "method": "lora", "gpu": "t4", "batch_size": "1", "sequence_length": "64"}
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TestClient(web.create_app()) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def page(client):
+    response = client.get("/", params=ADDRESS)
+    assert response.status_code == 200
+    return response.text
+
+
+@pytest.fixture(scope="module")
+def answer():
+    return estimate({**JOB, "gpu": "a100-80gb"})
+
+
+class Tags(HTMLParser):
+    """Every start tag of a document with its attributes; and whether the tags nest."""
+
+    VOID = {"meta", "link", "input", "option"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, tag
+
+    def all(self, *names):
+        return [attributes for tag, attributes in self.found if tag in names]
+
+
+def test_the_address_is_the_answer(page):
+    assert re.search(r"<h1>Fits a Tesla T4 with [\d.]+ GiB to spare</h1>", page)
+    for word in ("EleutherAI/pythia-70m", "Phases", "Cards that fit", "Layers", "Steady step", "curl -s http"):
+        assert word in page, word
+
+
+def test_the_document_nests_and_every_control_has_a_label_and_every_reference_a_target(page):
+    tags = Tags(page)
+    assert tags.open == []
+    ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    labels = {label["for"] for label in tags.all("label")}
+    for control in tags.all("input", "select", "textarea"):
+        assert control.get("id") in labels or control.get("aria-label"), control
+    for attributes in (attributes for _, attributes in tags.found):
+        for key in ("aria-describedby", "aria-labelledby", "list"):
+            assert set((attributes.get(key) or "").split()) <= set(ids)
+
+
+def test_nothing_is_inline_and_nothing_comes_from_elsewhere(page):
+    tags = Tags(page)
+    assert not tags.all("style") and all(script.get("src") for script in tags.all("script"))
+    for _, attributes in tags.found:
+        assert "style" not in attributes and not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "action"):
+            assert (attributes.get(name) or "/").startswith(("/", "#")), attributes
+
+
+def test_the_form_keeps_what_was_asked(page):
+    tags = Tags(page)
+    inputs = {control.get("name"): control.get("value") for control in tags.all("input")}
+    assert {key: inputs[key] for key in ("model", "gpu", "batch_size", "sequence_length")} == {
+        key: ADDRESS[key] for key in ("model", "gpu", "batch_size", "sequence_length")
+    }
+    assert "<option selected>lora</option>" in page
+
+
+def test_every_field_of_the_form_is_one_of_the_job():
+    from app.form import fields
+
+    for name in (*html.MAIN, *(name for names in html.FOLDED.values() for name in names)):
+        assert name in fields(), name
+
+
+def test_links_hold_whole_jobs(client, page):
+    links = [link["href"] for link in Tags(page).all("a")]
+    answers = [link for link in links if link.startswith("/estimate.json?")]
+    assert client.get(answers[0]).json()["job"]["gpu"] == "t4"
+    cards = [parse_qs(urlsplit(link).query) for link in links if "gpu=h100" in link and "pythia" in link]
+    assert cards and all(card["sequence_length"] == ["64"] for card in cards)
+    for address in (*html.EXAMPLES.values(), html.FIRST_VISIT):
+        from app.form import to_job
+        from app.job import read_job
+
+        read_job(to_job(address.items()))
+
+
+def test_the_first_visit_shows_a_real_answer(client, monkeypatch):
+    asked = []
+    real = web.plan
+    monkeypatch.setattr(web, "plan", lambda job, **k: asked.append(job) or real({**JOB, "gpu": job["gpu"]}, **k))
+    response = client.get("/")
+    assert "<h1>Fits a GeForce RTX 4090 with" in response.text
+    assert asked[0]["model"] == html.FIRST_VISIT["model"]
+
+
+@pytest.mark.parametrize(
+    "change, control, message",
+    [
+        ({"batch_size": "-1"}, "batch_size", "greater than or equal to 1"),
+        ({"sequence_length": "5000"}, "sequence_length", "2048"),
+        ({"gpu": "t44"}, "gpu", "no GPU called"),
+        ({"lora.r": "0"}, "lora.r", "greater than or equal to 1"),
+        ({"lora.target_modules": "nope"}, "lora.r", "nope"),
+        ({"optimizer": "adam"}, "optimizer", "adam"),
+        ({"batchsize": "2"}, None, "unknown field `batchsize`"),
+    ],
+)
+def test_an_error_stands_at_its_field_and_the_rest_of_the_form_is_kept(client, change, control, message):
+    response = client.get("/", params={**ADDRESS, **change})
+    assert response.status_code == 422
+    tags = Tags(response.text)
+    assert message in response.text and 'value="pythia-70m"' in response.text
+    wrong = [c["name"] for c in tags.all("input", "select", "textarea") if c.get("aria-invalid")]
+    assert wrong == ([control] if control else [])
+    if control:
+        at = response.text.index(f'id="e-{control}"')
+        assert message in response.text[at : at + 600].replace("&#39;", "'")
+
+
+def test_a_config_is_planned_when_it_is_posted(client):
+    form = {"model": "left over", "method": "lora", "sequence_length": "64", "config": json.dumps(LLAMA)}
+    response = client.post("/", data=form)
+    assert response.status_code == 200 and "LlamaForCausalLM" in response.text
+    assert "&#34;hidden_size&#34;: 64" in response.text and "/estimate.json?" not in response.text
+    broken = client.post("/", data={**form, "config": "{"})
+    assert broken.status_code == 422 and "the config is not JSON" in broken.text
+
+
+def test_what_is_typed_is_never_markup(client):
+    response = client.get("/", params={**ADDRESS, "model": '"><script>alert(1)</script>', "x<b>": "</textarea><i>"})
+    assert "<script>alert" not in response.text and "<b>" not in response.text and "</textarea><i>" not in response.text
+
+
+def test_the_bar_s_parts_fill_it_exactly(answer):
+    bar = html.bar(answer)
+    assert sum(segment.bytes for segment in bar.segments) == answer["peak"]["process"]
+    assert bar.card == 100 and bar.total == answer["fits"][0]["memory_bytes"]
+    assert bar.segments[-1].x + bar.segments[-1].width == pytest.approx(100 * answer["peak"]["process"] / bar.total, abs=0.01)
+
+
+def test_the_bar_shows_what_a_card_lacks():
+    bar = html.bar(estimate({**JOB, "gpu": {"memory_bytes": 300 << 20}}))
+    assert 0 < bar.card < 100 and bar.segments[-1].x + bar.segments[-1].width == pytest.approx(100, abs=0.01)
+
+
+def test_the_timeline_is_highest_at_the_peak(answer):
+    timeline = html.timeline(answer)
+    x, y = timeline.peak
+    assert timeline.rows[[row["x"] for row in timeline.rows].index(x)]["phase"] in ("forward", "backward", "optimizer")
+    assert max(row["allocated"] for row in timeline.rows) == answer["peak"]["allocated"]
+    top = timeline.areas[0][1]
+    assert min(float(point.split(",")[1]) for point in top.split()) / 10 == pytest.approx(y, abs=0.1)
+    assert all(sum(row["kinds"]) == row["allocated"] for row in timeline.rows)
+    assert [step.name for step in timeline.steps] == ["First step", "Steady step"]
+    assert 2 <= len(timeline.ticks) <= 6
+
+
+@pytest.mark.parametrize("job", [{"method": "inference"}, {"method": "full", "gradient_checkpointing": True}])
+def test_every_kind_of_job_has_a_page(client, job):
+    pairs = {**{key: str(value) for key, value in job.items()}, "sequence_length": "32", "config": json.dumps(LLAMA)}
+    response = client.post("/result", data=pairs)
+    assert response.status_code == 200 and "<h1>Needs " in response.text
+    assert Tags(response.text).open == []
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("A100-SXM4-80GB", "an A100-SXM4-80GB"),
+        ("RTX A6000", "an RTX A6000"),
+        ("H100 PCIe 80GB", "an H100 PCIe 80GB"),
+        ("GeForce RTX 4090", "a GeForce RTX 4090"),
+        ("TITAN RTX", "a TITAN RTX"),
+        ("B200", "a B200"),
+        ("my card", "my card"),
+    ],
+)
+def test_cards_have_their_article(name, said):
+    assert words.with_article(name) == said
+
+
+@pytest.mark.parametrize(
+    "count, said",
+    [(0, "0"), (512, "0.5 KiB"), (1 << 20, "1.0 MiB"), (100 << 20, "0.10 GiB"), (11 << 30, "11.0 GiB"), (-(3 << 30), "-3.00 GiB")],
+)
+def test_sizes_are_said_in_gib(count, said):
+    assert words.size(count) == said
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def server():
+    config = uvicorn.Config(web.create_app(), port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        thread.join(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"no {CHROMIUM}: .ci/run installs it")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser, server):
+    """Open a tab with these options; at the end: no request left for another host, and nothing was refused or thrown."""
+    contexts, hosts, complaints = [], set(), []
+
+    def open_tab(**options):
+        context = browser.new_context(base_url=server, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if "Content Security" in message.text else None)
+        return page
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    assert hosts <= {urlsplit(server).netloc} and complaints == []
+
+
+def address(**changes):
+    from urllib.parse import urlencode
+
+    return "/?" + urlencode({**ADDRESS, **changes})
+
+
+def test_without_javascript_the_form_is_sent_and_answered(tab):
+    page = tab(java_script_enabled=False)
+    page.goto(address())
+    page.get_by_label("Batch size").fill("2")
+    page.get_by_role("button", name="Plan", exact=True).click()
+    assert "batch_size=2" in page.url
+    assert "batch 2 × 64" in page.locator(".job").inner_text()
+    page.get_by_text("A model of your own").click()
+    page.get_by_label("config.json").fill(json.dumps(LLAMA))
+    page.get_by_role("button", name="Plan this config").click()
+    assert "LlamaForCausalLM" in page.locator(".job").inner_text()
+
+
+def test_typing_replaces_the_answer_and_the_address(tab):
+    page = tab()
+    page.goto(address())
+    before = page.locator(".peaks").inner_text()
+    page.get_by_label("Batch size").fill("3")
+    page.wait_for_url("**batch_size=3**")
+    page.locator(".job", has_text="batch 3 × 64").wait_for()
+    assert page.locator(".peaks").inner_text() != before
+    assert page.locator("h1").inner_text() in page.title()
+    shown = page.locator("#result").inner_html()
+    page.reload()
+    assert page.locator("h1").inner_text() in shown
+
+
+def test_the_last_thing_typed_wins(tab):
+    page = tab()
+    page.goto(address())
+    slow = threading.Event()
+
+    def hold(route):
+        slow.wait(0.8)
+        route.continue_()
+
+    page.route("**/result?*batch_size=5*", hold)
+    page.get_by_label("Batch size").fill("5")
+    page.wait_for_timeout(450)
+    page.get_by_label("Batch size").fill("6")
+    page.locator(".job", has_text="batch 6 × 64").wait_for()
+    page.wait_for_timeout(600)
+    assert "batch 6 × 64" in page.locator(".job").inner_text() and "batch_size=6" in page.url
+
+
+def test_an_error_appears_at_its_field_as_one_types_and_goes_again(tab):
+    page = tab()
+    page.goto(address())
+    box = page.get_by_label("Batch size")
+    box.fill("-1")
+    page.locator("#e-batch_size", has_text="greater than or equal to 1").wait_for()
+    assert box.get_attribute("aria-invalid") == "true" and "Cannot say" in page.locator("#announce").inner_text()
+    box.fill("1")
+    page.locator("h1", has_text="Fits").wait_for()
+    assert box.get_attribute("aria-invalid") is None and page.locator("#e-batch_size").inner_text() == ""
+
+
+def test_a_pasted_config_is_planned_as_one_types(tab):
+    page = tab()
+    page.goto(address())
+    page.get_by_text("A model of your own").click()
+    page.get_by_label("config.json").fill(json.dumps(LLAMA))
+    page.locator(".job", has_text="LlamaForCausalLM").wait_for()
+    assert "config" not in page.url
+
+
+def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
+    page = tab()
+    page.goto(address())
+    slider = page.get_by_label("Moment of the step")
+    slider.focus()
+    page.keyboard.press("Home")
+    said = page.locator(".readout").inner_text()
+    assert "in the first step, forward" in said and "weights" in said
+    assert slider.get_attribute("aria-valuetext") == said
+    page.locator("svg.time").hover(position={"x": 300, "y": 100})
+    assert page.locator(".readout").inner_text() not in ("", said)
+
+
+@pytest.mark.parametrize("width", [360, 768, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_its_window_in_either_light(tab, width, scheme):
+    page = tab(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.goto(address())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        ".map(c => c.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 3)"
+    )
+    assert (ink < 80 and paper > 200) if scheme == "light" else (ink > 200 and paper < 80)
+
+
+def test_a_keyboard_reaches_the_answer_first(tab):
+    page = tab()
+    page.goto(address())
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the answer"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "result"
+
+

@@ -1,0 +1,195 @@
+"""The HTTP API: the same answers and the same errors as the command line, one shape for every failure, one trace a time."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fastapi.testclient import TestClient
+
+from app import web
+from app.answer import Answer
+from app.errors import PlanError
+from app.job import Job
+from app.service import estimate
+from tiny import BAD, JOB
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TestClient(web.create_app()) as client:
+        yield client
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"} and body["error"]["message"] and "hint" in body["error"]
+    assert "Traceback" not in response.text
+    return body["error"]
+
+
+def test_estimate_gives_the_answer_of_the_service(client):
+    answer = client.post("/estimate", json=JOB)
+    assert answer.status_code == 200
+    assert answer.json() == json.loads(json.dumps(estimate(JOB)))
+
+
+def test_all_layers_opens_the_repeated_ones(client):
+    paths = [layer["path"] for layer in client.post("/estimate?all_layers=true", json=JOB).json()["layers"]]
+    assert "model.layers.1.self_attn.q_proj" in paths
+
+
+def test_the_page_s_address_is_a_job_too(client):
+    answer = client.get("/estimate.json", params={"model": "pythia-70m", "method": "lora", "sequence_length": 64})
+    assert answer.json()["job"]["model"] == "pythia-70m" and answer.json()["job"]["sequence_length"] == 64
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_planned_is_422_with_the_text_of_the_command_line(client, name):
+    job, message, also, field = BAD[name]
+    with pytest.raises(PlanError) as told:
+        estimate(job)
+    error = error_of(client.post("/estimate", json=job), 422)
+    assert error == told.value.as_dict()
+    assert message in error["message"] and also in error["message"] + error["hint"]
+    assert error.get("field") == field
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"{not json", "the body is not JSON"),
+        (b"[" * 100_000, "the request cannot be read"),
+        (b"\xffx", "the request cannot be read"),
+        (b"[1]", "a job is a JSON object"),
+        (b'"model"', "a job is a JSON object"),
+        (b"null", "a job is a JSON object"),
+        (b"", "the request: field required"),
+    ],
+)
+def test_a_malformed_body_is_told_in_the_same_shape(client, body, message):
+    response = client.post("/estimate", content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert message in error_of(response, response.status_code)["message"]
+
+
+def test_the_wrong_address_and_method_have_the_same_shape(client):
+    error_of(client.get("/nothing"), 404)
+    error_of(client.delete("/estimate"), 405)
+    error_of(client.get("/models?limit=many"), 422)
+
+
+def test_a_body_that_is_too_large_is_413(client):
+    error_of(client.post("/estimate", content=b" " * (web.BODY_LIMIT + 1)), 413)
+    chunks = (b" " * (1 << 20) for _ in range(5))
+    error_of(client.post("/estimate", content=chunks, headers={"content-type": "application/json"}), 413)
+    just = b" " * (web.BODY_LIMIT - 200) + json.dumps(BAD["neither"][0]).encode()
+    error_of(client.post("/estimate", content=just, headers={"content-type": "application/json"}), 422)
+
+
+def test_a_batch_keeps_order_ids_and_errors(client):
+    items = [{"id": 7, "job": JOB}, BAD["negative batch"][0], 3, {"id": None, "job": {}}, {**JOB, "method": "full"}]
+    good, bad, strange, empty, last = client.post("/estimate/batch", json=items).json()
+    assert good["id"] == 7 and good["peak"] == estimate(JOB)["peak"]
+    assert bad["error"]["field"] == "batch_size" and "id" not in bad
+    assert "JSON object" in strange["error"]["message"]
+    assert empty["id"] is None and "exactly one" in empty["error"]["message"]
+    assert last["job"]["method"] == "full"
+    error_of(client.post("/estimate/batch", json={"model": "x"}), 422)
+    error_of(client.post("/estimate/batch", json=[{}] * (web.BATCH_LIMIT + 1)), 422)
+
+
+def test_a_fault_of_the_planner_is_500_and_one_sentence(client, monkeypatch):
+    monkeypatch.setattr("app.service.estimate", lambda *_, **__: 1 / 0)
+    assert "ZeroDivisionError" in error_of(client.post("/estimate", json=JOB), 500)["message"]
+    failed = client.post("/estimate/batch", json=[JOB]).json()
+    assert "ZeroDivisionError" in failed[0]["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["/etc", "./config.json", "../x", "~/model", "a/b/c", "tests", "C:\\models"])
+def test_files_of_the_server_are_read_for_its_own_users_only(client, name):
+    error = error_of(client.post("/estimate", json={"model": name}), 422)
+    assert "reads no files" in error["message"] and error["field"] == "model"
+
+
+def test_a_local_folder_is_a_model_where_it_is_allowed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(JOB["config"]))
+    job = {**JOB, "model": str(tmp_path)}
+    del job["config"]
+    answer = TestClient(web.create_app(local_files=True)).post("/estimate", json=job)
+    assert answer.json()["model"]["kind"] == "file"
+
+
+def test_one_trace_at_a_time_and_a_full_line_is_503(monkeypatch):
+    running, most, lock, gate = 0, 0, threading.Lock(), threading.Event()
+
+    def slow(job, **_):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        gate.wait(20)
+        with lock:
+            running -= 1
+        return {"peak": job.batch_size}
+
+    monkeypatch.setattr(web, "plan", slow)
+    with TestClient(web.create_app()) as client, ThreadPoolExecutor(web.WAITING_LIMIT + 1) as pool:
+        ask = lambda size: client.post("/estimate", json={**JOB, "batch_size": size})  # noqa: E731
+        pending = [pool.submit(ask, size) for size in range(1, web.WAITING_LIMIT + 2)]
+        until = time.monotonic() + 20
+        while client.get("/health").json()["waiting"] < web.WAITING_LIMIT:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        busy = ask(99)
+        gate.set()
+        answers = sorted(job.result().json()["peak"] for job in pending)
+    assert "waiting" in error_of(busy, 503)["message"] and int(busy.headers["retry-after"]) > 0
+    assert answers == list(range(1, web.WAITING_LIMIT + 2)) and most == 1
+
+
+def test_the_catalogues(client):
+    gpus = client.get("/gpus").json()
+    assert [gpu["total_memory"] for gpu in gpus] == sorted(gpu["total_memory"] for gpu in gpus)
+    assert "a100-80gb" in {gpu["key"] for gpu in gpus}
+    found = client.get("/models", params={"q": "llama 3.1 8b"}).json()
+    assert found[0]["id"] == "meta-llama/Llama-3.1-8B" and found[0]["model_type"] == "llama"
+
+
+def test_health_says_the_version(client):
+    health = client.get("/health").json()
+    assert health["status"] == "ok" and health["version"] and health["waiting"] == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/nothing", "/static/page.css"])
+def test_every_response_has_the_policy(client, path):
+    params = {"model": "x", "nope": "1"} if path == "/" else {}
+    headers = client.get(path, params=params).headers
+    assert headers["content-security-policy"].startswith("default-src 'self'")
+    assert "unsafe" not in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_openapi_documents_the_job_by_its_schema_with_jobs_that_can_be_read(client):
+    api = client.get("/openapi.json").json()
+    body = api["paths"]["/estimate"]["post"]["requestBody"]["content"]["application/json"]
+    assert body["schema"]["$ref"].endswith("/Job")
+    assert set(api["components"]["schemas"]["Job"]["properties"]) == set(Job.model_fields)
+    for example in body["examples"].values():
+        Job.model_validate(example["value"])
+    assert {"200", "413", "422", "500", "503"} <= set(api["paths"]["/estimate"]["post"]["responses"])
+    assert api["paths"]["/estimate"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+
+
+def test_every_field_of_an_answer_is_documented():
+    def undocumented(model, path):
+        for name in model.model_extra or {}:
+            yield f"{path}{name}"
+        for name, value in model:
+            for item in value if isinstance(value, list) else [value]:
+                if hasattr(item, "model_extra"):
+                    yield from undocumented(item, f"{path}{name}.")
+
+    assert not list(undocumented(Answer.model_validate(estimate(JOB)), ""))
