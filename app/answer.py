@@ -135,6 +135,16 @@ class Answer(_Open):
     stack: dict[str, str] = Field(description="The versions that the plan was traced with.")
 
 
+class Solved(_Open):
+    """The largest of what was asked for (`batch_size`, `sequence_length` or `r`) whose step fits; 0: none does."""
+
+    batch_size: int | None = None
+    sequence_length: int | None = None
+    r: int | None = None
+    memory_limit_bytes: int
+    tries: dict[int, bool] = Field(description="The values that were tried, and whether they fit.")
+
+
 class Problem(BaseModel):
     """What was asked and what was found, and what to do next."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -22,8 +22,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__
-from app.answer import Answer, Failure, GpuRow, Health, Line, ModelRow
-from app.batch import Unexpected, failure, plan, unwrap
+from app.answer import Answer, Failure, GpuRow, Health, Line, ModelRow, Solved
+from app.batch import Unexpected, failure, plan, solve, unwrap
 from app.catalog.gpus import all_gpus
 from app.catalog.models import find_model, search_models
 from app.errors import PlanError
@@ -75,8 +75,24 @@ BATCH_EXAMPLES = {
     }
 }
 
+SOLVE_EXAMPLES = {
+    "batch": {
+        "summary": "The largest batch in 20 GiB",
+        "value": {**EXAMPLES["qlora"]["value"], "memory_limit_bytes": 20 << 30},
+    }
+}
+
+
+class LimitedJob(Job):
+    """A job, and the bytes that the allocator may hold."""
+
+    memory_limit_bytes: int
+
+
 JobBody = Annotated[Job, WrapValidator(lambda value, _: read_job(value)), Body(openapi_examples=EXAMPLES)]
 """A Job, documented by its schema and read by :func:`read_job`, whose errors name the nearest field."""
+SolveBody = Annotated[LimitedJob, WrapValidator(lambda value, _: value), Body(openapi_examples=SOLVE_EXAMPLES)]
+TARGETS = "batch_size, sequence_length, or r: the adapters' rank"
 Items = Annotated[list[Job | dict], WrapValidator(lambda value, _: value), Body(openapi_examples=BATCH_EXAMPLES)]
 ERRORS = {
     422: {"model": Failure, "description": "The job cannot be planned, or is none."},
@@ -110,12 +126,16 @@ class Desk:
             raise Busy
 
     async def plan(self, job: Any, request: Request | None = None, *, all_layers: bool = False) -> dict:
-        """The answer to ``job``. Raises :class:`PlanError`. A visitor who has left is not planned for."""
+        """The answer to ``job``. Raises :class:`PlanError`."""
+        return await self.run(partial(plan, all_layers=all_layers), job, request)
+
+    async def run(self, use_case: Callable[[Any], dict], job: Any, request: Request | None = None) -> dict:
+        """What ``use_case`` makes of ``job``. Nothing is planned for a visitor who has left."""
         self._refuse_local(job)
         async with self.slot:
             if request is not None and await request.is_disconnected():
                 raise Busy
-            return await anyio.to_thread.run_sync(partial(plan, job, all_layers=all_layers))
+            return await anyio.to_thread.run_sync(use_case, job)
 
     def _refuse_local(self, job: Any) -> None:
         name = job.model if isinstance(job, Job) else job.get("model") if isinstance(job, dict) else None
@@ -253,6 +273,14 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
             except PlanError as error:
                 out.append({**tag, **failure(error)})
         return JSONResponse(out)
+
+    @app.post("/solve", response_model=Solved, responses=ERRORS, summary="Find the largest batch, length or rank")
+    async def largest(
+        request: Request, job: SolveBody, target: Annotated[str, Query(alias="for", description=TARGETS)] = "batch_size"
+    ) -> Response:
+        tag, job = unwrap(job)
+        desk.admit()
+        return JSONResponse({**tag, **await desk.run(partial(solve, target=target), job, request)})
 
     @app.get("/gpus", summary="The cards of the catalogue, the smallest first")
     async def gpus() -> list[GpuRow]:

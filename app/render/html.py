@@ -197,7 +197,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"size": words.size, "number": words.number}
+    templates.filters |= {"size": words.size, "number": words.number, "glued": lambda text: text.replace(" GiB", "\u00a0GiB")}
     templates.globals |= {
         "version": __version__,
         "words": words,
@@ -347,7 +347,7 @@ def _spans(points: list[dict], xs: list[int], key, name) -> list[Span]:
 
 
 def _ticks(top: float) -> list[int]:
-    """Three to six round amounts below ``top``, zero left out."""
+    """Two to five round amounts below ``top``, zero left out."""
     unit = 1 << 10
     while unit * 1024 < top and unit < GIB:
         unit *= 1024
@@ -355,7 +355,7 @@ def _ticks(top: float) -> list[int]:
     while True:
         for factor in (1, 2, 5):
             step = scale * factor
-            if top / step <= 6:
+            if top / step <= 5.5:
                 return list(range(step, int(top), step))
         scale *= 10
 
@@ -376,7 +376,9 @@ def layer_columns(answer: dict) -> list[tuple[str, str]]:
 
 
 def with_gpu(view: View, gpu: str) -> str:
-    """The address of the same job on another card."""
+    """The address of the same job on a card of the catalogue; a card of one's own is in the address already."""
+    if gpu not in {card.key for card in all_gpus()}:
+        return view.address
     kept = {key: text for key, text in view.values.items() if not key.startswith("gpu.") and key != "config"}
     return urlencode({**kept, "gpu": gpu})
 

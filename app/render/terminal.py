@@ -204,12 +204,12 @@ def ladder() -> Table:
 def ladder_row(table: Table, answer: dict) -> None:
     """Add one answer to :func:`ladder`'s table."""
     weights = sum(answer["parts"].get(kind, 0) for kind in ("weights", "quantization_constants"))
-    cards = words.cards_that_fit(answer)
+    smallest = words.smallest_card(answer)
     table.add_row(
         words.model_name(answer).rpartition("/")[2],
         words.number(answer["model"]["parameters"]),
         size(weights),
         size(answer["peak"]["allocated"]),
         size(answer["peak"]["process"]),
-        cards[0]["name"] if cards else "none",
+        smallest["name"] if smallest else "none",
     )

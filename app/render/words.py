@@ -97,6 +97,12 @@ def cards_that_fit(answer: dict) -> list[dict]:
     return sorted((fit for fit in answer["fits"] if fit["verdict"] in FITTING), key=lambda fit: fit["memory_bytes"])
 
 
+def smallest_card(answer: dict) -> dict | None:
+    """The smallest card that holds the job with nothing to be warned of; else the smallest that holds it."""
+    cards = cards_that_fit(answer)
+    return next((fit for fit in cards if not note(answer, fit)), cards[0] if cards else None)
+
+
 def note(answer: dict, fit: dict) -> str:
     """What a card that fits is to be warned of, in a word or two; mostly nothing."""
     notes = ["tight"] if fit["verdict"] == "tight" else []
@@ -109,9 +115,9 @@ def verdict(answer: dict) -> str:
     """The answer to the question, in one sentence."""
     card = asked_card(answer)
     if card is None:
-        cards = cards_that_fit(answer)
-        smallest = f"the smallest card is {with_article(cards[0]['name'])}" if cards else "no card holds it"
-        return f"Needs {size(answer['peak']['process'])}: {smallest}"
+        smallest = smallest_card(answer)
+        said = f"the smallest card is {with_article(smallest['name'])}" if smallest else "no card holds it"
+        return f"Needs {size(answer['peak']['process'])}: {said}"
     name = with_article(card["name"])
     if card["verdict"] == "fits":
         return f"Fits {name} with {size(card['headroom'])} to spare"
@@ -193,7 +199,7 @@ def phases(answer: dict) -> list[dict]:
 def split_path(path: str) -> tuple[str, str]:
     """A module's path as the repeated block that it is in (``model.layers.{0..31}``, or nothing) and the rest."""
     found = re.fullmatch(r"(.*?\.(?:\d+|\{[^}]*\}))(?:\.(.+))?", path)
-    return (found[1], found[2] or "(itself)") if found else ("", path)
+    return (found[1], found[2] or "(itself)") if found else ("", path or "(the whole)")
 
 
 def layer_blocks(answer: dict) -> list[tuple[str, int, list[dict]]]:
