@@ -1,4 +1,4 @@
-"""The answer's fields, typed: what ``app.service.estimate`` returns, as the HTTP API documents it. Bytes are ``int``."""
+"""The answer's fields, typed: what the use cases return, as the HTTP API documents it. Bytes are ``int``."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def plan(job: Any, *, all_layers: bool = False) -> dict:
 
 
 def solve(job: Any, target: str) -> dict:
-    """The largest ``target`` of one job under its ``memory_limit_bytes``. Raises :class:`PlanError` and nothing else."""
+    """The largest ``target`` of a job under its ``memory_limit_bytes``. Raises :class:`PlanError` and nothing else."""
     from app.service import solve
 
     return _told(lambda: solve(job, target))

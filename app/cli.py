@@ -125,7 +125,7 @@ def estimate(
 
 @app.command()
 def solve(
-    target: Annotated[str, typer.Option("--for", help="batch_size, sequence_length or r (the adapters' rank).")] = "batch_size",
+    target: Annotated[str, typer.Option("--for", help="batch_size, sequence_length or r, the rank.")] = "batch_size",
     job: Annotated[Maybe, typer.Option(help="A whole job as JSON.", metavar="FILE")] = None,
     jobs: Annotated[Maybe, typer.Option(help="Many jobs, one a line of JSON (-: stdin).", metavar="FILE")] = None,
     memory_limit_bytes: Annotated[int | None, typer.Option(help="What the allocator may hold, in bytes.")] = None,
@@ -136,7 +136,7 @@ def solve(
         raise PlanError("solve takes --job or --jobs", "a line of --jobs is a job with memory_limit_bytes", "jobs")
     limit = {} if memory_limit_bytes is None else {"memory_limit_bytes": memory_limit_bytes}
     if jobs is not None:
-        raise typer.Exit(_each_line(jobs, lambda one: largest({**one, **limit} if isinstance(one, dict) else one, target)))
+        raise typer.Exit(_each_line(jobs, lambda one: largest(one | limit if isinstance(one, dict) else one, target)))
     with _waiting("Running steps on the meta device"):
         answer = largest({**_read_job(job), **limit}, target)
     if as_json:

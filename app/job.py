@@ -119,7 +119,9 @@ class Job(_Strict):
         None, description="Tokens that inference generates; null: 64."
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(1, description="Batches a step.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attn_implementation.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        None, description="attn_implementation; null: sdpa, or eager where the model's class has no sdpa."
+    )
     attention_mask: Literal["absent", "full", "padded"] = Field("full", description="What the batch carries.")
     trainer: Literal["pytorch", "transformers", "trl"] = Field("pytorch", description="Whose step it is.")
     gpu: str | OwnGpu | None = Field(None, description="Catalogue name, or a card of your own.")

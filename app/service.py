@@ -194,7 +194,7 @@ def _answer(job: Job, gpu, source: dict, traced, all_layers: bool) -> dict:
     layers = traced.layers if all_layers else traced.layer_groups
     load = reading.phases[0]
     return {
-        "job": job.model_dump(exclude={"config"}, mode="json"),
+        "job": {**job.model_dump(exclude={"config"}, mode="json"), "attention": traced.facts["attention"]},
         "model": {**source, **{key: fact for key, fact in traced.facts.items() if key != "optimizer_state"}},
         "peak": {
             "allocated": reading.peak.peak,

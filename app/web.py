@@ -209,7 +209,7 @@ async def _on_http(_: Request, error: HTTPException) -> Response:
 
 
 def create_app(*, local_files: bool = False, warm: bool = False) -> FastAPI:
-    """The application. ``local_files``: a job's model may be a path; ``warm``: plan the first visit's job at the start."""
+    """The application. ``local_files``: a job's model may be a path; ``warm``: plan the first visit's job early."""
     desk = Desk(local_files)
 
     async def warm_up() -> None:

@@ -48,7 +48,7 @@ def test_a_job_that_fits_its_card_exits_with_0_and_says_so_first(vramplan, confi
     code, out, err = vramplan("estimate", "--config", config, "-m", "lora", "-s", 64, "--gpu", "a100-80gb")
     assert code == 0 and err == ""
     assert out.splitlines()[0].strip().startswith("Fits an A100-SXM4-80GB with 7")
-    for word in ("Allocated", "Reserved", "Process", "Phases", "Steady step", "Layers", "Smallest cards that fit", "torch 2"):
+    for word in ("Allocated", "Reserved", "Process", "Phases", "Steady step", "Layers", "Smallest cards", "torch 2"):
         assert word in out, word
     assert max(map(len, out.splitlines())) <= 80
     assert "\x1b" not in out
@@ -167,6 +167,21 @@ def test_a_fault_of_the_planner_is_its_lines_alone(vramplan, monkeypatch):
     assert code == 2 and "KeyError" in first["error"]["message"] and "peak" in second
 
 
+def test_solve_finds_the_largest_and_exits_with_1_where_none_fits(vramplan, tmp_path):
+    path = job_file(tmp_path, JOB)
+    code, out, _ = vramplan("solve", "--job", path, "--memory-limit-bytes", 40 << 20, "--json")
+    most = json.loads(out)["batch_size"]
+    assert code == 0 and most > 1
+    code, out, _ = vramplan("solve", "--job", path, "--memory-limit-bytes", 1 << 20)
+    assert code == 1 and "batch_size 0" in out
+    lines = [json.dumps({"id": 1, "job": JOB, "memory_limit_bytes": 40 << 20}), json.dumps(JOB)]
+    code, out, _ = vramplan("solve", "--jobs", "-", "--for", "batch_size", stdin="\n".join(lines))
+    good, bad = map(json.loads, out.splitlines())
+    assert code == 2 and (good["id"], good["batch_size"]) == (1, most)
+    assert "memory_limit_bytes" in bad["error"]["message"]
+    assert vramplan("solve")[0] == 2 and vramplan("solve", "--job", path, "--for", "luck")[0] == 2
+
+
 def test_the_catalogues_are_listed(vramplan):
     code, out, _ = vramplan("gpus")
     assert code == 0 and "a100-80gb" in out and max(map(len, out.splitlines())) <= 80
@@ -208,7 +223,8 @@ def test_looking_things_up_does_not_import_torch():
 
 
 def test_python_m_app_is_vramplan():
-    done = subprocess.run([sys.executable, "-m", "app", "estimate", "--job", "/nowhere"], capture_output=True, text=True)
+    args = [sys.executable, "-m", "app", "estimate", "--job", "/nowhere"]
+    done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("Cannot say: /nowhere cannot be read")
 
 
@@ -220,6 +236,7 @@ def test_text_becomes_what_the_schema_takes():
             "gpu": "23.5 gib",
             "lora.r": "8",
             "lora.alpha": "0.5",
+            "target_length": "-1",
             "lora.target_modules": "q_proj, v_proj",
             "lora.use_dora": "true",
             "gradient_checkpointing": "false",
@@ -234,6 +251,7 @@ def test_text_becomes_what_the_schema_takes():
         "lora": {"r": 8, "alpha": 0.5, "target_modules": ["q_proj", "v_proj"], "use_dora": True},
         "gradient_checkpointing": False,
         "sequence_length": None,
+        "target_length": -1,
     }
     assert Job.model_validate(job).lora.target_modules == ("q_proj", "v_proj")
 

@@ -30,7 +30,7 @@ HOST_READS: dict[str, bool | str] = {
     # "has every sequence ended?" Not before the length that was asked for: new tokens are a minimum too.
     "StopCheck.__call__": "generated",
     # transformers/modeling_rope_utils.py: the largest position, plus one
-    "longrope_frequency_update": "length",
+    "dynamic_rope_update.<locals>.longrope_frequency_update": "length",
 }
 """Functions that read a tensor's value on the host, by qualified name, and what they are told: a value, or what the
 job says of it."""

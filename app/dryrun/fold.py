@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from app.memory.event import Books
-from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, same, shorten, triples
+from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +63,15 @@ def fold(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], name
         if re.search(r"(^|\.)\d+(\.|$)", name):
             raise Unfoldable(f"the job names a layer by its number: {name}")
     groups = repeated(model)
-    depth = sum(len(group.types) for group in groups)
-    if not groups or sum(len(shorten(group.types, repeats)) for group in groups for repeats in (1, 2)) > ENOUGH * depth:
-        raise Unfoldable("too few layers repeat")
+    if not groups:
+        raise Unfoldable("no layers repeat")
     with _without_collector():
         try:
-            return _Fold(model, groups, trace).books()
+            try:
+                return _Fold(model, groups, trace, 1).books()
+            except Unfoldable as reason:
+                log.info("not folded by next neighbours: %s", reason)
+                return _Fold(model, groups, trace, 2).books()
         except Unfoldable:
             raise
         except Exception as error:
@@ -90,14 +93,16 @@ def _without_collector():
 class _Fold:
     """One model's short runs. A depth is, for each group, the layers that are kept."""
 
-    def __init__(self, model: torch.nn.Module, groups: list[Layers], trace: Callable[[torch.nn.Module], Books]):
-        self.model, self.groups, self.trace = model, groups, trace
+    def __init__(self, model: torch.nn.Module, groups: list[Layers], trace: Callable[[torch.nn.Module], Books], radius: int):
+        self.model, self.groups, self.trace, self.radius = model, groups, trace, radius
         self.whole = [range(len(group.types)) for group in groups]
         self.once = self._depth(1)
 
     def books(self) -> Books:
-        short = self._run(self.once)
         twice = self._depth(2)
+        if sum(map(len, self.once + twice)) > ENOUGH * sum(map(len, self.whole)):
+            raise Unfoldable("too few layers repeat")
+        short = self._run(self.once)
         growth = growth_of(short, self._stacks(twice), self._run(twice))
         if growth:
             growth = self._growth(short, twice, growth)
@@ -110,15 +115,15 @@ class _Fold:
         target = self._counts(self.whole)
         more: list[set[tuple]] = [set() for _ in self.groups]
         for number, group in enumerate(self.groups):
-            for triple in triples(group.types):
+            for window in inner_windows(group.types, self.radius):
                 if combination(target, [counts for counts, _ in seen]) is not None:
                     break
-                added = [{triple} if n == number else set() for n in range(len(self.groups))]
+                added = [{window} if n == number else set() for n in range(len(self.groups))]
                 depth = self._depth(1, added)
                 counts = self._counts(depth)
                 if combination(counts, [known for known, _ in seen]) is None:
                     seen.append((counts, growth_of(short, self._stacks(depth), self._run(depth))))
-                    more[number].add(triple)
+                    more[number].add(window)
         check = self._depth(3) if len(seen) == 1 else self._depth(2, more)
         if sum(map(len, check)) > ENOUGH * sum(map(len, self.whole)):
             raise Unfoldable("too few layers repeat to foresee how memory grows with depth")
@@ -139,7 +144,7 @@ class _Fold:
         return {key: int(size) for key, size in total.items()}
 
     def _depth(self, repeats: int, more: Sequence[set[tuple]] | None = None) -> list[list[int]]:
-        return [shorten(group.types, repeats, more[n] if more else ()) for n, group in enumerate(self.groups)]
+        return [shorten(group.types, repeats, self.radius, more[n] if more else ()) for n, group in enumerate(self.groups)]
 
     def _run(self, depth: Sequence[Sequence[int]]) -> Books:
         return self.trace(shortened(self.model, self.groups, depth))
@@ -148,7 +153,10 @@ class _Fold:
         def types(group, kept):
             return tuple(group.types[index] for index in kept)
 
-        return [Stack(group.paths, types(group, a), types(group, b)) for group, a, b in zip(self.groups, self.once, depth)]
+        return [
+            Stack(group.paths, types(group, a), types(group, b), self.radius)
+            for group, a, b in zip(self.groups, self.once, depth)
+        ]
 
     def _counts(self, depth: Sequence[Sequence[int]]) -> list[int]:
         """How many layers of each type there are more than in the shortest run."""

@@ -13,7 +13,9 @@ import os
 import warnings
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import huggingface_hub.constants
+
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # this process's models; the user's own setting stays in the environment, for app.hub
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import bitsandbytes as bnb
@@ -50,7 +52,7 @@ MAX_LAYERS = 4096
 """Deeper than any published model; a config that asks for more is refused before it is built."""
 
 
-def read_config(data: dict[str, Any], attention: str) -> transformers.PretrainedConfig:
+def read_config(data: dict[str, Any], attention: str | None) -> transformers.PretrainedConfig:
     """A transformers config from config.json's object. Raises :class:`PlanError` where no class is known."""
     data = copy.deepcopy(data)
     kind = data.pop("model_type", None)
@@ -71,7 +73,8 @@ def read_config(data: dict[str, Any], attention: str) -> transformers.Pretrained
         raise PlanError(
             f"transformers does not accept this {kind} config: {_first_line(error)}", "check its fields", "config"
         ) from None
-    config._attn_implementation = attention
+    if attention is not None:
+        config._attn_implementation = attention
     return config
 
 
@@ -196,7 +199,7 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> tor
         model.requires_grad_(False)
         if job.lora is not None:  # an adapter served beside its base
             model = adapt(model, job, task)
-            _own_adapters(model, ledger)
+            _own_adapters(model, job, ledger)
         return model.eval()
     if checkpointing and not model.supports_gradient_checkpointing:
         raise PlanError(
@@ -220,21 +223,22 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> tor
                 model.gradient_checkpointing_enable(kwargs)
                 model.enable_input_require_grads()
         model = adapt(model, job, task)
-        _own_adapters(model, ledger)
+        _own_adapters(model, job, ledger)
     return model.train()
 
 
-def _own_adapters(model: torch.nn.Module, ledger: Ledger) -> None:
-    """Enter the adapters: moved to the card in the base weight's dtype, then cast to fp32 in a second pass
-    (peft/tuners/tuners_utils.py ``_move_adapter_to_device_of_base_layer`` and ``cast_adapter_dtype``)."""
+def _own_adapters(model: torch.nn.Module, job: Job, ledger: Ledger) -> None:
+    """Enter the adapters: moved to the card in the base weight's dtype (of a 4-bit one, the dtype it had), then cast to
+    fp32 in a second pass (peft/tuners/tuners_utils.py ``_move_adapter_to_device_of_base_layer`` and
+    ``cast_adapter_dtype``; measured event for event). An int8 base has no such dtype."""
+    narrow = job.dtype != "float32" and not (job.quantization and job.quantization.type == "int8")
     added, moved = [], []
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad and ledger.key_of(parameter) is None:
                 added.append((parameter, canonical(path)))
-    dtypes = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     for parameter, path in added:
-        cast = parameter.dtype == torch.float32 and torch.float32 not in dtypes and torch.uint8 not in dtypes
+        cast = narrow and parameter.dtype == torch.float32
         moved.append(ledger.take(parameter.numel() * 2, path, "adapters", "to") if cast else None)
     for (parameter, path), key in zip(added, moved):
         ledger.own(parameter, path, "adapters")

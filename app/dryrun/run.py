@@ -56,10 +56,12 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
         "model_type": base.config.model_type,
         "parameters": sum(row.parameters for row in rows),
         "supports_checkpointing": bool(base.supports_gradient_checkpointing),
+        "attention": base.config._attn_implementation or "eager",
     }
     warnings = _weight_warnings(job, base)
     spare = copy.deepcopy(base) if job.method != "inference" and base.supports_gradient_checkpointing else None
     books = _books(base, job, task, card)
+    warnings += _kernel_warnings(job, facts["attention"], books)
     checkpointed = job.gradient_checkpointing != "off"
     other = None
     if spare is not None:
@@ -130,6 +132,28 @@ def _state_bytes(books: Books) -> int:
     scales = sum(a.op == "zeros.default" for a in states)
     shared = sum(a.op == "_to_copy.default" and a.size == 1024 for a in states)
     return sum(a.size for a in states) + 1024 * max(scales - shared, 0)
+
+
+def _kernel_warnings(job: Job, attention: str, books: Books) -> list[str]:
+    """What the kernels of this job do that a user may not expect, or that the number cannot know."""
+    out = []
+    ops = {allocation.op for allocation in books.allocations}
+    if attention == "eager" and job.attention is None:
+        out.append("this model's class has no sdpa attention: transformers runs eager attention, which keeps its scores")
+    if attention == "sdpa" and "_safe_softmax.default" in ops:
+        out.append(
+            "scaled_dot_product_attention falls back to PyTorch's math kernel, which keeps length × length scores: "
+            "the fused kernels refuse these queries (float32 with grouped heads, or a strided mask). "
+            "Autocast (mixed_precision bf16) or 16-bit activations avoid it"
+        )
+    if "run_conv_plan" in ops:
+        out.append("convolutions: cuDNN's workspace is that of its channels-last kernels; other choices take other amounts")
+    if job.quantization is not None and job.quantization.type == "int8":
+        out.append(
+            "LLM.int8 keeps a copy of every outlier column (values of 6 and more); how many there are depends on the "
+            "weights and is taken to be none"
+        )
+    return out
 
 
 def _weight_warnings(job: Job, model) -> list[str]:

@@ -228,7 +228,7 @@ class Ledger(TorchDispatchMode):
     def _enter_new(self, storage, func, args, place, index: int) -> None:
         if not storage.nbytes() or storage.device.type != "meta":
             return
-        if place is None:
+        if place is None or self._site is None:
             place = self._owned_by(args, index)
             self._owner[storage._cdata] = place
             self._watch(storage, place, self._kind, func.__name__)

@@ -25,58 +25,64 @@ class Stack(NamedTuple):
     """Layers run one after another.
 
     ``paths`` are the module paths of the lists that hold them (``model.layers``; several where lists are zipped),
-    ``short`` the layers' types in the books at hand, ``whole`` the types in the books that are wanted.
+    ``short`` the layers' types in the books at hand, ``whole`` the types in the books that are wanted. Two layers are
+    alike if they are of one type between neighbours of the same types, ``radius`` of them on either side.
     """
 
     paths: tuple[str, ...]
     short: tuple[int, ...]
     whole: tuple[int, ...]
+    radius: int = 1
 
     def templates(self) -> list[int]:
-        """For every layer of the whole, a layer of the short run with the same type between the same types."""
+        """For every layer of the whole, one of the short run that is like it."""
         first: dict[tuple, int] = {}
-        for position, triple in enumerate(_triples(self.short)):
-            first.setdefault(triple, position)
+        for position, window in enumerate(_windows(self.short, self.radius)):
+            first.setdefault(window, position)
         try:
-            return [first[triple] for triple in _triples(self.whole)]
+            return [first[window] for window in _windows(self.whole, self.radius)]
         except KeyError as error:
-            raise Unfoldable(f"no layer of {self.paths[0]} stands between the types {error}") from None
+            raise Unfoldable(f"no layer of {self.paths[0]} stands for the types {error}") from None
 
 
-def _triples(types: Sequence[int]) -> list[tuple]:
-    return list(zip((None, *types), types, (*types[1:], None)))
+def _windows(types: Sequence[int], radius: int) -> list[tuple]:
+    """Each layer's type in the midst of its neighbours'; None beyond the ends."""
+    ends = (None,) * radius
+    padded = (*ends, *types, *ends)
+    return [padded[at : at + 2 * radius + 1] for at in range(len(types))]
 
 
-def shorten(types: Sequence[int], repeats: int, more: Collection[tuple] = ()) -> list[int]:
-    """The layers to keep: the fewest found in which every type stands between every pair of types that it has, each
-    such triple ``repeats`` times (those in ``more`` once more) where the whole has it that often. The first and the
-    last layer stay.
+def inner_windows(types: Sequence[int], radius: int = 1) -> Counter:
+    """How often each type stands between each neighbourhood, the layers near the ends left out."""
+    return Counter(_windows(types, radius)[radius : len(types) - radius])
 
-    Between two places where the same pair of types follows, layers can be left out and no new triple arises.
+
+def shorten(types: Sequence[int], repeats: int, radius: int = 1, more: Collection[tuple] = ()) -> list[int]:
+    """The layers to keep: the fewest found in which every window of ``radius`` neighbours of the whole occurs,
+    ``repeats`` times (those in ``more`` once more) where the whole has it that often. The first and the last stay.
+
+    Between two places where the same types follow, layers can be left out and no new window arises.
     """
-    wanted = {triple: min(repeats + (triple in more), count) for triple, count in triples(types).items()}
+    wanted = {
+        window: min(repeats + (window in more), count) for window, count in inner_windows(types, radius).items()
+    }
     kept = list(range(len(types)))
     start = 0
-    while start < len(kept) - 1:
+    while start < len(kept) - 2 * radius:
         now = [types[index] for index in kept]
-        inner = _triples(now)[1:-1]
+        inner = _windows(now, radius)[radius : len(now) - radius]
         spare = Counter(inner)
         spare.subtract(wanted)
-        pair, lost, best = now[start : start + 2], Counter(), start
-        for stop in range(start + 1, len(kept) - 1):
+        follows, lost, best = now[start : start + 2 * radius], Counter(), start
+        for stop in range(start + 1, len(kept) - 2 * radius + 1):
             lost[inner[stop - 1]] += 1
             if lost[inner[stop - 1]] > spare[inner[stop - 1]]:
                 break
-            if now[stop : stop + 2] == pair:
+            if now[stop : stop + 2 * radius] == follows:
                 best = stop
         del kept[start + 1 : best + 1]
         start += 1
     return kept
-
-
-def triples(types: Sequence[int]) -> Counter:
-    """How often every type stands between every pair of types."""
-    return Counter(_triples(types)[1:-1])
 
 
 def combination(target: Sequence[int], vectors: Sequence[Sequence[int]]) -> list[Fraction] | None:
@@ -112,19 +118,44 @@ class _Chunk:
     takes: bool = False
 
 
-def _lend(chunks: list[_Chunk]) -> None:
-    """What a layer gives back of the layer that ran before it is its own doing.
-
-    That is: releases in the midst of its events, or at their end if the way does not lead back.
-    """
-    owned = [chunk for chunk in chunks if chunk.owner is not None]
-    for earlier, before, chunk, after in zip((None, *owned), owned, owned[1:], (*owned[2:], None)):
-        if chunk.takes or not before.takes or chunk.owner[0] != before.owner[0]:
+def _lend(chunks: list[_Chunk], phase: str) -> None:
+    """Releases between two layers that run after each other are the doing of the first, whosever memory it was; at
+    the end of a pass the last one gives back what is left of the one before it."""
+    taking = [at for at, chunk in enumerate(chunks) if chunk.takes]
+    owner = None
+    for low, high in zip(taking, (*taking[1:], len(chunks))):
+        owner = chunks[low].owner or owner
+        between = chunks[low + 1 : high]
+        if owner is None or not between:
             continue
-        amid = after is not None and after.owner == before.owner
-        behind = earlier is not None and earlier.owner == chunk.owner and (after is None or after.takes)
-        if amid or behind:
-            chunk.owner, chunk.takes = before.owner, True
+        number, here = owner
+        before = next((c.owner[1] for c in reversed(chunks[:low]) if c.takes and _is_other(c.owner, owner)), None)
+        there = chunks[high].owner if high < len(chunks) else None
+        near = {here, before}
+        if there is not None and there[0] == number:
+            near.add(there[1])
+            after = next((c.owner[1] for c in chunks[high + 1 :] if c.takes and _is_other(c.owner, there)), None)
+            lent = between if _is_on_the_way(before, here, there[1], after) else []
+        else:
+            own = [chunk for chunk in between if chunk.owner is not None and chunk.owner[0] == number]
+            lent = own if phase != "optimizer" and chunks[low].owner is not None else []
+        if all(chunk.owner is None or chunk.owner[0] != number or chunk.owner[1] in near for chunk in between):
+            for chunk in lent:
+                chunk.owner = owner
+
+
+def _is_on_the_way(before: int | None, here: int, there: int, after: int | None) -> bool:
+    """Whether the layer ``there`` follows ``here`` in one direction, not after a turn or a new start."""
+    ways = [there > here]
+    if before is not None:
+        ways.append(here > before)
+    if after is not None:
+        ways.append(after > there)
+    return here == there or len(ways) == 1 or ways.count(ways[0]) > 1
+
+
+def _is_other(one: tuple[int, int] | None, owner: tuple[int, int]) -> bool:
+    return one is not None and one[0] == owner[0] and one[1] != owner[1]
 
 
 class _Piece(NamedTuple):
@@ -252,18 +283,19 @@ class _Expansion:
             empties: dict[int, int] = Counter(m.at - 1 for m in self.books.marks[number + 1 : following])
             yield mark, mark.at, end, empties
 
-    def _chunks(self, start: int, end: int) -> list[_Chunk]:
-        """Runs of events of one layer, or of none: by where they happened, else by whose memory it is."""
+    def _chunks(self, start: int, end: int, phase: str) -> list[_Chunk]:
+        """Runs of events of one layer, or of none: by where they happened, else by whose memory it is. Releases that
+        come first are a run of their own."""
         units, allocations = self.units, self.books.allocations
         chunks: list[_Chunk] = []
         for at, (event, site) in enumerate(zip(self.books.events[start:end], self.books.sites[start:end]), start):
             unit = units[site] or units[allocations[event if event >= 0 else ~event].module]
             owner = None if unit is None else unit[:2]
-            if not chunks or owner != chunks[-1].owner:
-                chunks.append(_Chunk(owner, at))
-            chunks[-1].takes |= event >= 0
+            takes = event >= 0
+            if not chunks or owner != chunks[-1].owner or takes > chunks[-1].takes:
+                chunks.append(_Chunk(owner, at, takes=takes))
             chunks[-1].end = at + 1
-        _lend(chunks)
+        _lend(chunks, phase)
         return chunks
 
     def _pieces(self, mark: Mark, start: int, end: int) -> list[_Piece]:
@@ -271,7 +303,7 @@ class _Expansion:
 
         Events of no layer between two layers belong to the one before.
         """
-        chunks = self._chunks(start, end)
+        chunks = self._chunks(start, end, mark.name)
         seen = {chunk.owner for chunk in chunks}.difference({None})
         pieces = []
         at = 0
@@ -286,7 +318,7 @@ class _Expansion:
             step = 0
             while True:
                 after = at + 1
-                if after < len(chunks) and chunks[after].owner is None:
+                while after < len(chunks) and chunks[after].owner is None:
                     after += 1
                 if after >= len(chunks) or chunks[after].owner[0] != number:
                     break
@@ -351,7 +383,7 @@ class _Expansion:
                 module = (unit[1] - position, *unit[2:])
             else:
                 module = unit
-            what = (module, entry.size, entry.op)
+            what = (module, entry.op)
             self.homes[event] = (number, position, (part, what, seen[what]))
             seen[what] += 1
 

@@ -197,7 +197,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"size": words.size, "number": words.number, "glued": lambda text: text.replace(" GiB", "\u00a0GiB")}
+    templates.filters |= {"size": words.size, "number": words.number, "glued": _glued}
     templates.globals |= {
         "version": __version__,
         "words": words,
@@ -211,6 +211,11 @@ def _templates() -> Environment:
         "examples": {name: urlencode(pairs) for name, pairs in EXAMPLES.items()},
     }
     return templates
+
+
+def _glued(text: str) -> str:
+    """A sentence whose amounts are not broken before their unit."""
+    return text.replace(" GiB", "\u00a0GiB")
 
 
 def _context(view: View) -> dict[str, Any]:
