@@ -24,6 +24,7 @@ class ModelFacts(_Open):
     parameters: int
     trainable_parameters: int
     supports_checkpointing: bool
+    attention: str = Field(description="The attention implementation that the class runs.")
 
 
 class Peak(_Open):

@@ -97,7 +97,7 @@ def fetch_config(
     what = f"{CONFIG} of {name}"
     path = None
     if not offline():
-        bounds = _Bounds(what, CONFIG_SECONDS, CONFIG_LIMIT, whole=True)
+        bounds = _Bounds(what, CONFIG_SECONDS, CONFIG_LIMIT)
         try:
             path = bounds.run(
                 lambda: hf_hub_download(
@@ -168,13 +168,13 @@ def offline() -> bool:
 
 def nearest(name: str, count: int = 3) -> list[str]:
     """The ids of the catalogue most like ``name``, with or without its owner."""
-    name = name.lower()
-    short = name.rsplit("/", 1)[-1]
+    whole = difflib.SequenceMatcher(b=name.lower())
+    short = difflib.SequenceMatcher(b=name.lower().rsplit("/", 1)[-1])
 
     def likeness(id: str) -> float:
-        id = id.lower()
-        pairs = ((name, id), (short, id.rsplit("/", 1)[-1]))
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        whole.set_seq1(id.lower())
+        short.set_seq1(id.lower().rsplit("/", 1)[-1])
+        return max(whole.ratio(), short.ratio())
 
     return sorted((model.id for model in MODELS), key=likeness, reverse=True)[:count]
 
@@ -312,15 +312,11 @@ class _GaveUp(Exception):
 
 @dataclass
 class _Bounds:
-    """Of one call: what is asked for, its seconds, the bytes of an answer, the tries of a request.
-
-    ``whole``: what is looked up (HEAD) is read as a whole later, so its announced size counts already.
-    """
+    """Of one call: what is asked for, its seconds, the bytes of an answer, the tries of a request."""
 
     what: str
     seconds: float
     limit: int
-    whole: bool = False
     tries: int = 0
 
     def __post_init__(self) -> None:
@@ -426,12 +422,11 @@ def _after(response: httpx.Response) -> None:
         return
     if response.headers.get("content-encoding", "identity").lower() != "identity":
         raise PlanError(f"{bounds.what} comes compressed, unasked", "check HF_ENDPOINT", "model")
-    headers, head = response.headers, response.request.method == "HEAD"
-    if bounds.whole or not head:
-        size = headers.get("x-linked-size") if head else None
-        size = size or (None if response.has_redirect_location else headers.get("content-length"))
-        if size and size.isdigit() and int(size) > bounds.limit:
-            _refuse_size(bounds.what, int(size), bounds.limit)
+    size = None if response.has_redirect_location else response.headers.get("content-length")
+    if response.request.method == "HEAD":  # what is looked up here is read as a whole next
+        size = response.headers.get("x-linked-size") or size
+    if size and size.isdigit() and int(size) > bounds.limit:
+        _refuse_size(bounds.what, int(size), bounds.limit)
     response.stream = _BoundedBody(response.stream, bounds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
+from app.advice import Change, changes
 from app.catalog.gpus import Gpu, all_gpus, find_gpu
 from app.catalog.models import find_model
 from app.errors import PlanError
@@ -72,6 +74,79 @@ def solve(data: Any, target: str = "batch_size") -> dict:
         return tries[value]
 
     return {target: _largest(fits, CEILING[target]), "memory_limit_bytes": limit, "tries": tries}
+
+
+def advise(data: Any) -> dict:
+    """Every single change that makes the job fit its card, re-planned, the least that a user would mind first; the
+    best pair where no single one suffices; and the smallest card that takes the job as it is. Raises
+    :class:`PlanError`, also where the job names no card.
+    """
+    job = read_job(data)
+    if job.gpu is None:
+        raise PlanError("advice is for a card, and the job names none", "set gpu", "gpu")
+    now = _weigh(job)
+    found, failed = [], []
+    if now["verdict"] == "does_not_fit":
+        for change in changes(job.resolved()):
+            option = _option(job, (change,))
+            if option is not None:
+                (found if option["verdict"] != "does_not_fit" else failed).append((change, option))
+        found.sort(key=lambda pair: (pair[0].changes_objective, pair[0].rank, -pair[1]["headroom"]))
+    pair = None
+    if now["verdict"] == "does_not_fit" and not found:
+        failed.sort(key=lambda pair: pair[1]["peak"]["reserved"])
+        for one, other in itertools.islice(itertools.combinations([change for change, _ in failed], 2), 12):
+            pair = None if one.patch.keys() & other.patch.keys() else _option(job, (one, other))
+            if pair is not None and pair["verdict"] != "does_not_fit":
+                break
+            pair = None
+    return {
+        "now": now,
+        "suggestions": [option for _, option in found],
+        "pair": pair,
+        "smallest_card": _smallest_card(job),
+    }
+
+
+def _option(job: Job, parts: tuple[Change, ...]) -> dict | None:
+    """``job`` with the changes, planned; None where the stack refuses it or nothing is saved."""
+    patch = {key: value for change in parts for key, value in change.patch.items()}
+    try:
+        planned = _weigh(read_job({**job.model_dump(exclude_unset=True), **patch}))
+    except PlanError:
+        return None
+    return {
+        "title": " and ".join(change.title for change in parts),
+        "change": patch,
+        "cost": "; ".join(change.cost for change in parts),
+        "changes_objective": any(change.changes_objective for change in parts),
+        **planned,
+    }
+
+
+def _weigh(job: Job) -> dict:
+    """The peaks of a job and its verdict on its own card."""
+    job = job.resolved()
+    _refuse_unplanned(job)
+    gpu = _card_of(job)
+    books = _books_of(_key(job, _config_of(job)[0], gpu))
+    reading = read(books, _settings(job))
+    verdict = _fit(gpu, gpu, books, reading, _settings(job))
+    peak = {"allocated": reading.peak.peak, "reserved": reading.reserved, "phase": reading.peak.name}
+    return {"peak": peak, **{key: verdict[key] for key in ("gpu", "verdict", "headroom", "margin", "breaks")}}
+
+
+def _smallest_card(job: Job) -> str | None:
+    """The catalogue's smallest card with the same kernels that takes the job as it is."""
+    job = job.resolved()
+    gpu = _card_of(job)
+    books = _books_of(_key(job, _config_of(job)[0], gpu))
+    reading = read(books, _settings(job))
+    for card in _cards(gpu)[1:]:
+        if _kernels_of(card)[0] == _kernels_of(gpu)[0]:
+            if _fit(card, gpu, books, reading, _settings(job))["verdict"] == "fits":
+                return card.key
+    return None
 
 
 def _with(job: Job, target: str, value: int) -> Job:

@@ -133,6 +133,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     fault: Fault | None = None
 
     def log_message(self, *_) -> None:

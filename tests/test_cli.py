@@ -236,7 +236,6 @@ def test_text_becomes_what_the_schema_takes():
             "gpu": "23.5 gib",
             "lora.r": "8",
             "lora.alpha": "0.5",
-            "target_length": "-1",
             "lora.target_modules": "q_proj, v_proj",
             "lora.use_dora": "true",
             "gradient_checkpointing": "false",
@@ -251,8 +250,8 @@ def test_text_becomes_what_the_schema_takes():
         "lora": {"r": 8, "alpha": 0.5, "target_modules": ["q_proj", "v_proj"], "use_dora": True},
         "gradient_checkpointing": False,
         "sequence_length": None,
-        "target_length": -1,
     }
+    assert to_job([("batch_size", "-1"), ("lora.r", "+2")]) == {"batch_size": -1, "lora": {"r": 2}}
     assert Job.model_validate(job).lora.target_modules == ("q_proj", "v_proj")
 
 

@@ -4,6 +4,7 @@ import email.utils
 import gzip
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -34,11 +35,15 @@ def alone(monkeypatch, tmp_path):
     """No settings of the machine's user; short pauses; and huggingface_hub as it is after the dry run's import."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(client, "PAUSE", 0.02)
-    monkeypatch.setattr(client, "CONNECT", 0.3)
-    monkeypatch.setattr(client, "READ", 0.3)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(client, "READ", 0.2)
 
 
 @pytest.fixture
@@ -226,7 +231,7 @@ def test_a_short_rate_limit_is_waited_for(hub, fetch):
     hub.add(ID, FILES)
     hub.fault("HEAD", "config.json", status=429, headers={"Retry-After": "1"}, times=1)
     seconds, (config, _) = took(fetch)
-    assert config == CONFIG and 1 <= seconds < 3
+    assert config == CONFIG and 1 <= seconds < 4
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
@@ -235,18 +240,20 @@ def test_a_short_rate_limit_is_waited_for(hub, fetch):
     [
         {"Retry-After": "300"},
         {"RateLimit": '"resolvers";r=0;t=300', "RateLimit-Policy": '"fixed window";"resolvers";q=3000;w=300'},
-        {"Retry-After": "date"},
+        {"Retry-After": "a date"},
     ],
     ids=["seconds", "ratelimit", "date"],
 )
 def test_a_long_rate_limit_is_told_at_once(hub, fetch, headers, method):
-    if headers.get("Retry-After") == "date":
-        headers = {"Retry-After": email.utils.formatdate(time.time() + 300.9, usegmt=True)}
+    if headers.get("Retry-After") == "a date":
+        headers = {"Retry-After": email.utils.formatdate(time.time() + 301, usegmt=True)}
     hub.add(ID, FILES)
     hub.fault(method, "config.json", status=429, headers=headers)
     seconds, error = took(lambda: refused(fetch))
-    assert seconds < 1
-    assert "429" in error.message and "wait 300 seconds" in error.message and "try again in 300 seconds" in error.hint
+    assert seconds < 3
+    assert "429" in error.message
+    for told in (re.search(r"wait (\d+) seconds", error.message), re.search(r"try again in (\d+) seconds", error.hint)):
+        assert told and 298 <= int(told[1]) <= 301
     assert [one.status for one in hub.asked(method)] == [429]
 
 
@@ -268,12 +275,12 @@ def test_a_passing_failure_is_tried_again(hub, fetch, method, status):
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_a_lasting_failure_is_tried_three_times(hub, fetch, monkeypatch, method):
-    monkeypatch.setattr(client, "PAUSE", 0.2)
+    monkeypatch.setattr(client, "PAUSE", 0.1)
     hub.add(ID, FILES)
     hub.fault(method, "config.json", status=503)
     seconds, error = took(lambda: refused(fetch))
     assert "answers 503" in error.message and "not in the cache" in error.message
-    assert len(hub.asked(method)) == 3 and 0.6 <= seconds < 1.5, "0.2 s and 0.4 s of pauses"
+    assert len(hub.asked(method)) == 3 and 0.3 <= seconds < 3, "0.1 s and 0.2 s of pauses"
 
 
 def test_a_lasting_failure_with_a_cached_copy_is_no_failure(hub, fetch):
@@ -284,15 +291,15 @@ def test_a_lasting_failure_with_a_cached_copy_is_no_failure(hub, fetch):
 
 
 @pytest.mark.parametrize(("method", "at"), [("HEAD", "head"), ("GET", "head"), ("GET", "body")])
-def test_a_silent_server_is_left(hub, fetch, method, at):
+def test_a_silent_server_is_left(hub, fetch, impatient, method, at):
     hub.add(ID, FILES)
     hub.fault(method, "resolve-cache", stall=20, at=at)
     seconds, error = took(lambda: refused(fetch))
     assert "does not answer" in error.message and len(hub.asked(method, "resolve-cache")) == 3
-    assert 0.9 <= seconds < 2, "three times 0.3 s"
+    assert 0.6 <= seconds < 4, "three times 0.2 s"
 
 
-def test_one_silence_is_survived(hub, fetch):
+def test_one_silence_is_survived(hub, fetch, impatient):
     hub.add(ID, FILES)
     hub.fault("GET", "config.json", stall=20, at="body", times=1)
     assert fetch()[0] == CONFIG
@@ -300,11 +307,16 @@ def test_one_silence_is_survived(hub, fetch):
 
 def test_a_dripping_server_has_a_deadline(hub, fetch, monkeypatch):
     """Each byte comes in time, the file would not: 1 KiB at 0.05 s a byte."""
-    monkeypatch.setattr(client, "CONFIG_SECONDS", 0.8)
+    monkeypatch.setattr(client, "CONFIG_SECONDS", 0.5)
     hub.add(ID, {"config.json": b"{}" + b" " * 1024})
     hub.fault("GET", "resolve-cache", trickle=0.05)
     seconds, error = took(lambda: refused(fetch))
-    assert "did not answer within 0.8 seconds" in error.message and 0.7 < seconds < 1.2
+    assert "did not answer within 0.5 seconds" in error.message and 0.45 < seconds < 3
+    time.sleep(0.3)
+    (get,) = hub.asked("GET", "resolve-cache")
+    sent = get.sent
+    time.sleep(0.3)
+    assert get.sent == sent < 100, "nothing goes on behind the answer"
 
 
 def test_what_no_timeout_bounds_has_a_deadline_too(hub, fetch, monkeypatch):
@@ -314,7 +326,7 @@ def test_what_no_timeout_bounds_has_a_deadline_too(hub, fetch, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(1) or real(*args, **kwargs))
     hub.add(ID, FILES)
     seconds, error = took(lambda: refused(fetch))
-    assert "did not answer within 0.3 seconds" in error.message and seconds < 0.6
+    assert "did not answer within 0.3 seconds" in error.message and seconds < 0.9
 
 
 def test_the_bounds_that_users_get_are_within_20_seconds():
@@ -336,7 +348,7 @@ def test_a_body_that_is_always_truncated_is_told_and_not_cached(hub, fetch, tmp_
     hub.add(ID, FILES)
     hub.fault("GET", "resolve-cache", cut=10)
     seconds, error = took(lambda: refused(fetch))
-    assert "broke off its answer" in error.message and seconds < 1
+    assert "broke off its answer" in error.message and seconds < 3
     assert len(hub.asked("GET")) == 3 and blobs(tmp_path) == []
 
 
@@ -408,9 +420,9 @@ def test_a_redirect_s_own_body_counts(hub, fetch):
 
 
 def test_a_bomb(hub, fetch):
-    """40 KiB that unpack to 40 MiB: nothing compressed is asked for and none is unpacked."""
+    """Some KiB that unpack to 8 MiB: nothing compressed is asked for and none is unpacked."""
     hub.add(ID, FILES)
-    packed = gzip.compress(b" " * (40 << 20))
+    packed = gzip.compress(b" " * (8 << 20))
     hub.fault("GET", "resolve-cache", body=packed, headers={"Content-Encoding": "gzip"})
     assert "compressed" in refused(fetch).message
     assert all(one.headers["accept-encoding"] == "identity" for one in hub.log)
@@ -428,9 +440,13 @@ def test_no_network(tmp_path):
     assert "check the network" in error.hint and "meta-llama/Llama-3.1-8B" in error.hint
 
 
-def test_a_host_that_does_not_exist(tmp_path):
+def test_a_host_that_does_not_exist(tmp_path, monkeypatch):
+    def unknown(*_args, **_kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     error = refused(client.fetch_config, ID, endpoint="http://hub.invalid", cache_dir=str(tmp_path))
-    assert "hub.invalid cannot be reached" in error.message
+    assert "hub.invalid cannot be reached" in error.message and "Name or service not known" in error.message
 
 
 @pytest.mark.parametrize("endpoint", ["ftp://127.0.0.1", "http://", "hub"])
@@ -479,7 +495,7 @@ def test_outside_of_its_calls_huggingface_hub_stays_offline(hub, tmp_path):
     assert hub.log == []
 
 
-# The user's own settings, each in a process of its own
+# The user's own settings
 
 
 def python(code: str, hub: HubServer, home: Path, **env: str) -> object:
@@ -491,46 +507,40 @@ def python(code: str, hub: HubServer, home: Path, **env: str) -> object:
     return json.loads(done.stdout)
 
 
-FETCH = f"import json; from app.hub import fetch_config; print(json.dumps(fetch_config({ID!r})))"
-
-
 def test_endpoint_token_and_cache_are_the_user_s_own(hub, tmp_path):
+    """A plan by name in a fresh process, after what app.dryrun.model does before it imports torch."""
     repo = hub.add(ID, FILES, private=True)
-    answer = [CONFIG, {"kind": "hub", "id": ID, "commit": repo.commit}]
-    assert python(FETCH, hub, tmp_path, HF_TOKEN=TOKEN) == answer
-    assert all(one.headers["authorization"] == f"Bearer {TOKEN}" for one in hub.log)
-
-    asked = len(hub.log)
-    theirs = f"import json, huggingface_hub as h; print(json.dumps(h.hf_hub_download({ID!r}, 'config.json')))"
-    path = python(theirs, hub, tmp_path, HF_HUB_OFFLINE="1")
-    assert path.startswith(str(tmp_path / "hub" / "models--acme--")) and json.loads(Path(path).read_text()) == CONFIG
-    assert python(FETCH, hub, tmp_path, HF_HUB_OFFLINE="1") == answer
-    assert len(hub.log) == asked
-
-
-def test_a_login_is_enough(hub, tmp_path):
-    hub.add(ID, FILES, gated=True)
-    (tmp_path / "token").write_text(TOKEN + "\n")
-    assert python(FETCH, hub, tmp_path)[0] == CONFIG
-
-
-def test_the_dry_run_s_import_does_not_take_the_network_away(hub, tmp_path):
-    """What app.dryrun.model does before it imports torch, then a plan's config by name; transformers stays offline."""
-    hub.add(ID, FILES)
     head, found, _ = (ROOT / "app/dryrun/model.py").read_text(encoding="utf-8").partition("import bitsandbytes")
     assert found and "OFFLINE" in head
     code = f"""{head}
-import json
+import json, sys
 from app.job import Job
 from app.service import _config_of
 answer = _config_of(Job(model={ID!r}, method="lora"))
-print(json.dumps([huggingface_hub.constants.is_offline_mode(), answer[0], "torch" in __import__("sys").modules]))
+heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
+print(json.dumps([answer, huggingface_hub.constants.is_offline_mode(), heavy]))
 """
-    assert python(code, hub, tmp_path) == [True, CONFIG, False]
-    told = code.replace("answer =", "from app.errors import PlanError\ntry: _ =").replace(
-        "print(json", "except PlanError as error: answer = [error.message]\nprint(json"
-    )
-    assert "HF_HUB_OFFLINE" in python(told, hub, tmp_path / "other", HF_HUB_OFFLINE="1")[1]
+    answer = [CONFIG, {"kind": "hub", "id": ID, "commit": repo.commit}]
+    assert python(code, hub, tmp_path, HF_TOKEN=TOKEN) == [answer, True, []], "read, while transformers is offline; no torch"
+    assert all(one.headers["authorization"] == f"Bearer {TOKEN}" for one in hub.log)
+
+    asked = len(hub.log)
+    code = f"""
+import json, huggingface_hub
+theirs = huggingface_hub.hf_hub_download({ID!r}, "config.json")
+from app.hub import fetch_config
+print(json.dumps([theirs, fetch_config({ID!r})]))
+"""
+    theirs, ours = python(code, hub, tmp_path, HF_HUB_OFFLINE="1")
+    assert theirs.startswith(str(tmp_path / "hub" / "models--acme--")) and json.loads(Path(theirs).read_text()) == CONFIG
+    assert ours == answer and len(hub.log) == asked
+
+
+def test_a_login_is_enough(hub, fetch, monkeypatch, tmp_path):
+    hub.add(ID, FILES, gated=True)
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert fetch()[0] == CONFIG
 
 
 # Weights
@@ -564,7 +574,7 @@ def test_weights_are_counted_from_one_header(hub, weigh):
     }
     assert [one.headers["range"] for one in hub.asked("GET", ".safetensors")] == ["bytes=0-100000"] * 2
     assert all("authorization" not in one.headers for one in hub.asked(part="/cdn/"))
-    assert sum(one.sent for one in hub.log) < 110_000 < 1 << 30 < len(file)
+    assert sum(one.sent for one in hub.log) < 110_000 < 10**9 < len(file)
 
 
 def test_weights_in_shards_are_counted_by_ranges_alone(hub, weigh):
@@ -603,7 +613,7 @@ def test_a_server_that_ignores_ranges_is_left_at_once(hub, weigh):
     hub.add(ID, {"model.safetensors": safetensors({"a": ("BF16", (1 << 20, 8192), 2)})}, lfs=["model.safetensors"])
     hub.fault("GET", "/cdn/", status=200, headers={}, length=16 << 30, endless=True)
     seconds, error = took(lambda: refused(weigh))
-    assert "bytes or more" in error.message and seconds < 1
+    assert "bytes or more" in error.message and seconds < 3
 
 
 @pytest.mark.parametrize(
@@ -679,13 +689,13 @@ def test_search_is_the_hub_s_own(hub):
 
 def test_search_that_fails_finds_nothing(hub, monkeypatch):
     hub.add(ID, FILES)
-    monkeypatch.setattr(client, "SEARCH_SECONDS", 0.4)
+    monkeypatch.setattr(client, "SEARCH_SECONDS", 0.25)
     faults = [{"status": 500}, {"status": 429}, {"body": b"no json"}, {"body": b'{"a": 1}'}, {"cut": 3}, {"stall": 5}, {"trickle": 0.1}]
     for fault in faults:
         hub.faults = []
         hub.fault("GET", "/api/models", **fault)
         seconds, found = took(lambda: client.search("llama", endpoint=hub.endpoint))
-        assert found == [] and seconds < 0.7, fault
+        assert found == [] and seconds < 2, fault
     hub.faults = []
     assert client.search("llama", endpoint=hub.endpoint) == [ID]
     asked = len(hub.log)
@@ -698,8 +708,3 @@ def test_the_nearest_of_the_catalogue():
     assert client.nearest("llama-3.1-8b", 1) == ["meta-llama/Llama-3.1-8B"]
     assert client.nearest("someone/Qwen2.5-7B-Instruct-GPTQ", 1)[0].startswith("Qwen/Qwen2.5-7B")
     assert len(client.nearest("zzz")) == 3 and set(client.nearest("")) <= IDS
-
-
-def test_no_torch():
-    code = "import sys, app.hub; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == 0

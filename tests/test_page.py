@@ -317,7 +317,7 @@ def test_the_last_thing_typed_wins(tab):
     page = tab()
     page.goto(address())
     held = []
-    page.route("**/result?*batch_size=5*", held.append)
+    page.route("**/result?*batch_size=5*", lambda route: held.append(route))
     page.get_by_label("Batch size").fill("5")
     while not held:
         page.wait_for_timeout(50)

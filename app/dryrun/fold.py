@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
 ENOUGH = 0.75
 """Folding is tried where both short runs together have at most this part of the layers."""
+WORTH = 0.05
+"""Lists are shortened where that leaves out at least this part of the model's modules."""
 
 
 class Layers(NamedTuple):
@@ -174,6 +176,7 @@ class _Fold:
 def repeated(model: torch.nn.Module) -> list[Layers]:
     """The outermost lists of layers of which some can be left out; lists of one parent and one length go together."""
     found: list[Layers] = []
+    least = WORTH * sum(1 for _ in model.modules())
 
     def look(parent: torch.nn.Module, path: str) -> None:
         zipped = defaultdict(list)
@@ -183,7 +186,9 @@ def repeated(model: torch.nn.Module) -> list[Layers]:
         taken = set()
         for paths in zipped.values():
             group = _layers(model, tuple(paths))
-            if len(shorten(group.types, 2)) < len(group.types):
+            left_out = set(range(len(group.types))).difference(shorten(group.types, 2))
+            lists = [model.get_submodule(path) for path in paths]
+            if sum(1 for entries in lists for index in left_out for _ in entries[index].modules()) > least:
                 found.append(group)
                 taken.update(paths)
         for name, child in parent.named_children():
@@ -219,6 +224,9 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...]) -> Layers:
             elif isinstance(values, (list, tuple)) and len(values) == depth:
                 for known, value in zip(facts, values):
                     known[name] = _plain(value)
+            elif type(values) is int and 1 < values < depth and _PERIODIC.search(name):
+                for index, known in enumerate(facts):
+                    known[name] = index % values
     seen: dict[frozenset, int] = {}
     types = tuple(seen.setdefault(frozenset(known.items()), len(seen)) for known in facts)
     return Layers(paths, types, tuple((path, within, attribute) for path, within, attribute in numbers))
@@ -249,6 +257,7 @@ def _selects(name: str, value: Any, depth: int) -> bool:
 
 
 _SPEAKS_OF_LAYERS = re.compile("layer|block|depth|ind(ex|ices)|idx")
+_PERIODIC = re.compile("^[^_].*(interval|period|pattern|every|freq|sparse_step|layer_step)")
 
 
 def _facts(layer: torch.nn.Module) -> dict[tuple[str, str], Any]:

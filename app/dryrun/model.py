@@ -141,6 +141,8 @@ def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dt
     config = model.config
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    if task == "sequence-classification" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # a tokenizer has one; without it a decoder takes one sequence only
     return model
 
 

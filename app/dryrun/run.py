@@ -61,7 +61,7 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
     warnings = _weight_warnings(job, base)
     spare = copy.deepcopy(base) if job.method != "inference" and base.supports_gradient_checkpointing else None
     books = _books(base, job, task, card)
-    warnings += _kernel_warnings(job, facts["attention"], books)
+    warnings += _kernel_warnings(job, task, facts["attention"], books)
     checkpointed = job.gradient_checkpointing != "off"
     other = None
     if spare is not None:
@@ -98,7 +98,8 @@ def _books(model, job: Job, task: str, card: cuda.Card, forward_only: bool = Fal
 
 def _check_length(job: Job, configuration, task: str) -> None:
     text = configuration.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    speech = task == "speech-seq2seq"
+    limit = getattr(text, "max_target_positions" if speech else "max_position_embeddings", None)
     if not isinstance(limit, int) or job.sequence_length is None or task == "image-classification":
         return
     length = job.sequence_length + (job.new_tokens or 0 if job.method == "inference" else 0)
@@ -134,7 +135,7 @@ def _state_bytes(books: Books) -> int:
     return sum(a.size for a in states) + 1024 * max(scales - shared, 0)
 
 
-def _kernel_warnings(job: Job, attention: str, books: Books) -> list[str]:
+def _kernel_warnings(job: Job, task: str, attention: str, books: Books) -> list[str]:
     """What the kernels of this job do that a user may not expect, or that the number cannot know."""
     out = []
     ops = {allocation.op for allocation in books.allocations}
@@ -148,6 +149,8 @@ def _kernel_warnings(job: Job, attention: str, books: Books) -> list[str]:
         )
     if "run_conv_plan" in ops:
         out.append("convolutions: cuDNN's workspace is that of its channels-last kernels; other choices take other amounts")
+    if task == "image-text-to-text":
+        out.append("planned on text alone: image tokens count as tokens of the sequence, the vision tower is not run")
     if job.quantization is not None and job.quantization.type == "int8":
         out.append(
             "LLM.int8 keeps a copy of every outlier column (values of 6 and more); how many there are depends on the "

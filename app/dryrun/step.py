@@ -78,25 +78,34 @@ def paged_states_elsewhere():
 
 
 def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Tensor]:
-    """The batch on the card: ids, labels, and what else the model's signature and the job ask for."""
-    config = model.config
-    b, s = job.batch_size, job.sequence_length
-    meta = {"device": "meta", "dtype": torch.long}
+    """The batch on the card: what the model's main input is, labels, and the mask that the job asks for.
+
+    Token ids and labels are int64. An image is ``config.image_size`` large, in the dtype of the weights; a recording is
+    the whole window of the speech encoder: ``num_mel_bins`` by twice ``max_source_positions`` frames.
+    """
+    config, b, s = model.config, job.batch_size, job.sequence_length
+    if s is None and task != "image-classification":
+        raise PlanError("this task needs a `sequence_length`", "set sequence_length", "sequence_length")
+    dtype = getattr(torch, job.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
     if task == "image-classification":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        batch = {
-            "pixel_values": torch.empty(b, config.num_channels, height, width, dtype=getattr(torch, job.dtype), device="meta"),
-            "labels": torch.empty(b, **meta),
-        }
-    elif task == "sequence-classification":
-        batch = {"input_ids": torch.empty(b, s, **meta), "labels": torch.empty(b, **meta)}
-    elif task == "seq2seq-lm":
-        batch = {"input_ids": torch.empty(b, s, **meta), "labels": torch.empty(b, job.target_length or s, **meta)}
+        batch = {"pixel_values": empty(b, config.num_channels, height, width, dtype=dtype), "labels": empty(b)}
+    elif task == "speech-seq2seq":
+        features = empty(b, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
+        batch = {"input_features": features, "labels": empty(b, job.target_length or s)}
     else:
-        batch = {"input_ids": torch.empty(b, s, **meta), "labels": torch.empty(b, s, **meta)}
+        labels = {
+            "sequence-classification": (b,),
+            "seq2seq-lm": (b, job.target_length or s),
+        }.get(task, (b, s))
+        batch = {"input_ids": empty(b, s), "labels": empty(*labels)}
     if job.attention_mask != "absent" and "input_ids" in batch:
-        batch["attention_mask"] = torch.empty(b, s, **meta)
+        batch["attention_mask"] = empty(b, s)
     for tensor in batch.values():
         ledger.own(tensor, "", "inputs")
     return batch

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from app.dryrun import cuda
+from app.dryrun import cuda, native  # noqa: F401  (native: shape functions in C++)
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 
 _current_node = torch._C._current_autograd_node

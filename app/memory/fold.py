@@ -9,7 +9,7 @@ to know: the caller compares it, event for event, with a second run of another d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -122,26 +122,41 @@ def _lend(chunks: list[_Chunk], phase: str) -> None:
     """Releases between two layers that run after each other are the doing of the first, whosever memory it was; at
     the end of a pass the last one gives back what is left of the one before it."""
     taking = [at for at, chunk in enumerate(chunks) if chunk.takes]
-    owner = None
-    for low, high in zip(taking, (*taking[1:], len(chunks))):
-        owner = chunks[low].owner or owner
-        between = chunks[low + 1 : high]
-        if owner is None or not between:
+    came_from = _turns(chunks, taking)
+    goes_to = _turns(chunks, reversed(taking))
+    low = None
+    for at, high in zip(taking, (*taking[1:], len(chunks))):
+        low = at if chunks[at].owner is not None else low
+        between = chunks[at + 1 : high]
+        if low is None or not between:
             continue
-        number, here = owner
-        before = next((c.owner[1] for c in reversed(chunks[:low]) if c.takes and _is_other(c.owner, owner)), None)
+        owner, before = chunks[low].owner, came_from[low]
         there = chunks[high].owner if high < len(chunks) else None
-        near = {here, before}
-        if there is not None and there[0] == number:
+        near = {owner[1], before}
+        own = [chunk for chunk in between if chunk.owner is not None and chunk.owner[0] == owner[0]]
+        if there is not None and there[0] == owner[0]:
             near.add(there[1])
-            after = next((c.owner[1] for c in chunks[high + 1 :] if c.takes and _is_other(c.owner, there)), None)
-            lent = between if _is_on_the_way(before, here, there[1], after) else []
+            lent = between if _is_on_the_way(before, owner[1], there[1], goes_to[high]) else []
         else:
-            own = [chunk for chunk in between if chunk.owner is not None and chunk.owner[0] == number]
-            lent = own if phase != "optimizer" and chunks[low].owner is not None else []
-        if all(chunk.owner is None or chunk.owner[0] != number or chunk.owner[1] in near for chunk in between):
+            lent = own if phase != "optimizer" and low == at else []
+        if all(chunk.owner[1] in near for chunk in own):
             for chunk in lent:
                 chunk.owner = owner
+
+
+def _turns(chunks: list[_Chunk], order: Iterable[int]) -> dict[int, int | None]:
+    """For every owned chunk, the other position of its stack that comes last before it in ``order``."""
+    latest: dict[int, tuple[int, int | None]] = {}
+    out = {}
+    for at in order:
+        if chunks[at].owner is not None:
+            stack, position = chunks[at].owner
+            now, other = latest.get(stack, (position, None))
+            if now != position:
+                other = now
+            latest[stack] = position, other
+            out[at] = other
+    return out
 
 
 def _is_on_the_way(before: int | None, here: int, there: int, after: int | None) -> bool:
@@ -152,10 +167,6 @@ def _is_on_the_way(before: int | None, here: int, there: int, after: int | None)
     if after is not None:
         ways.append(after > there)
     return here == there or len(ways) == 1 or ways.count(ways[0]) > 1
-
-
-def _is_other(one: tuple[int, int] | None, owner: tuple[int, int]) -> bool:
-    return one is not None and one[0] == owner[0] and one[1] != owner[1]
 
 
 class _Piece(NamedTuple):
@@ -255,6 +266,7 @@ class _Expansion:
         self.homes: list[tuple[int, int, tuple] | None] = [None] * len(books.allocations)
         # Keys in the whole: of what no layer owns and is alive, and of all that stands for itself alone.
         self.fixed: dict[int, int] = {}
+        self.ran: set[tuple[int, int] | None] = set()
         self.origins: dict[int, int] = {}
         self.live = [[{} for _ in stack.whole] for stack in stacks]
         self.names: dict[tuple | None, _Names] = {None: _Names(lambda path: self._name(path, None))}
@@ -304,6 +316,8 @@ class _Expansion:
         Events of no layer between two layers belong to the one before.
         """
         chunks = self._chunks(start, end, mark.name)
+        if mark.name == "forward":
+            self.ran.update(chunk.owner for chunk in chunks if chunk.takes)
         seen = {chunk.owner for chunk in chunks}.difference({None})
         pieces = []
         at = 0
@@ -367,6 +381,7 @@ class _Expansion:
                         final = last[position] == layer
                         self._write(*piece.blocks[position], (piece.stack, layer), empties, mark.step, final)
         self._check_released()
+        self._check_run()
         return self.out
 
     def _settle(self, part: tuple, number: int, position: int, start: int, end: int) -> None:
@@ -413,11 +428,10 @@ class _Expansion:
                     size += self.growth.get(event, 0)
                 out.allocations.append(Allocation(size, names[module], kind, phase, op))
                 out.events.append(key)
-            elif homes[~event] is None and not final:
-                continue
-            else:
+                out.sites.append(names[sites[at]])
+            elif final or homes[~event] is not None:
                 out.events.append(~self._given(~event, layer))
-            out.sites.append(names[sites[at]])
+                out.sites.append(names[sites[at]])
             if at in empties:
                 self._empty(empties[at], step)
 
@@ -443,7 +457,7 @@ class _Expansion:
         """
         if layer is not None and layer[0] == number:
             away = position - self.templates[number][layer[1]]
-            if -1 <= away <= 1:
+            if abs(away) <= self.stacks[number].radius:
                 return layer[1] + away
         if layer is None or self.templates[layer[0]][layer[1]] in self.sole[layer[0]]:
             sole = self.sole[number].get(position)
@@ -466,3 +480,10 @@ class _Expansion:
             for layer, position in enumerate(templates):
                 if len(self.live[number][layer]) != stay[number, position]:
                     raise Unfoldable(f"layer {layer} of {self.stacks[number].paths[0]} does not give back what it took")
+
+    def _check_run(self) -> None:
+        """Layers of one type all run in the forward pass, or none does: else what runs is chosen by number."""
+        for number, stack in enumerate(self.stacks):
+            runs = {(kind, (number, position) in self.ran) for position, kind in enumerate(stack.short)}
+            if len(runs) > len(set(stack.short)):
+                raise Unfoldable(f"of layers alike in {stack.paths[0]} some run and some do not")

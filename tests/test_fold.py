@@ -1,0 +1,416 @@
+"""Folding: the books of a few layers, repeated, are the books of all of them, event for event."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.dryrun import cuda, fold
+from app.dryrun.model import build_base, read_config, task_of
+from app.dryrun.step import dry_run
+from app.job import read_job
+from app.memory.allocator import CachingAllocator, replay
+from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
+from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
+
+# --- a made-up step -----------------------------------------------------------------------------------------
+
+
+class Tape:
+    """Writes books by name: ``take`` and ``give`` what, where."""
+
+    def __init__(self):
+        self.books = Books()
+        self.keys: dict = {}
+
+    def mark(self, name: str, step: int) -> None:
+        self.books.marks.append(Mark(len(self.books.events), name, step))
+        self.phase = name
+
+    def take(self, name, size: int, module: str, op: str = "mm") -> None:
+        self.keys[name] = len(self.books.allocations)
+        self.books.allocations.append(Allocation(size, module, "temporaries", self.phase, op))
+        self.books.events.append(self.keys[name])
+        self.books.sites.append(module)
+
+    def give(self, name, site: str) -> None:
+        self.books.events.append(~self.keys.pop(name))
+        self.books.sites.append(site)
+
+
+def step(types, sizes, shares=False, gaps=False, keeps=True) -> Books:
+    """Two steps over layers of these types. ``sizes[type]`` are the tensors a layer saves; ``shares``: all layers of a
+    type use one tensor, which the last user gives back; ``gaps``: something outside happens after every layer;
+    ``keeps``: a layer's input lives until its backward pass (else until the next layer has run)."""
+    tape = Tape()
+    name = "model.layers.{}.mlp".format
+    tape.mark("load", 0)
+    for i, kind in enumerate(types):
+        tape.take(("weight", i), 100 + kind, name(i))
+        tape.mark(EMPTY_CACHE, 0)
+        tape.phase = "load"
+    for number in (1, 2):
+        tape.mark("forward", number)
+        tape.take("embedded", 8, "model.embed")
+        for kind in sorted(set(types)) if shares else ():
+            tape.take(("shared", kind), 16 + kind, "model.rotary")
+        for i, kind in enumerate(types):
+            tape.take("temporary", 3, name(i))
+            for n, size in enumerate(sizes[kind]):
+                tape.take(("saved", i, n), size, name(i))
+            tape.give("temporary", name(i))
+            tape.take(("out", i), 8, name(i))
+            if i and not keeps:
+                tape.give(("out", i - 1), name(i))
+            if gaps:
+                tape.take("gap", 5 + kind, "model")
+                tape.give("gap", "model")
+        tape.take("stacked", 4 * len(types), "model.head", "stack")
+        tape.mark("backward", number)
+        tape.take(("grad", len(types)), 9, "model.head")
+        for i, kind in reversed(list(enumerate(types))):
+            tape.take(("grad", i), 9, name(i))
+            for n in range(len(sizes[kind])):
+                tape.give(("saved", i, n), name(i))
+            tape.give(("grad", i + 1), name(i))
+            tape.take(("weight grad", i), 100 + kind, name(i))
+            if keeps or i == len(types) - 1:
+                tape.give(("out", i), name(i))
+            if shares and i == types.index(kind):
+                tape.give(("shared", kind), name(i))
+        tape.give(("grad", 0), "model.embed")
+        tape.give("embedded", "model.embed")
+        tape.give("stacked", "model.head")
+        tape.mark("optimizer", number)
+        for i, kind in enumerate(types):
+            tape.take(("root", i), 100 + kind, name(i), "sqrt")
+        for i in range(len(types)):
+            tape.give(("root", i), name(i))
+        for i in range(len(types)):
+            tape.give(("weight grad", i), name(i))
+        tape.mark("end", number)
+    return tape.books
+
+
+TYPES = st.builds(
+    lambda prefix, period, repeats, suffix: prefix + period * repeats + suffix,
+    st.lists(st.integers(0, 2), max_size=2),
+    st.lists(st.integers(0, 2), min_size=1, max_size=4),
+    st.integers(3, 8),
+    st.lists(st.integers(0, 2), max_size=2),
+)
+SIZES = st.lists(st.lists(st.integers(1, 5000), max_size=3), min_size=3, max_size=3)
+
+
+@given(TYPES, SIZES, st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps):
+    """Whatever the layers do: the short run, expanded, is the long run; nothing is given back twice or left behind."""
+    short = [types[index] for index in shorten(types, 1)]
+    options = {"shares": shares, "gaps": gaps, "keeps": keeps}
+    whole = step(types, sizes, **options)
+    books = step(short, sizes, **options)
+    stacks = [Stack(("model.layers",), tuple(short), tuple(types))]
+    stacked = [key for key, entry in enumerate(books.allocations) if entry.op == "stack"]
+    growth = {key: 4 * (len(types) - len(short)) for key in stacked}
+    out = expand(books, stacks, growth)
+    assert out == whole
+    assert growth_of(books, stacks, whole) == (growth if len(types) > len(short) else {})
+    live: set[int] = set()
+    for event in out.events:
+        if event >= 0:
+            live.add(event)
+        else:
+            live.remove(~event)
+    allocator = CachingAllocator()
+    replay(out.events, [entry.size for entry in out.allocations], allocator)
+    assert allocator.allocated == 512 * len(live) == 512 * len(types)
+
+
+@given(TYPES, st.integers(1, 3), st.integers(1, 2))
+@settings(max_examples=200, deadline=None)
+def test_shortened_layers_have_every_neighbourhood(types, repeats, radius):
+    kept = shorten(types, repeats, radius)
+    assert kept == sorted(set(kept)) and kept[0] == 0 and kept[-1] == len(types) - 1
+    have, want = inner_windows([types[index] for index in kept], radius), inner_windows(types, radius)
+    assert set(have) == set(want)
+    assert all(have[window] >= min(repeats, count) for window, count in want.items())
+
+
+def test_shortened_layers_are_few():
+    assert len(shorten([0] * 80, 1)) == 3
+    assert len(shorten([0] * 3 + [1] * 58, 1)) == 6
+    assert len(shorten(([0] * 5 + [1]) * 10 + [0, 0], 1)) == 6
+
+
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min_size=1, max_size=3), st.data())
+@settings(max_examples=100, deadline=None)
+def test_combination_adds_up(vectors, data):
+    factors = data.draw(st.lists(st.integers(-4, 4), min_size=len(vectors), max_size=len(vectors)))
+    target = [sum(f * v[n] for f, v in zip(factors, vectors)) for n in range(3)]
+    found = combination(target, vectors)
+    assert [sum(f * v[n] for f, v in zip(found, vectors)) for n in range(3)] == target
+    assert combination([1, 1], [[1, 0]]) is None
+
+
+def test_a_deeper_run_that_differs_is_noticed():
+    """A layer of its own in the second place, a size that is not its like's, memory that stays: all refused."""
+    stacks = [Stack(("model.layers",), (0, 0, 0), (0, 0, 0, 0))]
+    short, longer = step([0] * 3, [[7]]), step([0] * 4, [[7]])
+    assert growth_of(short, stacks, longer)
+    key = next(n for n, entry in enumerate(longer.allocations) if entry.module == "model.layers.1.mlp")
+    for change in ({"size": 1}, {"kind": "buffers"}, {"module": "model.layers.2.mlp"}):
+        changed = copy.deepcopy(longer)
+        changed.allocations[key] = changed.allocations[key]._replace(**change)
+        with pytest.raises(Unfoldable):
+            growth_of(short, stacks, changed)
+    with pytest.raises(Unfoldable):
+        growth_of(short, stacks, step([0] * 5, [[7]]))
+    sizes = [[7], [6]]
+    with pytest.raises(Unfoldable):
+        growth_of(step([0, 1, 0], sizes), stacks, step([0, 1, 0, 0], sizes))
+
+
+def test_memory_that_only_one_of_the_alike_gives_back_is_refused():
+    books = step([0] * 3, [[7]])
+    at = next(n for n, site in enumerate(books.sites) if books.events[n] < 0 and site == "model.layers.0.mlp")
+    del books.events[at], books.sites[at]
+    for n, mark in enumerate(books.marks):
+        books.marks[n] = mark._replace(at=mark.at - (mark.at > at))
+    with pytest.raises(Unfoldable):
+        expand(books, [Stack(("model.layers",), (0, 0, 0), (0,) * 6)])
+
+
+def test_layers_chosen_by_number_are_refused():
+    """Alike but not all run: which do is decided by number, and no short run knows how the number goes on."""
+    tape = Tape()
+    tape.mark("load", 0)
+    for i in range(3):
+        tape.take(i, 9, f"model.layers.{i}")
+    tape.mark("forward", 1)
+    tape.take("x", 9, "model.layers.0")
+    with pytest.raises(Unfoldable, match="some run and some do not"):
+        expand(tape.books, [Stack(("model.layers",), (0, 0, 0), (0,) * 6)])
+
+
+def test_same_allows_only_the_order_of_releases():
+    def books(*events):
+        out = Books([Allocation(4, "", "inputs", "load", "x")] * 3, list(events), [""] * len(events), [Mark(0, "load", 0)])
+        return out
+
+    assert same(books(0, 1, ~0, ~1, 2), books(0, 1, ~1, ~0, 2))
+    assert not same(books(0, 1, ~0, 2, ~1), books(0, 1, ~1, 2, ~0))
+    assert not same(books(0, 1, ~0, ~1, 2), books(0, 1, ~0, 2, ~1))
+
+
+# --- real models --------------------------------------------------------------------------------------------
+
+PLAIN = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 128}
+DECODER = PLAIN | {"num_key_value_heads": 2, "num_hidden_layers": 6, "pad_token_id": 0}
+EXPERTS = DECODER | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
+IMAGE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+
+CONFIGS = {
+    "llama": DECODER,
+    "qwen2": DECODER,
+    "qwen3": DECODER | {"head_dim": 16},
+    "mistral": DECODER | {"head_dim": 16},
+    "phi3": DECODER,
+    "gemma2": DECODER | {"head_dim": 16, "num_hidden_layers": 8, "sliding_window": 8},
+    "gemma3_text": DECODER | {"head_dim": 16, "num_hidden_layers": 14, "sliding_window": 8},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 6, "vocab_size": 128},
+    "opt": {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 4, "num_hidden_layers": 6, "vocab_size": 128,
+            "word_embed_proj_dim": 64},
+    "gpt_neox": PLAIN | {"num_hidden_layers": 6},
+    "falcon": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6, "vocab_size": 128},
+    "mixtral": DECODER | {"num_local_experts": 4},
+    "qwen3_moe": EXPERTS,
+    "olmoe": DECODER | {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": DECODER | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 8},
+    "deepseek_v3": PLAIN | {
+        "num_hidden_layers": 8, "first_k_dense_replace": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4,
+    },
+    "llama4_text": DECODER | {"num_hidden_layers": 16, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96,
+                              "attention_chunk_size": 8},
+    "qwen3_next": EXPERTS | {
+        "num_hidden_layers": 8, "full_attention_interval": 2, "shared_expert_intermediate_size": 32,
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    },
+    "mamba2": {"hidden_size": 64, "num_hidden_layers": 6, "vocab_size": 128, "state_size": 16, "num_heads": 8,
+               "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+    "granitemoehybrid": DECODER | MAMBA | {
+        "num_hidden_layers": 8, "layer_types": ["mamba", "attention"] * 4, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "shared_intermediate_size": 32,
+    },
+    "bamba": DECODER | MAMBA | {"num_hidden_layers": 8, "attn_layer_indices": [1, 3, 5, 7]},
+    "bert": PLAIN | {"num_hidden_layers": 6},
+    "modernbert": PLAIN | {"num_hidden_layers": 10, "local_attention": 8, "pad_token_id": 0, "bos_token_id": 1,
+                           "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 6, "num_decoder_layers": 7, "num_heads": 4,
+           "vocab_size": 128, "decoder_start_token_id": 0},
+    "bart": {"d_model": 64, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 4, "vocab_size": 128,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96},
+    "vit": IMAGE | {"num_hidden_layers": 6},
+    "beit": IMAGE | {"num_hidden_layers": 7, "drop_path_rate": 0.1},
+    "swin": {"embed_dim": 32, "depths": [1, 2, 8, 1], "num_heads": [1, 2, 4, 8], "image_size": 64, "patch_size": 4,
+             "window_size": 2},
+}  # fmt: skip
+TASKS = {
+    "bert": "masked-lm", "modernbert": "masked-lm", "t5": "seq2seq-lm", "bart": "seq2seq-lm",
+    "vit": "image-classification", "beit": "image-classification", "swin": "image-classification",
+}  # fmt: skip
+EAGER = ("gpt_oss", "mamba2")
+
+FULL = {"method": "full"}
+LORA = {"method": "lora", "lora": {"target_modules": "all-linear", "dropout": 0.1}}
+QLORA = {"method": "qlora", "lora": {"target_modules": "all-linear"}}
+AUTOCAST = FULL | {"dtype": "float32", "mixed_precision": "bf16"}
+NEW = {"gradient_checkpointing": "non_reentrant"}
+OLD = {"gradient_checkpointing": "reentrant"}
+EIGHT = {"optimizer": "adamw_8bit"}
+FUSED = {"optimizer": "adamw_torch_fused"}
+TWICE = {"gradient_accumulation_steps": 2}
+
+CASES = [
+    ("llama", FULL), ("llama", AUTOCAST | NEW | EIGHT | TWICE), ("llama", QLORA | NEW), ("llama", LORA | OLD | FUSED),
+    ("llama", QLORA | {"trainer": "transformers"}), ("llama", FULL | {"optimizer": "adamw_torch_forloop"}),
+    ("llama", QLORA | {"quantization": {"type": "int8"}, "trainer": "trl"}), ("llama", FULL | {"optimizer": "adafactor"}),
+    ("llama", {"method": "lora", "lora": {"use_dora": True}, "attention_mask": "padded"}),
+    ("qwen2", LORA | NEW), ("qwen3", QLORA | OLD | EIGHT), ("mistral", AUTOCAST | TWICE), ("phi3", FULL | OLD),
+    ("gemma2", QLORA | NEW), ("gemma3_text", FULL | NEW), ("gemma3_text", LORA), ("gpt2", AUTOCAST | OLD | FUSED),
+    ("opt", QLORA), ("gpt_neox", LORA | TWICE), ("falcon", FULL | EIGHT | NEW), ("mixtral", FULL | NEW),
+    ("qwen3_moe", FULL | FUSED | TWICE), ("olmoe", FULL | OLD), ("gpt_oss", LORA | NEW), ("deepseek_v3", FULL),
+    ("llama4_text", FULL | EIGHT), ("qwen3_next", FULL | NEW), ("mamba2", AUTOCAST), ("granitemoehybrid", LORA),
+    ("bamba", FULL | EIGHT), ("bert", AUTOCAST | EIGHT), ("modernbert", QLORA), ("t5", AUTOCAST | NEW),
+    ("t5", FULL | {"trainer": "transformers"}), ("bart", LORA | OLD), ("vit", LORA), ("beit", FULL | NEW),
+    ("swin", FULL | EIGHT),
+]  # fmt: skip
+
+
+def prepare(kind: str, choice: dict):
+    """The bare model of a made-up config, and what runs a job on it."""
+    task = TASKS.get(kind)
+    fields = {
+        "config": CONFIGS[kind] | {"model_type": kind}, "task": task, "batch_size": 1,
+        "sequence_length": None if task == "image-classification" else 16,
+        "attention": "eager" if kind in EAGER else "sdpa",
+    }  # fmt: skip
+    job = read_job(fields | choice).resolved()
+    config = read_config(job.config, job.attention)
+    task = task or task_of(config)
+    model = build_base(config, task, getattr(torch, job.dtype))
+    return model, lambda bare: dry_run(bare, job, task, cuda.Card())
+
+
+@pytest.fixture
+def fold_always(monkeypatch):
+    """Fold even where so few layers would rather be run."""
+    monkeypatch.setattr(fold, "ENOUGH", 9)
+
+
+@pytest.mark.parametrize(("kind", "choice"), CASES, ids=[f"{n}-{kind}" for n, (kind, _) in enumerate(CASES)])
+def test_folded_equals_unfolded(fold_always, kind, choice):
+    """Sizes, kinds, modules, phases, operators, order, sites and marks; and fewer layers were run at a time."""
+    model, trace = prepare(kind, choice)
+    depths = []
+
+    def watched(bare):
+        depths.append([len(bare.get_submodule(group.paths[0])) for group in groups])
+        return trace(bare)
+
+    groups = fold.repeated(model)
+    books = fold.fold(model, watched)
+    assert len(depths) >= 2
+    assert all(depth < len(group.types) for depth, group in zip(depths[0], groups))
+    assert same(books, trace(model))
+
+
+def test_checkpointed_layers_differ_from_the_others(fold_always):
+    """The comparison itself can fail: other jobs, other depths and other widths give other books."""
+    model, trace = prepare("llama", FULL)
+    books = fold.fold(model, trace)
+    for kind, choice in (("llama", FULL | NEW), ("llama", FULL | FUSED), ("qwen2", FULL)):
+        other, run = prepare(kind, choice)
+        assert not same(books, run(other))
+
+
+def test_the_bare_model_stays_as_it_is(fold_always):
+    """Folded or not, what is run is a copy: the job's casts, adapters and frozen weights are not the model's."""
+    for kind in ("llama", "albert"):
+        CONFIGS.setdefault("albert", PLAIN | {"num_hidden_layers": 6, "embedding_size": 32})
+        TASKS.setdefault("albert", "masked-lm")
+        model, trace = prepare(kind, QLORA)
+        before = [(name, type(p), p.dtype, p.shape, p.requires_grad, id(p)) for name, p in model.named_parameters()]
+        config = model.config.to_dict()
+        fold.folded_books(model, trace)
+        assert [(n, type(p), p.dtype, p.shape, p.requires_grad, id(p)) for n, p in model.named_parameters()] == before
+        assert model.config.to_dict() == config
+
+
+def test_unfolded_where_nothing_repeats():
+    """ALBERT runs one layer many times: there is nothing to leave out, and the whole is run."""
+    CONFIGS.setdefault("albert", PLAIN | {"num_hidden_layers": 6, "embedding_size": 32})
+    TASKS.setdefault("albert", "masked-lm")
+    model, trace = prepare("albert", FULL)
+    with pytest.raises(Unfoldable, match="no layers repeat"):
+        fold.fold(model, trace)
+    assert fold.folded_books(model, trace) == trace(model)
+
+
+def test_unfolded_where_the_job_names_a_layer(fold_always):
+    model, trace = prepare("llama", QLORA)
+    with pytest.raises(Unfoldable, match="by its number"):
+        fold.fold(model, trace, ["lm_head", "model.layers.3.mlp.up_proj"])
+    fold.fold(model, trace, ["lm_head", "q_proj", "w2"])
+
+
+def test_unfolded_where_the_short_model_fails(fold_always):
+    """An error of the short run is not the job's: the whole model is run, and its own error is the one that is told."""
+    model, trace = prepare("llama", FULL)
+
+    def fails(bare):
+        if len(bare.model.layers) < 6:
+            raise IndexError("short")
+        return trace(bare)
+
+    assert fold.folded_books(model, fails) == trace(model)
+
+
+def test_layer_types():
+    """Alternating attention, leading dense layers, the first block's position bias, drop-path: told apart by facts."""
+    expected = {
+        "llama": {"model.layers": "000000"},
+        "gemma3_text": {"model.layers": "00000100000100"},
+        "gpt_oss": {"model.layers": "01010101"},
+        "deepseek_v3": {"model.layers": "00111111"},
+        "bamba": {"model.layers": "01010101"},
+        "t5": {"encoder.block": "011111", "decoder.block": "0111111"},
+        "beit": {"beit.layers": "0111111"},
+        "swin": {"swin.encoder.layers.2.blocks": "01010101"},
+    }
+    for kind, lists in expected.items():
+        model, _ = prepare(kind, FULL)
+        found = {group.paths[0]: "".join(map(str, group.types)) for group in fold.repeated(model)}
+        assert found == lists
+
+
+def test_shortened_model_is_consistent():
+    """Renumbered, its config's depth and lists with it, tied weights tied, storages its own."""
+    model, _ = prepare("gemma3_text", FULL)
+    groups = fold.repeated(model)
+    short = fold.shortened(model, groups, [[0, 4, 5, 6, 13]])
+    assert [layer.self_attn.layer_idx for layer in short.model.layers] == [0, 1, 2, 3, 4]
+    assert short.config.num_hidden_layers == 5
+    assert short.config.layer_types == [model.config.layer_types[index] for index in (0, 4, 5, 6, 13)]
+    assert short.model.config is short.config is not model.config
+    assert short.lm_head.weight is short.model.embed_tokens.weight is not model.lm_head.weight
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    assert not own & {p.untyped_storage()._cdata for p in short.parameters()}
+    assert len(model.model.layers) == model.config.num_hidden_layers == 14
