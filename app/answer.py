@@ -146,6 +146,35 @@ class Solved(_Open):
     tries: dict[int, bool] = Field(description="The values that were tried, and whether they fit.")
 
 
+class Weighed(_Open):
+    """A job's verdict on its card, and its peaks."""
+
+    gpu: str
+    verdict: Literal["fits", "tight", "does_not_fit"]
+    headroom: int
+    margin: int
+    breaks: str | None
+    peak: dict[str, int | str]
+
+
+class Suggestion(Weighed):
+    """A change of the job, planned: `change` are the fields to set."""
+
+    title: str
+    change: dict[str, Any]
+    cost: str = Field(description="What it costs beside memory.")
+    changes_objective: bool = Field(description="The training is another one then.")
+
+
+class Advice(_Open):
+    """Single changes that make the job fit, the least that one minds first; a pair where no single one does."""
+
+    now: Weighed
+    suggestions: list[Suggestion]
+    pair: Suggestion | None
+    smallest_card: str | None = Field(description="The smallest card with the same kernels that takes the job as it is.")
+
+
 class Problem(BaseModel):
     """What was asked and what was found, and what to do next."""
 

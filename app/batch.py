@@ -36,6 +36,13 @@ def solve(job: Any, target: str) -> dict:
     return _told(lambda: solve(job, target))
 
 
+def advise(job: Any) -> dict:
+    """What to change so that one job fits its card. Raises :class:`PlanError` and nothing else."""
+    from app.service import advise
+
+    return _told(lambda: advise(job))
+
+
 def _told(use_case: Callable[[], dict]) -> dict:
     try:
         return use_case()

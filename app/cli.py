@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from app.batch import Unexpected, each, failure, plan
+from app.batch import Unexpected, advise, each, failure, plan
 from app.batch import solve as largest
 from app.catalog.gpus import all_gpus
 from app.catalog.models import MODELS, search_models
@@ -64,6 +64,7 @@ def estimate(
     job: Annotated[Maybe, typer.Option(help="A whole job as JSON; options change it.", metavar="FILE")] = None,
     jobs: Annotated[Maybe, typer.Option(help="Many jobs, one a line of JSON (-: stdin).", metavar="FILE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The answer as JSON.")] = False,
+    advised: Annotated[bool, typer.Option("--advise", help="Plan every change that could make it fit.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Every layer, repeated ones too.")] = False,
     method: Annotated[Maybe, _field("method", "--method", "-m")] = None,
     gpu: Annotated[Maybe, _field("gpu", "--gpu", "-g")] = None,
@@ -101,7 +102,7 @@ def estimate(
     pairs = [(_KEYS[name], value) for name, value in context.params.items() if name in _KEYS and value is not None]
     pairs += [_pair(text) for text in set_ or ()]
     if jobs is not None:
-        if model or config or job or pairs:
+        if model or config or job or pairs or advised:
             raise PlanError("--jobs takes every job from its own line", "leave the other options out", "jobs")
         raise typer.Exit(_each_line(jobs, lambda one: plan(one, all_layers=layers)))
     whole = _merge(_read_job(job) if job else {}, to_job(pairs))
@@ -112,6 +113,9 @@ def estimate(
     try:
         with _waiting("Running the step on the meta device"):
             answer = plan(whole, all_layers=layers)
+        if advised:
+            with _waiting("Planning every change"):
+                answer["advice"] = advise(whole)
     except PlanError as error:
         if as_json:
             print(json.dumps(failure(error)))

@@ -77,6 +77,19 @@ def to_job(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return job
 
 
+def to_pairs(job: dict[str, Any]) -> dict[str, str]:
+    """The text of a job, or of a part of one, by dotted name: what :func:`to_job` reads. Nulls are left out."""
+    pairs: dict[str, str] = {}
+    for key, value in job.items():
+        if isinstance(value, dict):
+            pairs |= {f"{key}.{name}": text for name, text in to_pairs(value).items()}
+        elif isinstance(value, (list, tuple)):
+            pairs[key] = ",".join(value)
+        elif value is not None:
+            pairs[key] = str(value).lower() if isinstance(value, bool) else str(value)
+    return {key: text for key, text in pairs.items() if text}
+
+
 def _value(key: str, text: str) -> Any:
     field = fields().get(key)
     kind = field.kind if field else "string"

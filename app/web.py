@@ -22,8 +22,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__
-from app.answer import Answer, Failure, GpuRow, Health, Line, ModelRow, Solved
-from app.batch import Unexpected, failure, plan, solve, unwrap
+from app.answer import Advice, Answer, Failure, GpuRow, Health, Line, ModelRow, Solved
+from app.batch import Unexpected, advise, failure, plan, solve, unwrap
 from app.catalog.gpus import all_gpus
 from app.catalog.models import find_model, search_models
 from app.errors import PlanError
@@ -282,6 +282,11 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
         desk.admit()
         return JSONResponse({**tag, **await desk.run(partial(solve, target=target), job, request)})
 
+    @app.post("/advise", response_model=Advice, responses=ERRORS, summary="Find what makes a job fit its card")
+    async def advice(request: Request, job: JobBody) -> Response:
+        desk.admit()
+        return JSONResponse(await desk.run(advise, job, request))
+
     @app.get("/gpus", summary="The cards of the catalogue, the smallest first")
     async def gpus() -> list[GpuRow]:
         return [GpuRow(**asdict(card)) for card in all_gpus()]
@@ -302,26 +307,34 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_page(app: FastAPI, desk: Desk) -> None:
-    async def respond(request: Request, pairs: list[tuple[str, str]], template: str) -> Response:
+    async def respond(
+        request: Request, pairs: list[tuple[str, str]], template: str, advised: bool = False
+    ) -> Response:
         """Plan what the form holds and render it; an error is rendered at its field, the rest of the form kept."""
         values = {key: text for key, text in pairs if text.strip()}
-        answer, problem, status, headers = None, None, 200, {}
+        answer, advice, problem, status, headers = None, None, None, 200, {}
         try:
             if "config" in values:
                 pairs = [pair for pair in pairs if pair[0] != "model"]
             job = to_job(pairs)
             desk.admit()
             answer = await desk.plan(job, request)
+            if advised:
+                advice = await desk.run(advise, job, request)
         except PlanError as error:
             problem = error
             status, headers = _status(error)
         address = urlencode([pair for pair in values.items() if pair[0] != "config"])
-        view = html.View(values, answer, problem, address, str(request.base_url), posted="config" in values)
+        view = html.View(values, answer, advice, problem, address, str(request.base_url), "config" in values)
         return HTMLResponse(html.render(template, view), status, headers)
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return await respond(request, request.query_params.multi_items() or list(html.FIRST_VISIT.items()), "page.html")
+
+    @app.get("/advice", include_in_schema=False)
+    async def page_with_advice(request: Request) -> Response:
+        return await respond(request, request.query_params.multi_items(), "page.html", advised=True)
 
     @app.get("/result", include_in_schema=False)
     async def result(request: Request) -> Response:

@@ -93,6 +93,23 @@
     plot.addEventListener("pointerleave", () => move(...peak));
   }
 
+  // Advice is asked for in place.
+  result.addEventListener("click", async (event) => {
+    const link = event.target.closest("a.ask");
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    const section = link.closest("section");
+    section.setAttribute("aria-busy", "true");
+    link.parentElement.textContent = "Planning every change …";
+    try {
+      const page = new DOMParser().parseFromString(await (await fetch(link.href)).text(), "text/html");
+      section.replaceWith(page.getElementById("advice"));
+      announce.textContent = "The changes that make it fit are listed.";
+    } catch {
+      location.assign(link.href);
+    }
+  });
+
   form.addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(plan, WAIT);

@@ -132,6 +132,35 @@ def test_our_own_rows():
     assert median <= 0.1 and most <= 1 and worst <= 2, max(errors["peak_allocated"])
 
 
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_type_list", "hybrid_layer_ids")
+
+
+def shortened(config: dict, layers: int) -> dict:
+    """A published config with fewer layers, as it was measured."""
+    out = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    for part in (out, out.get("text_config")):
+        if isinstance(part, dict):
+            part.update({key: min(part[key], layers) for key in DEPTHS if isinstance(part.get(key), int)})
+            part.update({key: part[key][:layers] for key in PER_LAYER if isinstance(part.get(key), list)})
+    return out
+
+
+@needs_shared
+def test_architectures_that_the_shared_rows_lack():
+    """Hybrids, state-space and MoE models, MLA, vision-language, speech: published configs, shortened where needed."""
+    rows = rows_of(OWN.with_name("h100-architectures.jsonl"))
+    configs = SHARED.parent / "configs"
+    jobs = [
+        {**row["job"], "config": shortened(json.loads((configs / row["config_file"]).read_text()), row["layers"])}
+        for row in rows
+    ]
+    errors = compare(rows, ask(jobs, "estimate"))
+    check_readme("architectures", table(f"one H100, {len(rows)} other architectures", errors))
+    median, _, worst = summary(errors["peak_allocated"])
+    assert median <= 0.1 and worst <= 1, max(errors["peak_allocated"])
+
+
 @needs_shared
 def test_frontiers():
     rows = rows_of(SHARED / "h200-frontiers.jsonl")

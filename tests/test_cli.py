@@ -182,6 +182,16 @@ def test_solve_finds_the_largest_and_exits_with_1_where_none_fits(vramplan, tmp_
     assert vramplan("solve")[0] == 2 and vramplan("solve", "--job", path, "--for", "luck")[0] == 2
 
 
+def test_advice_is_a_list_of_changes_that_make_it_fit(vramplan, tmp_path):
+    path = job_file(tmp_path, {**JOB, "method": "full", "batch_size": 64, "gpu": {"memory_bytes": 590 << 20}})
+    code, out, _ = vramplan("estimate", "--job", path, "--advise")
+    assert code == 1 and "What would make it fit" in out and "batch 1 with accumulation" in " ".join(out.split())
+    _, out, _ = vramplan("estimate", "--job", path, "--advise", "--json")
+    assert all(option["verdict"] != "does_not_fit" for option in json.loads(out)["advice"]["suggestions"])
+    code, _, err = vramplan("estimate", "--job", job_file(tmp_path, JOB), "--advise")
+    assert code == 2 and "names none" in err
+
+
 def test_the_catalogues_are_listed(vramplan):
     code, out, _ = vramplan("gpus")
     assert code == 0 and "a100-80gb" in out and max(map(len, out.splitlines())) <= 80

@@ -166,6 +166,27 @@ def test_a_config_is_planned_when_it_is_posted(client):
     assert broken.status_code == 422 and "the config is not JSON" in broken.text
 
 
+def test_changes_that_make_it_fit_are_one_click_each(client):
+    small = {**ADDRESS, "gpu": "1GiB", "batch_size": "16", "sequence_length": "512"}
+    page = client.get("/", params=small)
+    assert "<h1>Does not fit a card of 1\u00a0GiB" in page.text
+    ask = next(link["href"] for link in Tags(page.text).all("a") if link.get("class") == "ask")
+    advised = client.get(ask)
+    at = advised.text.index('id="advice"')
+    changes = re.findall(r'<th scope="row"><a href="([^"]+)">', advised.text[at : advised.text.index("</section>", at)])
+    assert changes
+    for change in changes:
+        assert re.search("<h1>(Fits|Tight)", client.get(change.replace("&amp;", "&")).text)
+    assert "What would make it fit" not in client.get("/", params=ADDRESS).text
+
+
+def test_a_change_keeps_the_rest_of_the_job():
+    view = html.View({**ADDRESS, "lora.r": "8", "config": "{}"}, None, None, None, "", "", False)
+    kept = dict(parse_qs(html.with_change(view, {"lora": {"r": 4, "use_dora": True, "modules_to_save": ()}})))
+    assert kept["lora.r"] == ["4"] and kept["lora.use_dora"] == ["true"] and kept["gpu"] == ["t4"]
+    assert "config" not in kept and "lora.modules_to_save" not in kept
+
+
 def test_what_is_typed_is_never_markup(client):
     response = client.get("/", params={**ADDRESS, "model": '"><script>alert(1)</script>', "x<b>": "</textarea><i>"})
     assert "<script>alert" not in response.text and "<b>" not in response.text and "</textarea><i>" not in response.text
@@ -350,6 +371,14 @@ def test_a_pasted_config_is_planned_as_one_types(tab):
     page.get_by_label("config.json").fill(json.dumps(LLAMA))
     page.locator(".job", has_text="LlamaForCausalLM").wait_for()
     assert "config" not in page.url
+
+
+def test_advice_is_listed_in_place(tab):
+    page = tab()
+    page.goto(address(gpu="1GiB", batch_size="16", sequence_length="512"))
+    page.locator("a.ask").click()
+    page.locator("#advice tbody tr").first.wait_for()
+    assert page.url.endswith("sequence_length=512")
 
 
 def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):

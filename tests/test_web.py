@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app import web
-from app.answer import Answer, Solved
+from app.answer import Advice, Answer, Solved
 from app.errors import PlanError
 from app.job import Job
 from app.service import estimate
@@ -110,6 +110,17 @@ def test_solve_finds_the_largest(client):
     Solved.model_validate(solved)
     assert error_of(client.post("/solve?for=luck", json=job), 422)["field"] == "for"
     assert error_of(client.post("/solve", json=JOB), 422)["field"] == "memory_limit_bytes"
+
+
+def test_advice_is_planned_changes(client):
+    job = {**JOB, "method": "full", "batch_size": 64, "gpu": {"memory_bytes": 590 << 20}}
+    advice = client.post("/advise", json=job).json()
+    Advice.model_validate(advice)
+    assert advice["now"]["verdict"] == "does_not_fit"
+    for option in advice["suggestions"]:
+        changed = client.post("/estimate", json={**job, **option["change"]}).json()
+        assert changed["fits"][0]["headroom"] == option["headroom"]
+    assert error_of(client.post("/advise", json=JOB), 422)["field"] == "gpu"
 
 
 def test_a_fault_of_the_planner_is_500_and_one_sentence(client, monkeypatch):

@@ -1,7 +1,8 @@
 """Run a few layers instead of all: find the repeated layers of a bare model, run it short, repeat what they did.
 
-Nothing is assumed: the short run is repeated to the depth of a second, slightly deeper run, and only if it then equals
-that run event for event is it repeated to the whole depth. In every other case the whole model is run.
+What a layer does is taken to depend on what it is made of and on its neighbours, not on its number. Every job puts that
+to the test: the short run is repeated to the depth of a second, deeper run, and only if it then equals that run event
+for event is it repeated to the whole depth. In every other case the whole model is run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import enum
 import functools
 import gc
 import logging
-import math
 import re
 import types as python
 from collections import Counter, defaultdict
@@ -60,7 +60,10 @@ def folded_books(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Book
 
 
 def fold(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], names: Iterable[str] = ()) -> Books:
-    """The books of ``trace(model)`` from two shorter runs. Raises :class:`Unfoldable` where they do not prove it."""
+    """The books of ``trace(model)`` from two shorter runs. Raises :class:`Unfoldable` where they do not prove it.
+
+    Tried with layers alike if their next neighbours are, then with two neighbours on either side.
+    """
     for name in names:
         if re.search(r"(^|\.)\d+(\.|$)", name):
             raise Unfoldable(f"the job names a layer by its number: {name}")
@@ -95,7 +98,7 @@ def _without_collector():
 class _Fold:
     """One model's short runs. A depth is, for each group, the layers that are kept."""
 
-    def __init__(self, model: torch.nn.Module, groups: list[Layers], trace: Callable[[torch.nn.Module], Books], radius: int):
+    def __init__(self, model, groups: list[Layers], trace: Callable[[torch.nn.Module], Books], radius: int):
         self.model, self.groups, self.trace, self.radius = model, groups, trace, radius
         self.whole = [range(len(group.types)) for group in groups]
         self.once = self._depth(1)
@@ -146,7 +149,8 @@ class _Fold:
         return {key: int(size) for key, size in total.items()}
 
     def _depth(self, repeats: int, more: Sequence[set[tuple]] | None = None) -> list[list[int]]:
-        return [shorten(group.types, repeats, self.radius, more[n] if more else ()) for n, group in enumerate(self.groups)]
+        extra = more or [set()] * len(self.groups)
+        return [shorten(group.types, repeats, self.radius, own) for group, own in zip(self.groups, extra)]
 
     def _run(self, depth: Sequence[Sequence[int]]) -> Books:
         return self.trace(shortened(self.model, self.groups, depth))
@@ -217,16 +221,14 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...]) -> Layers:
         for key in numbers:
             known.pop(key, None)
     for holder in _holders(model, paths[0]):
-        for name, values in holder.items():
-            if _selects(name, values, depth):
-                for index, known in enumerate(facts):
-                    known[name] = index in values
-            elif isinstance(values, (list, tuple)) and len(values) == depth:
-                for known, value in zip(facts, values):
-                    known[name] = _plain(value)
-            elif type(values) is int and 1 < values < depth and _PERIODIC.search(name):
-                for index, known in enumerate(facts):
-                    known[name] = index % values
+        for name, value in _open(holder):
+            for index, known in enumerate(facts):
+                if _selects(name, value, depth):
+                    known[name] = index in value
+                elif _lists(value, depth):
+                    known[name] = _plain(value[index])
+                elif type(value) is int and 1 < value < depth and _PERIODIC.search(name):
+                    known[name] = index % value
     seen: dict[frozenset, int] = {}
     types = tuple(seen.setdefault(frozenset(known.items()), len(seen)) for known in facts)
     return Layers(paths, types, tuple((path, within, attribute) for path, within, attribute in numbers))
@@ -245,11 +247,19 @@ def _holders(model: torch.nn.Module, path: str) -> list[dict[str, Any]]:
         path = path.rpartition(".")[0]
 
 
+def _open(holder: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in holder.items() if not name.startswith("_")]
+
+
+def _lists(value: Any, depth: int) -> bool:
+    """Whether ``value`` has one entry a layer."""
+    return isinstance(value, (list, tuple)) and len(value) == depth
+
+
 def _selects(name: str, value: Any, depth: int) -> bool:
     """Whether ``value`` is a list of some layers' numbers."""
     return (
         isinstance(value, (list, tuple))
-        and not name.startswith("_")
         and all(type(number) is int and 0 <= number < depth for number in value)
         and sorted(set(value)) == list(value)
         and _SPEAKS_OF_LAYERS.search(name) is not None
@@ -257,7 +267,7 @@ def _selects(name: str, value: Any, depth: int) -> bool:
 
 
 _SPEAKS_OF_LAYERS = re.compile("layer|block|depth|ind(ex|ices)|idx")
-_PERIODIC = re.compile("^[^_].*(interval|period|pattern|every|freq|sparse_step|layer_step)")
+_PERIODIC = re.compile("(interval|period|pattern|every|freq|sparse_step|layer_step)")
 
 
 def _facts(layer: torch.nn.Module) -> dict[tuple[str, str], Any]:
@@ -270,7 +280,9 @@ def _facts(layer: torch.nn.Module) -> dict[tuple[str, str], Any]:
                 facts[path, name] = _plain(tensor)
         for name, value in vars(module).items():
             if name not in _MACHINERY:
-                facts[path, name] = _plain(value)
+                # A probability of 0 or 1 changes what is run, any other (of DropPath: one a layer) does not.
+                some = "drop" in name and isinstance(value, float) and 0 < value < 1
+                facts[path, name] = "some" if some else _plain(value)
     return facts
 
 
@@ -279,11 +291,8 @@ _MACHINERY = frozenset(vars(torch.nn.Module()))
 
 def _plain(value: Any) -> Any:
     """``value`` as far as it can matter to a run without values; objects of unknown make are told apart by identity."""
-    if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device, enum.Enum, type)):
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, enum.Enum, type)):
         return value
-    if isinstance(value, float):
-        # A probability of 0 or 1 changes what is run, any other does not.
-        return "float", value if value in (0.0, 1.0) or not math.isfinite(value) else math.copysign(0.5, value)
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype, value.requires_grad, type(value)
     if isinstance(value, (list, tuple)):
@@ -364,11 +373,11 @@ def _shorten_depths(short: torch.nn.Module, groups: Sequence[Layers], kept: Sequ
         if len(choices) > 1:
             continue
         (indices,) = choices
-        for name, value in list(holder.items()):
+        for name, value in _open(holder):
             if type(value) is int:
                 if value == depth and _SPEAKS_OF_LAYERS.search(name):
                     holder[name] = len(indices)
             elif _selects(name, value, depth):
                 holder[name] = type(value)(new for new, old in enumerate(indices) if old in value)
-            elif isinstance(value, (list, tuple)) and len(value) == depth:
+            elif _lists(value, depth):
                 holder[name] = type(value)(value[index] for index in indices)

@@ -182,7 +182,7 @@ class _Piece(NamedTuple):
 def expand(books: Books, stacks: Sequence[Stack], growth: Mapping[int, int] | None = None) -> Books:
     """The books of the whole stacks from ``books`` of the short ones.
 
-    ``growth`` has, by the key of an allocation that stands for itself alone, by how many bytes it is larger in the whole.
+    ``growth`` has, by the key of an allocation that stands for itself alone, the bytes by which it is larger there.
     Raises :class:`Unfoldable` where an event has no meaning in the whole.
     """
     return _Expansion(books, stacks, growth or {}).run()
@@ -192,7 +192,7 @@ def same(books: Books, others: Books) -> bool:
     """Whether both are the same, event for event.
 
     Releases with nothing taken between them may stand in any order, which no allocator can tell: a deep autograd graph
-    is torn down in another order than a shallow one (CPython defers what would nest more than 50 deallocations).
+    is torn down in another order than a shallow one.
     """
     return (
         books.allocations == others.allocations
@@ -403,7 +403,13 @@ class _Expansion:
             seen[what] += 1
 
     def _write(
-        self, start: int, end: int, layer: tuple[int, int] | None, empties: Mapping[int, int], step: int, final: bool = True
+        self,
+        start: int,
+        end: int,
+        layer: tuple[int, int] | None,
+        empties: Mapping[int, int],
+        step: int,
+        final: bool = True,
     ) -> None:
         """Write a block as ``layer`` of the whole; what its like share is given back by the ``final`` one of them."""
         out, homes, events, sites = self.out, self.homes, self.books.events, self.books.sites
@@ -448,7 +454,7 @@ class _Expansion:
             return self.live[number][self._layer(number, position, layer)].pop(name)
         except KeyError:
             entry = self.books.allocations[key]
-            raise Unfoldable(f"{entry.op} of {entry.module or 'the model'} is given back by more layers than took it") from None
+            raise Unfoldable(f"more layers give back {entry.op} of {entry.module or 'the model'} than took it") from None
 
     def _layer(self, number: int, position: int, layer: tuple[int, int] | None) -> int:
         """Which layer of the whole is meant in ``layer`` where its template means the one at ``position``.

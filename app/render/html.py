@@ -19,7 +19,7 @@ from app import __version__
 from app.catalog.gpus import all_gpus
 from app.catalog.models import MODELS
 from app.errors import PlanError
-from app.form import fields, to_job
+from app.form import fields, to_job, to_pairs
 from app.render import words
 from app.render.words import GIB
 
@@ -116,13 +116,14 @@ LISTS = {"model": "models", "gpu": "gpus"}
 
 @dataclass(frozen=True)
 class View:
-    """What a page is made of: the form's ``values``, and either an ``answer`` or a ``problem``.
+    """What a page is made of: the form's ``values``, and either an ``answer`` (with ``advice``) or a ``problem``.
 
     ``address`` is the job as a query string; ``posted`` tells that a config came with the form, which no address holds.
     """
 
     values: dict[str, str]
     answer: dict | None
+    advice: dict | None
     problem: PlanError | None
     address: str
     base_url: str
@@ -205,6 +206,7 @@ def _templates() -> Environment:
         "timeline": timeline,
         "layer_columns": layer_columns,
         "with_gpu": with_gpu,
+        "with_change": with_change,
         "curl": curl,
         "gpus": all_gpus(),
         "models": MODELS,
@@ -386,6 +388,13 @@ def with_gpu(view: View, gpu: str) -> str:
         return view.address
     kept = {key: text for key, text in view.values.items() if not key.startswith("gpu.") and key != "config"}
     return urlencode({**kept, "gpu": gpu})
+
+
+def with_change(view: View, change: dict[str, Any]) -> str:
+    """The address of the same job with some of its fields set anew."""
+    replaced = {*change, "config"}
+    kept = {key: text for key, text in view.values.items() if key.partition(".")[0] not in replaced}
+    return urlencode({**kept, **to_pairs(change)})
 
 
 def curl(view: View) -> str:

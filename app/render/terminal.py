@@ -45,6 +45,8 @@ def page(answer: dict, width: int) -> RenderableType:
     parts = [head, "", _peaks(answer), "", _bar(answer, width - 2), "", _title("Phases"), _phases(answer)]
     parts += ["", _title("Layers", "of one; K, M, G are KiB, MiB, GiB"), _layers(answer, width)]
     parts += ["", _title("Smallest cards that fit"), _cards(answer)]
+    if "advice" in answer:
+        parts += ["", _title("What would make it fit"), _advice(answer)]
     if answer["warnings"]:
         parts += ["", _title("Warnings")]
         parts += [Padding(Text(f"! {warning}", "yellow"), (0, 0, 0, 2)) for warning in answer["warnings"]]
@@ -168,10 +170,24 @@ def _cards(answer: dict) -> RenderableType:
     return table
 
 
+def _advice(answer: dict) -> RenderableType:
+    if words.state(answer) != "does_not_fit":
+        return Padding(Text("It fits as it is."), (0, 0, 0, 2))
+    options = words.options(answer["advice"])
+    if not options:
+        return Padding(Text("No single change does, and no pair that was tried."), (0, 0, 0, 2))
+    table = _table("Change", "Reserved", "To spare", "Costs")
+    table.columns[0].no_wrap = table.columns[3].no_wrap = False
+    for option in options:
+        cost = option["cost"] + (" (changes the training)" if option["changes_objective"] else "")
+        table.add_row(option["title"], size(option["peak"]["reserved"]), size(option["headroom"]), cost)
+    return table
+
+
 def _table(*columns: str) -> Table:
     """A quiet table: no lines, a dim head, words to the left and numbers to the right."""
     table = Table(box=None, pad_edge=True, padding=(0, 1, 0, 1), header_style="dim")
-    text = {"", "Phase", "Module", "Card", "--gpu", "Model", "Also called", "Smallest card"}
+    text = {"", "Phase", "Module", "Card", "--gpu", "Model", "Also called", "Smallest card", "Change", "Costs"}
     for name in columns:
         table.add_column(name, justify="left" if name in text else "right", no_wrap=True)
     return table

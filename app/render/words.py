@@ -196,6 +196,11 @@ def phases(answer: dict) -> list[dict]:
     ]
 
 
+def options(advice: dict) -> list[dict]:
+    """The changes that make a job fit: single ones, else the pair that does."""
+    return advice["suggestions"] or ([advice["pair"]] if advice["pair"] else [])
+
+
 def split_path(path: str) -> tuple[str, str]:
     """A module's path as the repeated block that it is in (``model.layers.{0..31}``, or nothing) and the rest."""
     found = re.fullmatch(r"(.*?\.(?:\d+|\{[^}]*\}))(?:\.(.+))?", path)
