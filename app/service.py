@@ -227,7 +227,7 @@ def _read_file(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} cannot be read as JSON: {error}", "name a config.json", "model") from None
     if not isinstance(data, dict):
         raise PlanError(f"{path} holds no JSON object", "name a config.json", "model")
@@ -324,7 +324,7 @@ def _cards(gpu) -> list:
 def _fit(card, asked, books: Books, reading: Reading, settings: Settings) -> dict:
     usable = card.memory_bytes if isinstance(card, OwnGpu) else card.total_memory
     capability = None if isinstance(card, OwnGpu) else card.compute_capability
-    verdict = judge(books, reading.peak.peak, reading.reserved, reading.phases[0].reserved, usable, context(capability), settings)
+    verdict = judge(books, reading, usable, context(capability), settings)
     same = _kernels_of(card)[0] == _kernels_of(asked)[0]
     return {
         "gpu": card.name if isinstance(card, OwnGpu) else card.key,

@@ -238,11 +238,11 @@ CONFIGS = {
     "gpt_oss": DECODER | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 8},
     "deepseek_v3": PLAIN | {
         "num_hidden_layers": 8, "first_k_dense_replace": 2, "q_lora_rank": 16, "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4,
     },
-    "llama4_text": DECODER | {"num_hidden_layers": 16, "head_dim": 16, "num_local_experts": 4, "attention_chunk_size": 8,
-                              "intermediate_size_mlp": 96},
+    "llama4_text": DECODER | {"num_hidden_layers": 16, "head_dim": 16, "num_local_experts": 4,
+                              "intermediate_size_mlp": 96, "attention_chunk_size": 8},
     "qwen3_next": EXPERTS | {
         "num_hidden_layers": 8, "full_attention_interval": 2, "shared_expert_intermediate_size": 32,
         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
@@ -296,7 +296,7 @@ CASES = [
     ("llama4_text", FULL | EIGHT), ("qwen3_next", FULL | NEW), ("mamba2", AUTOCAST), ("granitemoehybrid", LORA),
     ("bamba", FULL | EIGHT), ("bert", AUTOCAST | EIGHT), ("modernbert", QLORA), ("t5", AUTOCAST | NEW),
     ("t5", FULL | {"trainer": "transformers"}), ("bart", LORA | OLD), ("vit", LORA), ("beit", FULL | NEW),
-    ("swin", FULL | EIGHT),
+    ("swin", FULL | EIGHT), ("qwen2", {"method": "inference", "new_tokens": 3}),
 ]  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def task_of(config: transformers.PretrainedConfig) -> str:
             if name.endswith(suffix):
                 return task
     for task in ("image-text-to-text", "speech-seq2seq", "causal-lm", "seq2seq-lm", "masked-lm", "image-classification"):
-        if type(config) in AUTO[task]._model_mapping.keys():
+        if type(config) in AUTO[task]._model_mapping:
             return task
     raise PlanError(
         f"transformers has no trainable head for {config.model_type}", "name the `task`", "task"
@@ -119,7 +119,7 @@ def task_of(config: transformers.PretrainedConfig) -> str:
 def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dtype) -> torch.nn.Module:
     """The bare model on the meta device, weights tied, in ``dtype``."""
     auto = AUTO[task]
-    if type(config) not in auto._model_mapping.keys():
+    if type(config) not in auto._model_mapping:
         raise PlanError(
             f"transformers has no {auto.__name__} for {config.model_type}", f"its own task is {task_of(config)}", "task"
         )

@@ -64,13 +64,11 @@ def read(books: Books, settings: Settings = Settings(), points: int = POINTS) ->
     """Replay ``books``. Raises :class:`~app.memory.allocator.OutOfMemory` under a limit that they do not keep."""
     allocator = CachingAllocator(settings)
     allocations, events = books.allocations, books.events
-    index = {kind: i for i, kind in enumerate(KINDS)}
-    alive = [0] * len(KINDS)
+    blocks = [0] * len(allocations)
     phases: list[Phase] = []
-    timeline: list[Point] = []
-    best = (-1, -1)
-    live: dict[int, int] = {}
-    placed = 0
+    highs: list[tuple[int, int, int, str, int]] = []
+    best = placed = 0
+    peak_event = -1
     bounds = [mark.at for mark in books.marks[1:]] + [len(events)]
     stride = max(1, len(events) // points)
     for mark, end in zip(books.marks, bounds):
@@ -81,68 +79,63 @@ def read(books: Books, settings: Settings = Settings(), points: int = POINTS) ->
         start = allocator.allocated
         if not loading:
             allocator.reset_peaks()
-        high = (-1, None)
-        for at in range(mark.at, end):
-            event = events[at]
-            if event >= 0:
-                entry = allocations[event]
-                if not entry.size:
+        for low in range(mark.at, end, stride):
+            high, where, held = -1, low, 0
+            for at in range(low, min(low + stride, end)):
+                event = events[at]
+                if event < 0:
+                    allocator.free(~event)
                     continue
                 before = allocator.allocated
-                allocator.malloc(event, entry.size)
-                size = allocator.allocated - before
-                live[event] = size
-                alive[index[entry.kind]] += size
-                if allocator.allocated > best[0] and not loading:
-                    best = (allocator.allocated, at)
-                if allocator.allocated > high[0]:
-                    high = (allocator.allocated, (at, allocator.reserved, entry.module, tuple(alive)))
-            else:
-                size = live.pop(~event, None)
-                if size is not None:
-                    alive[index[allocations[~event].kind]] -= size
-                    allocator.free(~event)
-            if not loading and at % stride == 0 and high[1]:
-                timeline.append(Point(high[1][0], mark.name, mark.step, high[0], *high[1][1:]))
-                high = (-1, None)
-        if high[1] and not loading:
-            timeline.append(Point(high[1][0], mark.name, mark.step, high[0], *high[1][1:]))
+                allocator.malloc(event, allocations[event].size)
+                now = allocator.allocated
+                blocks[event] = now - before
+                if now > high:
+                    high, where, held = now, at, allocator.reserved
+            if not loading and high >= 0:
+                highs.append((where, high, held, mark.name, mark.step))
+                if high > best:
+                    best, peak_event = high, where
         ends = (allocator.allocated, allocator.peak_allocated, allocator.peak_reserved)
         if loading:
             phases[:1] = [Phase("load", 0, 0, *ends)]
         else:
             phases.append(Phase(mark.name, mark.step, start, *ends))
     peak = max(phases[1:], key=lambda phase: phase.peak)
-    parts, holders = _alive_at(books, settings, best[1])
-    entry = allocations[events[best[1]]]
+    timeline, parts, holders = _alive_at(books, blocks, highs, peak_event)
+    entry = allocations[events[peak_event]]
     return Reading(
-        phases, peak, best[1], entry.module, entry.op, parts, holders, timeline, placed, allocator.peak_reserved
+        phases, peak, peak_event, entry.module, entry.op, parts, holders, timeline, placed, allocator.peak_reserved
     )
 
 
-def _alive_at(books: Books, settings: Settings, last: int) -> tuple[dict[str, int], list[tuple[str, str, int]]]:
-    """The parts by kind, and the largest holders as (module, kind, bytes), after event ``last``."""
-    allocator = CachingAllocator(settings)
-    live: dict[int, int] = {}
-    caches = [mark.at for mark in books.marks if mark.name == EMPTY_CACHE]
-    for at, event in enumerate(books.events[: last + 1]):
-        while caches and caches[0] == at:
-            caches.pop(0)
-            allocator.empty_cache()
-        if event >= 0:
-            before = allocator.allocated
-            allocator.malloc(event, books.allocations[event].size)
-            live[event] = allocator.allocated - before
-        else:
-            live.pop(~event, None)
-            allocator.free(~event)
+def _alive_at(books: Books, blocks: list[int], highs: list[tuple[int, int, int, str, int]], last: int):
+    """The timeline at the events of ``highs``; and after event ``last`` the parts by kind, and the largest holders as
+    (module, kind, bytes). ``blocks`` are the bytes of each allocation's block."""
+    index = {kind: i for i, kind in enumerate(KINDS)}
+    kinds = [index[allocation.kind] for allocation in books.allocations]
+    alive = [0] * len(KINDS)
+    live: set[int] = set()
+    timeline: list[Point] = []
     parts: dict[str, int] = {}
     holders: dict[tuple[str, str], int] = {}
-    for key, size in live.items():
-        entry = books.allocations[key]
-        parts[entry.kind] = parts.get(entry.kind, 0) + size
-        holder = (entry.module, entry.kind)
-        holders[holder] = holders.get(holder, 0) + size
-    assert sum(parts.values()) == allocator.allocated
+    start = 0
+    for where, allocated, reserved, phase, step in highs:
+        for event in books.events[start : where + 1]:
+            if event >= 0:
+                live.add(event)
+                alive[kinds[event]] += blocks[event]
+            elif ~event in live:
+                live.remove(~event)
+                alive[kinds[~event]] -= blocks[~event]
+        start = where + 1
+        assert sum(alive) == allocated
+        module = books.allocations[books.events[where]].module
+        timeline.append(Point(where, phase, step, allocated, reserved, module, tuple(alive)))
+        if where == last:
+            parts = {kind: size for kind, size in zip(KINDS, alive) if size}
+            for key in live:
+                holder = (books.allocations[key].module, books.allocations[key].kind)
+                holders[holder] = holders.get(holder, 0) + blocks[key]
     largest = sorted(((module, kind, size) for (module, kind), size in holders.items()), key=lambda h: -h[2])[:24]
-    return {kind: parts[kind] for kind in KINDS if parts.get(kind)}, largest
+    return timeline, parts, largest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from app.memory.allocator import CachingAllocator, OutOfMemory, Settings
+from app.memory.breakdown import Reading
 from app.memory.event import EMPTY_CACHE, Books
 from app.memory.overheads import Context
 
@@ -53,24 +54,23 @@ def passes(books: Books, settings: Settings, placed: bool = False) -> tuple[bool
     return True, None
 
 
-def judge(
-    books: Books, allocated: int, reserved: int, load: int, usable: int, context: Context, settings: Settings
-) -> Verdict:
+def judge(books: Books, reading: Reading, usable: int, context: Context, settings: Settings) -> Verdict:
     """The verdict for a card with ``usable`` bytes, of which ``context`` is gone before the allocator starts.
 
-    ``allocated`` and ``reserved`` are the peaks without a limit, ``load`` the peak while loading. The replay under the
-    limit is asked only where those leave it open.
+    ``reading`` is that of ``books`` without a limit. The replay under the limit is asked only where it leaves the
+    answer open: between the allocated and the reserved peak.
     """
     limit = usable - context.expected
-    margin = int(ALLOCATOR_ERROR * reserved) + (context.high - context.expected)
-    needed = max(reserved, load)
+    load = reading.phases[0]
+    allocated, needed = max(reading.peak.peak, load.peak), max(reading.reserved, load.reserved)
+    margin = int(ALLOCATOR_ERROR * reading.reserved) + (context.high - context.expected)
     if needed <= limit:
         return Verdict("fits" if needed + margin <= limit else "tight", limit, limit - needed, margin, None)
-    bounded = Settings(settings.expandable_segments, settings.max_split_size, max(limit, 0))
-    if max(allocated, load) <= limit:
+    if allocated <= limit:
+        bounded = Settings(settings.expandable_segments, settings.max_split_size, limit)
         ok, where = passes(books, bounded)
         if ok:
-            return Verdict("tight", limit, limit - max(allocated, load), margin, None)
+            return Verdict("tight", limit, limit - allocated, margin, None)
     else:
-        _, where = passes(books, bounded)
+        where = next(phase.name for phase in reading.phases if phase.peak > limit)
     return Verdict("does_not_fit", limit, limit - needed, margin, where)

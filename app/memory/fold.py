@@ -454,7 +454,8 @@ class _Expansion:
             return self.live[number][self._layer(number, position, layer)].pop(name)
         except KeyError:
             entry = self.books.allocations[key]
-            raise Unfoldable(f"more layers give back {entry.op} of {entry.module or 'the model'} than took it") from None
+            whose = entry.module or "the model"
+            raise Unfoldable(f"more layers give back {entry.op} of {whose} than took it") from None
 
     def _layer(self, number: int, position: int, layer: tuple[int, int] | None) -> int:
         """Which layer of the whole is meant in ``layer`` where its template means the one at ``position``.
