@@ -7,6 +7,7 @@ The way of a request, which is also the direction of the imports::
     render/         how an answer looks: words, terminal, HTML
     answer          the answer's fields, typed, as the HTTP API documents them
     service         the use cases: a job in, a plain answer out
+    advice          single changes of a job that could make it fit
     hub             config.json from the Hub, at a pinned commit
     dryrun/         the user's own step on the meta device, every allocation written down (needs torch)
     memory/         the books of that step read back: allocator, peak, parts, verdict (pure integers)

@@ -65,21 +65,22 @@ class Autocast(TorchFunctionMode):
 
     @contextlib.contextmanager
     def in_modules_of(self, model: torch.nn.Module):
-        """Let the model's own ``maybe_autocast`` (transformers/utils/generic.py) find this mode; on the meta device
-        it would do nothing."""
+        """Let ``torch.autocast`` and the model's own ``maybe_autocast`` (transformers/utils/generic.py) find this mode;
+        on the meta device they would do nothing."""
 
         def maybe_autocast(device_type, dtype=None, enabled=True, cache_enabled=None):
             return contextlib.nullcontext() if enabled else self.suspended()
 
         modules = {sys.modules[type(module).__module__] for module in model.modules()}
-        saved = [(module, module.maybe_autocast) for module in modules if hasattr(module, "maybe_autocast")]
-        for module, _ in saved:
-            module.maybe_autocast = maybe_autocast
+        saved = [(module, "maybe_autocast") for module in modules if hasattr(module, "maybe_autocast")]
+        saved = [(module, name, getattr(module, name)) for module, name in (*saved, (torch, "autocast"))]
+        for module, name, _ in saved:
+            setattr(module, name, maybe_autocast)
         try:
             yield
         finally:
-            for module, function in saved:
-                module.maybe_autocast = function
+            for module, name, function in saved:
+                setattr(module, name, function)
 
     def _lower(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or tensor.dtype in (self.dtype, torch.float64):

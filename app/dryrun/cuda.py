@@ -8,7 +8,7 @@ with torch 2.11.0+cu130 and cuDNN 9.19, the stack of the measured rows.
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -719,6 +719,11 @@ def as_if_cuda(card: Card):
         function = getattr(torch, name)
         saved.append((torch, name, function))
         setattr(torch, name, lambda device="cuda", ask=function: ask("cuda" if device == "meta" else device))
+    autocast = torch.autocast
+    saved.append((torch, "autocast", autocast))
+    torch.autocast = lambda device_type, *args, **kwargs: (
+        nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+    )
     before = card_in_use
     card_in_use = card
     try:

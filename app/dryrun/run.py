@@ -34,7 +34,27 @@ def books_of(job: Job, config: dict, capability: tuple[int, int], multiprocessor
     return _books(base, job, task, cuda.Card(capability, multiprocessors))
 
 
+_DEQUANTIZED = ("fp8", "mxfp4", "fbgemm_fp8")
+"""Checkpoints that transformers can dequantise as it loads them (``dequantize=True``)."""
+
+
+def _stored_quantization(config: dict) -> str | None:
+    """How a checkpoint's weights are stored, where not as plain numbers (``quantization_config``)."""
+    for part in (config, config.get("text_config")):
+        stored = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(stored, dict):
+            return str(stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "an unnamed method"))
+    return None
+
+
 def _base(job: Job, config: dict):
+    stored = _stored_quantization(config)
+    if stored is not None and stored not in _DEQUANTIZED:
+        raise PlanError(
+            f"this checkpoint is already quantised with {stored}, whose layers are not modelled",
+            "plan the model it was made from, with method qlora",
+            "model",
+        )
     configuration = read_config(config, job.attention)
     task = job.task or task_of(configuration)
     _check_length(job, configuration, task)
@@ -59,6 +79,10 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
         "attention": base.config._attn_implementation or "eager",
     }
     warnings = _weight_warnings(job, base)
+    if _stored_quantization(config):
+        warnings.append(
+            f"the checkpoint is stored as {_stored_quantization(config)}: planned as dequantised to {job.dtype} on load"
+        )
     spare = copy.deepcopy(base) if job.method != "inference" and base.supports_gradient_checkpointing else None
     books = _books(base, job, task, card)
     warnings += _kernel_warnings(job, task, facts["attention"], books)
