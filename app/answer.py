@@ -172,7 +172,7 @@ class Advice(_Open):
     now: Weighed
     suggestions: list[Suggestion]
     pair: Suggestion | None
-    smallest_card: str | None = Field(description="The smallest card with the same kernels that takes the job as it is.")
+    smallest_card: str | None = Field(description="The smallest with the same kernels that takes the job as it is.")
 
 
 class Problem(BaseModel):

@@ -7,6 +7,7 @@ Nothing here imports torch; the dry run does, when there is a job to run.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -303,6 +304,7 @@ def _tell(error: PlanError) -> None:
 
 def main() -> None:
     """Run the command line. Every error that a user can cause ends here, in two lines and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

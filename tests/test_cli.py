@@ -238,6 +238,12 @@ def test_python_m_app_is_vramplan():
     assert done.returncode == 2 and done.stderr.startswith("Cannot say: /nowhere cannot be read")
 
 
+def test_libraries_do_not_talk_between_an_answer_s_lines():
+    args = [sys.executable, "-m", "app", "estimate", "gpt2", "-m", "lora", "-s", "64", "-g", "t4"]
+    done = subprocess.run(args, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("Fits a Tesla T4")
+
+
 def test_text_becomes_what_the_schema_takes():
     job = to_job(
         {

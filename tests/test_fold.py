@@ -290,7 +290,7 @@ CASES = [
     ("llama", FULL | {"optimizer": "adafactor"}),
     ("llama", {"method": "lora", "lora": {"use_dora": True}, "attention_mask": "padded"}),
     ("qwen2", LORA | NEW), ("qwen3", QLORA | OLD | EIGHT), ("mistral", AUTOCAST | TWICE), ("phi3", FULL | OLD),
-    ("gemma2", QLORA | NEW), ("gemma3_text", FULL | NEW), ("gemma3_text", LORA), ("gpt2", AUTOCAST | OLD | FUSED),
+    ("gemma2", {"method": "qlora"} | NEW), ("gemma3_text", FULL | NEW), ("gemma3_text", {"method": "lora"}), ("gpt2", AUTOCAST | OLD | FUSED),
     ("opt", QLORA), ("gpt_neox", LORA | TWICE), ("falcon", FULL | EIGHT | NEW), ("mixtral", FULL | NEW),
     ("qwen3_moe", FULL | FUSED | TWICE), ("olmoe", FULL | OLD), ("gpt_oss", LORA | NEW), ("deepseek_v3", FULL),
     ("llama4_text", FULL | EIGHT), ("qwen3_next", FULL | NEW), ("mamba2", AUTOCAST), ("granitemoehybrid", LORA),

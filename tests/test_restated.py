@@ -1,0 +1,117 @@
+"""What is restated of other people's code, held against it: measured figures, and the installed sources themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+
+import pytest
+import torch
+
+from app.dryrun import cuda
+
+CARD = cuda.Card()
+
+
+def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    "shape, measured",
+    [((6304, 1024), 51904512), ((6304, 4096), 138412032), ((4096, 3072), 100663296), ((4096, 768), 25165824),
+     ((4096, 2304), 75497472), ((4096, 30522), 23440896)],
+)
+def test_reductions_meet_in_global_memory(shape, measured):
+    """Bias gradients recorded on an H100; the buffer rounded to 512 bytes."""
+    size = cuda.reduction_scratch(meta(*shape), [0], CARD)
+    assert -(-size // 512) * 512 == measured
+
+
+def test_small_reductions_take_nothing():
+    assert cuda.reduction_scratch(meta(64, 1024), [0], CARD) == 0
+    assert cuda.reduction_scratch(meta(4096, 1024), [1], CARD) == 0
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, measured", [((2, 16, 512, 64), torch.bfloat16, 4198400), ((1, 4, 1024, 256), torch.float32, 4196352)]
+)
+def test_efficient_attention_backward(shape, dtype, measured):
+    query = meta(*shape, dtype=dtype)
+    assert cuda._efficient_workspace(CARD, query, query) == measured
+
+
+A100, T4 = cuda.Card((8, 0), 108), cuda.Card((7, 5), 40)
+
+
+@pytest.mark.parametrize(
+    "card, heads, keys, head, dtype, masked, backend",
+    [
+        (CARD, 32, 8, 64, torch.bfloat16, False, "cudnn"),
+        (CARD, 8, 4, 256, torch.bfloat16, False, "cudnn"),
+        (CARD, 32, 32, 64, torch.bfloat16, True, "cudnn"),
+        (CARD, 32, 8, 64, torch.float32, False, "math"),
+        (CARD, 4, 4, 256, torch.float32, True, "efficient"),
+        (A100, 32, 8, 128, torch.bfloat16, False, "flash"),
+        (A100, 32, 32, 128, torch.bfloat16, True, "efficient"),
+        (T4, 32, 32, 128, torch.float16, False, "efficient"),
+        (T4, 32, 8, 128, torch.float16, False, "math"),
+    ],
+)
+def test_attention_backend(card, heads, keys, head, dtype, masked, backend):
+    query, key = meta(1, heads, 128, head, dtype=dtype), meta(1, keys, 128, head, dtype=dtype)
+    mask = meta(1, 1, 128, 128, dtype=dtype) if masked else None
+    assert cuda.attention_backend(card, query, key, key, mask, 0.0, not masked, True) == backend
+
+
+def test_bitsandbytes_heuristic_is_asked_for_the_card():
+    """On Hopper large products dequantise the weight; a T4 in fp16 fuses small ones. Past 1536 rows nobody fuses."""
+    fused = cuda.gemm_4bit_is_fused
+    assert not fused(CARD, torch.bfloat16, 2048, 4096, 4096, 64)
+    assert not fused(CARD, torch.bfloat16, 1024, 4096, 4096, 64)
+    assert fused(CARD, torch.bfloat16, 4, 4096, 4096, 64)
+    assert fused(T4, torch.float16, 16, 512, 512, 64)
+
+
+def _sources() -> dict[str, object]:
+    import accelerate
+    import bitsandbytes as bnb
+    import peft
+    import transformers
+    import trl
+
+    ops = cuda.bnb_cuda_ops()
+    tuner = peft.tuners.tuners_utils
+    return {
+        "Trainer.training_step": transformers.Trainer.training_step,
+        "Trainer.compute_loss": transformers.Trainer.compute_loss,
+        "Trainer._run_epoch": transformers.Trainer._run_epoch,
+        "Accelerator.prepare_model": accelerate.Accelerator.prepare_model,
+        "SFTTrainer.compute_loss": trl.SFTTrainer.compute_loss,
+        "_dequant_linear_fallback": ops._dequant_linear_fallback,
+        "quantize_4bit": bnb.functional.quantize_4bit,
+        "Optimizer2State.init_state": bnb.optim.optimizer.Optimizer2State.init_state,
+        "cast_adapter_dtype": tuner.cast_adapter_dtype,
+        "find_packed_sequence_indices": transformers.masking_utils.find_packed_sequence_indices,
+    }
+
+
+KNOWN = {
+    "Trainer.training_step": "a95f8c94253a5148",
+    "Trainer.compute_loss": "784a390428b9dabb",
+    "Trainer._run_epoch": "ebe374933064ecd6",
+    "Accelerator.prepare_model": "ead6a6ea35a7ea5c",
+    "SFTTrainer.compute_loss": "ca448211ff653fe6",
+    "_dequant_linear_fallback": "ad09ce81b25cb0b8",
+    "quantize_4bit": "077d74588037da80",
+    "Optimizer2State.init_state": "5e0ba3874f962b46",
+    "cast_adapter_dtype": "004a9ef7a8218960",
+    "find_packed_sequence_indices": "ebd2ac7ca795dbb0",
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_restated_source_is_the_installed_one(name):
+    """A new version of these functions has to be read, and what is restated of it changed, before this passes."""
+    source = inspect.getsource(_sources()[name])
+    assert hashlib.sha256(source.encode()).hexdigest()[:16] == KNOWN[name]
