@@ -58,7 +58,11 @@ def solve(data: Any, target: str = "batch_size") -> dict:
     data = dict(data) if isinstance(data, dict) else data
     limit = data.pop("memory_limit_bytes", None) if isinstance(data, dict) else None
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-        raise PlanError(f"`memory_limit_bytes` should be a number of bytes (got {limit!r})", "24 GiB are 25769803776", "memory_limit_bytes")
+        raise PlanError(
+            f"`memory_limit_bytes` should be a number of bytes (got {limit!r})",
+            "24 GiB are 25769803776",
+            "memory_limit_bytes",
+        )
     job = read_job(data).resolved()
     _refuse_unplanned(job)
     if target == "r" and job.lora is None:
@@ -172,9 +176,9 @@ def _largest(fits: Callable[[int], bool], ceiling: int) -> int:
     if not possible(1):
         return 0
     low = 1
-    while low < ceiling and possible(2 * low):
-        low *= 2
-    high = 2 * low
+    while low < ceiling and possible(min(2 * low, ceiling)):
+        low = min(2 * low, ceiling)
+    high = min(2 * low, ceiling + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if possible(middle) else (low, middle)
@@ -222,8 +226,9 @@ def _config_of(job: Job) -> tuple[dict, dict]:
 
 
 def _read_file(path: str) -> dict:
-    if os.path.getsize(path) > 4 * MIB:
-        raise PlanError(f"{path} has {os.path.getsize(path)} bytes: no config.json is that large", "name the model's own", "model")
+    size = os.path.getsize(path)
+    if size > 4 * MIB:
+        raise PlanError(f"{path} has {size} bytes: no config.json is that large", "name the model's own", "model")
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)

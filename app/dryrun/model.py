@@ -65,6 +65,7 @@ def read_config(data: dict[str, Any], attention: str | None) -> transformers.Pre
         hint = f"did you mean {near[0]!r}?" if near else "models whose code lives in their repository cannot be run"
         raise PlanError(f"transformers {transformers.__version__} has no model_type {kind!r}", hint, "config")
     _check_sizes(data)
+    _check_given(kind, data)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -76,6 +77,20 @@ def read_config(data: dict[str, Any], attention: str | None) -> transformers.Pre
     if attention is not None:
         config._attn_implementation = attention
     return config
+
+
+def _check_given(kind: str, data: dict[str, Any]) -> None:
+    """A config that states neither its width nor its depth would be planned with its class's defaults: refuse it."""
+    known = CONFIG_MAPPING[kind]
+    if getattr(known, "sub_configs", None):
+        return  # the parts state theirs
+    names = {known.attribute_map.get(name, name) for name in ("hidden_size", "num_hidden_layers")}
+    if not names & data.keys() and not {"hidden_size", "num_hidden_layers"} & data.keys():
+        raise PlanError(
+            f"this {kind} config states no sizes: neither {' nor '.join(sorted(names))}",
+            "send the model's whole config.json",
+            "config",
+        )
 
 
 def _check_sizes(data: Any, path: str = "config") -> None:
