@@ -80,12 +80,16 @@ def read_config(data: dict[str, Any], attention: str | None) -> transformers.Pre
 
 
 def _check_given(kind: str, data: dict[str, Any]) -> None:
-    """A config that states neither its width nor its depth would be planned with its class's defaults: refuse it."""
+    """A config that states neither its width nor its depth, nor sizes of another making (a few integers beside token
+    ids), would be planned with its class's defaults: refuse it."""
     known = CONFIG_MAPPING[kind]
     if getattr(known, "sub_configs", None):
         return  # the parts state theirs
     names = {known.attribute_map.get(name, name) for name in ("hidden_size", "num_hidden_layers")}
-    if not names & data.keys() and not {"hidden_size", "num_hidden_layers"} & data.keys():
+    if names & data.keys() or {"hidden_size", "num_hidden_layers"} & data.keys():
+        return
+    sizes = [key for key, value in data.items() if isinstance(value, (int, list)) and not isinstance(value, bool)]
+    if sum(not key.endswith(("_id", "_ids")) and key != "architectures" for key in sizes) < 2:
         raise PlanError(
             f"this {kind} config states no sizes: neither {' nor '.join(sorted(names))}",
             "send the model's whole config.json",
