@@ -201,7 +201,8 @@ def _weight_warnings(job: Job, model) -> list[str]:
         if total and quantized / total < 0.5:
             out.append(
                 f"bitsandbytes quantises {100 * quantized / total:.1f} % of this model's parameters only: "
-                f"{left / 2**30:.1f} GiB stay in {job.dtype} (fused experts and layers that are no nn.Linear)"
+                f"{left / 2**30:.1f} GiB stay in {job.dtype} (fused experts and layers that are no nn.Linear). "
+                "Budget for them in 16 bit, or choose a dense model"
             )
         if job.prepare_for_kbit_training and job.dtype != "float32":
             out.append(
