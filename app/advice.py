@@ -91,7 +91,9 @@ def _paged(job: Job) -> Change | None:
     if job.method == "inference" or not (job.optimizer or "").startswith("adamw"):
         return None
     patch = {"optimizer": "paged_adamw_8bit"}
-    return Change("paged 8-bit AdamW", patch, "states live in host memory when the card is full: PCIe traffic", False, 4)
+    return Change(
+        "paged 8-bit AdamW", patch, "states live in host memory when the card is full: PCIe traffic", False, 4
+    )
 
 
 def _one_sequence(job: Job) -> Change | None:
@@ -103,7 +105,11 @@ def _one_sequence(job: Job) -> Change | None:
 def _qlora(job: Job) -> Change | None:
     if job.method != "lora":
         return None
-    patch = {"method": "qlora", "quantization": {"type": "nf4", "double_quant": True}, "prepare_for_kbit_training": None}
+    patch = {
+        "method": "qlora",
+        "quantization": {"type": "nf4", "double_quant": True},
+        "prepare_for_kbit_training": None,
+    }
     return Change("NF4 weights (QLoRA)", patch, "weights rounded to 4 bits, dequantised in each pass", True, 5)
 
 
@@ -129,6 +135,7 @@ def _shorter(job: Job) -> Change | None:
 
 
 _RULES: tuple[Callable[[Job], Change | None], ...] = (
-    _fused, _expandable, _double_quant, _sdpa, _autocast, _checkpointing, _accumulate, _chunked_loss, _eight_bit, _paged,
+    _fused, _expandable, _double_quant, _sdpa, _autocast, _checkpointing, _accumulate, _chunked_loss, _eight_bit,
+    _paged,
     _one_sequence, _qlora, _lora, _quantized, _shorter,
 )  # fmt: skip

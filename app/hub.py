@@ -47,7 +47,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
-from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars, parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils import (
+    SafetensorsFileMetadata,
+    disable_progress_bars,
+    parse_ratelimit_headers,
+    validate_repo_id,
+)
 
 from app.catalog.models import MODELS
 from app.errors import PlanError
@@ -101,7 +106,12 @@ def fetch_config(
         try:
             path = bounds.run(
                 lambda: hf_hub_download(
-                    name, CONFIG, revision=revision, endpoint=endpoint, token=token, cache_dir=cache_dir,
+                    name,
+                    CONFIG,
+                    revision=revision,
+                    endpoint=endpoint,
+                    token=token,
+                    cache_dir=cache_dir,
                     library_name="vramplan",
                 )
             )
@@ -130,7 +140,7 @@ def weights_of(
     """What a repository's safetensors files hold, from their headers alone: no tensor is read.
 
     ``{"parameters", "bytes", "by_dtype": {dtype: {"parameters", "bytes"}}, "commit"}``. Numbers are counted as they are
-    stored: eight 4-bit weights packed in one I32 are one. ``name`` may be a local folder, whose commit is None; offline,
+    stored: eight 4-bit weights in one I32 are one. ``name`` may be a local folder, whose commit is None; offline,
     weights that are cached are counted. Raises :class:`PlanError`.
     """
     if os.path.isdir(name):
@@ -236,7 +246,9 @@ def _count_repository(api: HfApi, name: str, revision: str | None, cache_dir: st
         _refuse_unsafe(name)
     with ThreadPoolExecutor(READERS) as pool:
         jobs = [
-            pool.submit(contextvars.copy_context().run, api.parse_safetensors_file_metadata, name, shard, revision=info.sha)
+            pool.submit(
+                contextvars.copy_context().run, api.parse_safetensors_file_metadata, name, shard, revision=info.sha
+            )
             for shard in shards
         ]
         try:
@@ -277,7 +289,9 @@ def _count_folder(folder: str, name: str, commit: str | None) -> dict:
     except PlanError:
         raise
     except Exception as error:
-        raise PlanError(f"the weights in {folder} cannot be counted: {_first_line(error)}", "check its files", "model") from None
+        raise PlanError(
+            f"the weights in {folder} cannot be counted: {_first_line(error)}", "check its files", "model"
+        ) from None
 
 
 def _count(files: Iterable[SafetensorsFileMetadata], name: str, commit: str | None) -> dict:
@@ -487,7 +501,9 @@ def _refuse_unanswered(error: _GaveUp, name: str, endpoint: str | None) -> NoRet
 
 
 def _refuse_size(what: str, size: int, limit: int) -> NoReturn:
-    raise PlanError(f"{what} has {size} bytes or more; at most {limit} are read", "name the model's own repository", "model")
+    raise PlanError(
+        f"{what} has {size} bytes or more; at most {limit} are read", "name the model's own repository", "model"
+    )
 
 
 def _refuse_unsafe(name: str) -> NoReturn:
@@ -512,7 +528,11 @@ def _refuse(error: Exception, name: str, revision: str | None, file: str, endpoi
         message = f"{name} is gated"
         hint = f"accept its licence at {page} and set HF_TOKEN to a token of that account"
     elif isinstance(error, RevisionNotFoundError):
-        message, hint, field = f"{name} has no revision {revision}", f"its branches and commits are at {page}", "revision"
+        message, hint, field = (
+            f"{name} has no revision {revision}",
+            f"its branches and commits are at {page}",
+            "revision",
+        )
     elif isinstance(error, EntryNotFoundError):
         message, hint = f"{name} has no {file}", "name a model in the format of Transformers"
     elif isinstance(error, DisabledRepoError):
@@ -527,7 +547,10 @@ def _refuse(error: Exception, name: str, revision: str | None, file: str, endpoi
     elif status is not None:
         message, hint = f"{host} answers {status} for {name}", f"see {page}"
     elif isinstance(error, FileMetadataError):
-        message, hint = f"{host} does not answer as a Hub does: it names no commit or no etag", "check HF_ENDPOINT and proxies"
+        message, hint = (
+            f"{host} does not answer as a Hub does: it names no commit or no etag",
+            "check HF_ENDPOINT and proxies",
+        )
     elif isinstance(error, SafetensorsParsingError):
         message, hint = f"a header of {name} cannot be read: {_first_line(error)}", "its author can repair it"
     elif isinstance(error, OSError) and error.errno is not None:
@@ -535,7 +558,10 @@ def _refuse(error: Exception, name: str, revision: str | None, file: str, endpoi
     elif isinstance(error, OSError) and "Consistency check" in str(error):
         message, hint = f"{host} sent another size of {file} of {name} than it announced", "try again"
     else:
-        message, hint = f"{name} cannot be read from {host}: {_first_line(error) or type(error).__name__}", f"see {page}"
+        message, hint = (
+            f"{name} cannot be read from {host}: {_first_line(error) or type(error).__name__}",
+            f"see {page}",
+        )
     raise PlanError(message, hint, field) from None
 
 

@@ -127,9 +127,7 @@ class Job(_Strict):
     gpu: str | OwnGpu | None = Field(None, description="Catalogue name, or a card of your own.")
     gpu_count: Annotated[int, Field(ge=1, le=100_000)] = 1
     nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
-    strategy: Literal[
-        "single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "tensor-parallel", "device-map"
-    ] = "single"
+    strategy: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "tensor-parallel", "device-map"] = "single"
     allocator: Allocator = Allocator()
 
     @model_validator(mode="after")
@@ -197,11 +195,13 @@ def _plan_error(error: ValidationError, data: dict) -> PlanError:
     if path[0] == "gradient_checkpointing":
         where, message = path[0], "should be off, reentrant, non_reentrant, true or false"
     if path[0] == "gpu" and len(path) > 1:
-        where, message = "gpu", "should be a name of the catalogue or {\"name\": …, \"memory_bytes\": …}"
+        where, message = "gpu", 'should be a name of the catalogue or {"name": …, "memory_bytes": …}'
     got = first.get("input")
     shown = repr(got) if len(repr(got)) < 60 else type(got).__name__
     allowed = first.get("ctx", {}).get("expected")
-    nearest = difflib.get_close_matches(str(got), [w.strip("' ") for w in (allowed or "").replace(" or ", ",").split(",")], 1)
+    nearest = difflib.get_close_matches(
+        str(got), [w.strip("' ") for w in (allowed or "").replace(" or ", ",").split(",")], 1
+    )
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"change `{where}`; it was {shown}"
     return PlanError(f"`{where}`: {message[0].lower()}{message[1:]} (got {shown})", hint, path[0])
 

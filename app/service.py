@@ -347,7 +347,8 @@ def _card_warnings(gpu) -> list[str]:
         out.append(f"{gpu.name}: its kernels are unknown and taken to be those of {find_gpu(DEFAULT_GPU).name}")
     elif gpu.compute_capability != (9, 0):
         out.append(
-            f"{gpu.name}: its kernels and workspaces are read from PyTorch's sources; measured were an H100's and an H200's"
+            f"{gpu.name}: its kernels and workspaces are read from PyTorch's sources; "
+            "measured were an H100's and an H200's"
         )
     if isinstance(gpu, Gpu) and not gpu.measured:
         out.append(f"{gpu.name}: its usable memory is derived from nvidia-smi's total, nobody's torch reported it")

@@ -307,9 +307,7 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_page(app: FastAPI, desk: Desk) -> None:
-    async def respond(
-        request: Request, pairs: list[tuple[str, str]], template: str, advised: bool = False
-    ) -> Response:
+    async def respond(request: Request, pairs: list[tuple[str, str]], template: str, advised: bool = False) -> Response:
         """Plan what the form holds and render it; an error is rendered at its field, the rest of the form kept."""
         values = {key: text for key, text in pairs if text.strip()}
         answer, advice, problem, status, headers = None, None, None, 200, {}

@@ -64,7 +64,7 @@ class Fault:
 
     ``status``: that answer. ``cut``: so many bytes of the body, then a closed connection. ``stall``: seconds of silence
     before the answer (``at`` "head") or after the first byte of the body (``at`` "body"). ``trickle``: seconds between
-    bytes. ``length``: what Content-Length says instead; None: nothing, the body ends with the connection. ``body``: what
+    bytes. ``length``: what Content-Length says; None: nothing, the body ends with the connection. ``body``: what
     is sent instead; ``endless``: without end.
     """
 
@@ -146,7 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.asked = Asked(self.command, self.path, {key.lower(): value for key, value in self.headers.items()})
         with self.hub.lock:
             self.hub.log.append(self.asked)
-            self.fault = next((f for f in self.hub.faults if f.times and f.method == self.command and f.part in self.path), None)
+            self.fault = next(
+                (f for f in self.hub.faults if f.times and f.method == self.command and f.part in self.path), None
+            )
             if self.fault:
                 self.fault.times -= 1
         with contextlib.suppress(ConnectionError):
@@ -208,12 +210,19 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repo and self.commit(repo, revision)
         if commit:
             about = {"_id": repo.commit[:24], "id": id, "modelId": id, "sha": commit, "private": repo.private}
-            about |= {"gated": "auto" if repo.gated else False, "siblings": [{"rfilename": name} for name in repo.files]}
+            about |= {
+                "gated": "auto" if repo.gated else False,
+                "siblings": [{"rfilename": name} for name in repo.files],
+            }
             self.answer(200, json.dumps(about).encode())
 
     def search(self, query: dict) -> None:
         words = query["search"][0].lower()
-        hits = [{"_id": r.commit[:24], "id": r.id, "modelId": r.id} for r in self.hub.repos.values() if words in r.id.lower()]
+        hits = [
+            {"_id": r.commit[:24], "id": r.id, "modelId": r.id}
+            for r in self.hub.repos.values()
+            if words in r.id.lower()
+        ]
         self.answer(200, json.dumps(hits[: int(query.get("limit", ["1000"])[0])]).encode())
 
     def file(self, id: str, revision: str, name: str, direct: bool = False) -> None:
@@ -229,7 +238,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(302, headers={**headers, "Location": f"{self.hub.cdn}/{id}/{name}?Signature=s"})
         elif not direct:
             headers |= {"ETag": f'"{repo.etag(name)}"'}
-            self.answer(307, headers={**headers, "Location": f"/api/resolve-cache/models/{id}/{commit}/{name}?etag={repo.etag(name)}"})
+            self.answer(
+                307,
+                headers={
+                    **headers,
+                    "Location": f"/api/resolve-cache/models/{id}/{commit}/{name}?etag={repo.etag(name)}",
+                },
+            )
         else:
             self.send_file(repo, name, headers)
 

@@ -42,7 +42,11 @@ def ask(lines: list[dict], *command: str) -> list[dict]:
         text = "\n".join(json.dumps(line) for line in part)
         done = subprocess.run(
             [sys.executable, "-m", "app", *command, "--jobs", "-", "--json"],
-            input=text, capture_output=True, text=True, cwd=ROOT, timeout=900,
+            input=text,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=900,
         )
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         assert len(answers) == len(part), done.stderr[-2000:]
@@ -121,7 +125,10 @@ def test_the_shared_rows():
     }
     check_readme("h200", table("one H200, 78 jobs", errors))
     for figure, limits in bounds.items():
-        assert all(found <= limit for found, limit in zip(summary(errors[figure]), limits)), (figure, max(errors[figure]))
+        assert all(found <= limit for found, limit in zip(summary(errors[figure]), limits)), (
+            figure,
+            max(errors[figure]),
+        )
 
 
 def test_our_own_rows():
@@ -132,7 +139,15 @@ def test_our_own_rows():
     assert median <= 0.1 and most <= 1 and worst <= 2, max(errors["peak_allocated"])
 
 
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+)
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_type_list", "hybrid_layer_ids")
 
 

@@ -18,11 +18,14 @@ from hypothesis import strategies as st
 from app.memory.allocator import LARGE_BUFFER, MIB, CachingAllocator, OutOfMemory, Settings, round_size
 
 STREAMS = [
-    json.loads(line) for line in gzip.open(Path(__file__).parent / "measured" / "streams.jsonl.gz", "rt", encoding="utf-8")
+    json.loads(line)
+    for line in gzip.open(Path(__file__).parent / "measured" / "streams.jsonl.gz", "rt", encoding="utf-8")
 ]
 
 
-@pytest.mark.parametrize("stream", STREAMS, ids=lambda s: f"{s['id']}{'-' + '-'.join(s['settings']) if s['settings'] else ''}")
+@pytest.mark.parametrize(
+    "stream", STREAMS, ids=lambda s: f"{s['id']}{'-' + '-'.join(s['settings']) if s['settings'] else ''}"
+)
 def test_reserved_at_every_step(stream):
     """Reserved follows the real allocator's through tens of thousands of events."""
     allocator = CachingAllocator(Settings(**stream["settings"]))
@@ -53,8 +56,13 @@ def test_reserved_at_every_step(stream):
 SIZES = st.one_of(st.integers(1, 4096), st.integers(1, 3 * MIB), st.integers(MIB, 80 * MIB))
 STEPS = st.lists(st.one_of(SIZES, st.integers(-60, -1)), max_size=120)
 SETTINGS = st.sampled_from(
-    [Settings(), Settings(expandable_segments=True), Settings(max_split_size=32 * MIB), Settings(limit=200 * MIB),
-     Settings(expandable_segments=True, limit=200 * MIB)]
+    [
+        Settings(),
+        Settings(expandable_segments=True),
+        Settings(max_split_size=32 * MIB),
+        Settings(limit=200 * MIB),
+        Settings(expandable_segments=True, limit=200 * MIB),
+    ]
 )
 
 
@@ -82,7 +90,9 @@ def test_books_balance_for_any_stream(steps, how):
         live.append(number)
         sizes[number] = allocator.allocated - before
         assert sizes[number] >= round_size(step)
-        assert sizes[number] <= round_size(step) + (0 if how.expandable_segments else max(MIB, 20 * MIB if how.max_split_size else MIB))
+        assert sizes[number] <= round_size(step) + (
+            0 if how.expandable_segments else max(MIB, 20 * MIB if how.max_split_size else MIB)
+        )
         assert allocator.allocated == sum(sizes.values()) <= allocator.reserved
         assert how.limit is None or allocator.reserved <= how.limit
         blocks = sorted((b.address, b.size) for b in allocator._live.values())

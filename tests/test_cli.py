@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from tiny import BAD, JOB, LLAMA
 
 from app import cli
 from app.form import fields, to_job
 from app.job import Job
-from tiny import BAD, JOB, LLAMA
 
 
 @pytest.fixture

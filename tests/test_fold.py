@@ -404,6 +404,16 @@ def test_layer_types():
         assert found == lists
 
 
+def test_layers_that_their_parent_may_count():
+    """A config's period that no layer shows makes layers differ by their number within it; one that they show, not."""
+    model, _ = prepare("llama", FULL)
+    model.config.cross_layer_interval = 2
+    assert [group.types for group in fold.repeated(model)] == [(0, 1, 0, 1, 0, 1)]
+    model, _ = prepare("gemma3_text", FULL)
+    model.config.sliding_window_pattern = 6
+    assert len(set(fold.repeated(model)[0].types)) == 2
+
+
 def test_shortened_model_is_consistent():
     """Renumbered, its config's depth and lists with it, tied weights tied, storages its own."""
     model, _ = prepare("gemma3_text", FULL)

@@ -1,4 +1,4 @@
-"""The Hub client against a server that speaks the Hub's routes: huggingface_hub itself asks, nothing of it is replaced."""
+"""The Hub client against a server that speaks the Hub's routes: huggingface_hub itself asks, nothing is replaced."""
 
 import email.utils
 import gzip
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from hub_server import STRANGER, TOKEN, HubServer, Sparse
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled
@@ -22,7 +23,6 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from app import hub as client
 from app.catalog.models import MODELS
 from app.errors import PlanError
-from hub_server import STRANGER, TOKEN, HubServer, Sparse
 
 ROOT = Path(__file__).parents[1]
 IDS = {model.id for model in MODELS}
@@ -56,7 +56,9 @@ def hub():
 @pytest.fixture
 def fetch(hub, tmp_path):
     def fetch(name=ID, revision=None, token=None):
-        return client.fetch_config(name, revision, endpoint=hub.endpoint, token=token, cache_dir=str(tmp_path / "cache"))
+        return client.fetch_config(
+            name, revision, endpoint=hub.endpoint, token=token, cache_dir=str(tmp_path / "cache")
+        )
 
     return fetch
 
@@ -218,7 +220,9 @@ def test_a_repository_without_config(hub, fetch):
     assert "has no config.json" in refused(fetch).message
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "../x", "a--b", "-a", "has space", "x" * 97, "./config.json", "a\nb", "name.git", "é"])
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "../x", "a--b", "-a", "has space", "x" * 97, "./config.json", "a\nb", "name.git", "é"]
+)
 def test_what_is_no_id_is_not_looked_up(hub, fetch, name):
     error = refused(fetch, name)
     assert "neither a file here nor an id of the Hub" in error.message
@@ -334,7 +338,9 @@ def test_what_no_timeout_bounds_has_a_deadline_too(hub, fetch, monkeypatch):
 
 def test_the_bounds_that_users_get_are_within_20_seconds():
     source = Path(client.__file__).read_text(encoding="utf-8")
-    values = dict(line.split(" = ") for line in source.splitlines() if line.startswith(("CONNECT", "TRIES", "CONFIG_SECONDS")))
+    values = dict(
+        line.split(" = ") for line in source.splitlines() if line.startswith(("CONNECT", "TRIES", "CONFIG_SECONDS"))
+    )
     (connect, read), (tries, pause) = eval(values["CONNECT, READ"]), eval(values["TRIES, PAUSE"])
     assert connect <= read <= 5 and tries * read + pause * (2 ** (tries - 1) - 1) < client.CONFIG_SECONDS <= 20
     assert client.SEARCH_SECONDS <= 3 and client.CONFIG_LIMIT == 4 * 2**20
@@ -524,7 +530,9 @@ heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
 print(json.dumps([answer, huggingface_hub.constants.is_offline_mode(), heavy]))
 """
     answer = [CONFIG, {"kind": "hub", "id": ID, "commit": repo.commit}]
-    assert python(code, hub, tmp_path, HF_TOKEN=TOKEN) == [answer, True, []], "read, while transformers is offline; no torch"
+    assert python(code, hub, tmp_path, HF_TOKEN=TOKEN) == [answer, True, []], (
+        "read, while transformers is offline; no torch"
+    )
     assert all(one.headers["authorization"] == f"Bearer {TOKEN}" for one in hub.log)
 
     asked = len(hub.log)
@@ -535,7 +543,9 @@ from app.hub import fetch_config
 print(json.dumps([theirs, fetch_config({ID!r})]))
 """
     theirs, ours = python(code, hub, tmp_path, HF_HUB_OFFLINE="1")
-    assert theirs.startswith(str(tmp_path / "hub" / "models--acme--")) and json.loads(Path(theirs).read_text()) == CONFIG
+    assert (
+        theirs.startswith(str(tmp_path / "hub" / "models--acme--")) and json.loads(Path(theirs).read_text()) == CONFIG
+    )
     assert ours == answer and len(hub.log) == asked
 
 
@@ -563,7 +573,9 @@ def safetensors(tensors: dict, pad: int = 0) -> Sparse:
 
 
 def test_weights_are_counted_from_one_header(hub, weigh):
-    file = safetensors({"embed": ("BF16", (128_000, 4096), 2), "scale": ("F32", (), 4), "packed": ("I32", (512, 64), 4)})
+    file = safetensors(
+        {"embed": ("BF16", (128_000, 4096), 2), "scale": ("F32", (), 4), "packed": ("I32", (512, 64), 4)}
+    )
     repo = hub.add(ID, {**FILES, "model.safetensors": file}, lfs=["model.safetensors"], private=True)
     assert weigh(token=TOKEN) == {
         "parameters": 128_000 * 4096 + 1 + 512 * 64,
@@ -583,7 +595,9 @@ def test_weights_are_counted_from_one_header(hub, weigh):
 def test_weights_in_shards_are_counted_by_ranges_alone(hub, weigh):
     """20 files of 10 GiB; one header is longer than the first read and takes a second."""
     shards = {
-        f"model-{i:05}-of-00020.safetensors": safetensors({f"layer.{i}": ("F8_E4M3", (1 << 20, 10240), 1)}, 250_000 * (i == 7))
+        f"model-{i:05}-of-00020.safetensors": safetensors(
+            {f"layer.{i}": ("F8_E4M3", (1 << 20, 10240), 1)}, 250_000 * (i == 7)
+        )
         for i in range(1, 21)
     }
     index = {"metadata": {}, "weight_map": {f"layer.{i}": name for i, name in enumerate(shards, 1)}}
@@ -591,7 +605,10 @@ def test_weights_in_shards_are_counted_by_ranges_alone(hub, weigh):
     repo = hub.add(ID, files, lfs=list(shards), refs={"v2": "d" * 40})
     total = 20 * 10240 << 20
     assert weigh(revision="v2") == {
-        "parameters": total, "bytes": total, "by_dtype": {"F8_E4M3": {"parameters": total, "bytes": total}}, "commit": "d" * 40,
+        "parameters": total,
+        "bytes": total,
+        "by_dtype": {"F8_E4M3": {"parameters": total, "bytes": total}},
+        "commit": "d" * 40,
     }
     reads = hub.asked("GET", "/cdn/")
     assert len(reads) == 21 and all(one.status == 206 for one in reads)
@@ -693,7 +710,15 @@ def test_search_is_the_hub_s_own(hub):
 def test_search_that_fails_finds_nothing(hub, monkeypatch):
     hub.add(ID, FILES)
     monkeypatch.setattr(client, "SEARCH_SECONDS", 0.25)
-    faults = [{"status": 500}, {"status": 429}, {"body": b"no json"}, {"body": b'{"a": 1}'}, {"cut": 3}, {"stall": 5}, {"trickle": 0.1}]
+    faults = [
+        {"status": 500},
+        {"status": 429},
+        {"body": b"no json"},
+        {"body": b'{"a": 1}'},
+        {"cut": 3},
+        {"stall": 5},
+        {"trickle": 0.1},
+    ]
     for fault in faults:
         hub.faults = []
         hub.fault("GET", "/api/models", **fault)

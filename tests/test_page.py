@@ -13,11 +13,11 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from tiny import JOB, LLAMA
 
 from app import web
 from app.render import html, words
 from app.service import estimate
-from tiny import JOB, LLAMA
 
 CHROMIUM = "/usr/bin/chromium"
 ADDRESS = {"model": "pythia-70m", "method": "lora", "gpu": "t4", "batch_size": "1", "sequence_length": "64"}
@@ -414,5 +414,3 @@ def test_a_keyboard_reaches_the_answer_first(tab):
     assert page.evaluate("document.activeElement.textContent") == "Skip to the answer"
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "result"
-
-

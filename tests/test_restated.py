@@ -19,8 +19,14 @@ def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "shape, measured",
-    [((6304, 1024), 51904512), ((6304, 4096), 138412032), ((4096, 3072), 100663296), ((4096, 768), 25165824),
-     ((4096, 2304), 75497472), ((4096, 30522), 23440896)],
+    [
+        ((6304, 1024), 51904512),
+        ((6304, 4096), 138412032),
+        ((4096, 3072), 100663296),
+        ((4096, 768), 25165824),
+        ((4096, 2304), 75497472),
+        ((4096, 30522), 23440896),
+    ],
 )
 def test_reductions_meet_in_global_memory(shape, measured):
     """Bias gradients recorded on an H100; the buffer rounded to 512 bytes."""

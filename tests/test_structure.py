@@ -9,7 +9,22 @@ from pathlib import Path
 import pytest
 
 APP = Path(__file__).parent.parent / "app"
-ORDER = ["errors", "job", "catalog", "memory", "dryrun", "hub", "advice", "service", "batch", "answer", "form", "render", "web", "cli"]
+ORDER = [
+    "errors",
+    "job",
+    "catalog",
+    "memory",
+    "dryrun",
+    "hub",
+    "advice",
+    "service",
+    "batch",
+    "answer",
+    "form",
+    "render",
+    "web",
+    "cli",
+]
 """From the bottom up: a part imports only parts that stand before it (or its own)."""
 PURE = {"memory"}
 MODULES = sorted(APP.rglob("*.py"))
@@ -54,7 +69,12 @@ def test_no_rule_is_keyed_to_a_model():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     words = {"auto", "audio", "encoder", "decoder", "text", "vision"}
-    for path in [*(APP / "dryrun").rglob("*.py"), *(APP / "memory").rglob("*.py"), APP / "service.py", APP / "advice.py"]:
+    for path in [
+        *(APP / "dryrun").rglob("*.py"),
+        *(APP / "memory").rglob("*.py"),
+        APP / "service.py",
+        APP / "advice.py",
+    ]:
         strings = {
             node.value
             for node in ast.walk(ast.parse(path.read_text()))

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 from fastapi.testclient import TestClient
+from tiny import BAD, JOB
 
 from app import web
 from app.answer import Advice, Answer, Solved
 from app.errors import PlanError
 from app.job import Job
 from app.service import estimate
-from tiny import BAD, JOB
 
 
 @pytest.fixture(scope="module")

@@ -71,9 +71,7 @@ def _family(model_type: str, architecture: str, columns: tuple[str, ...] = DECOD
     id is also known without its owner.
     """
 
-    def row(
-        ids: str, parameters: int, values: tuple[int, ...] = (), aliases: str = "", **own: Any
-    ) -> list[Model]:
+    def row(ids: str, parameters: int, values: tuple[int, ...] = (), aliases: str = "", **own: Any) -> list[Model]:
         sizes = _columns(columns, values) if values else {}
         facts = {"model_type": model_type, "architectures": [architecture], **sizes, **common, **own}
         return [

@@ -121,8 +121,16 @@ class Autocast(TorchFunctionMode):
         return func(*args, **kwargs)
 
     @staticmethod
-    def _cross_entropy(logits, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
-                       reduction="mean", label_smoothing=0.0):
+    def _cross_entropy(
+        logits,
+        target,
+        weight=None,
+        size_average=None,
+        ignore_index=-100,
+        reduce=None,
+        reduction="mean",
+        label_smoothing=0.0,
+    ):
         """``cross_entropy_loss`` has no cast of its own: log_softmax stays low, only nll_loss is raised.
 
         Measured on an H100, bf16 logits of [4096, 30522]: log_softmax takes 2 bytes an element, its copy 4.

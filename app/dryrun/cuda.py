@@ -67,7 +67,7 @@ class Card:
 
     @property
     def prefers_cudnn_attention(self) -> bool:
-        """``check_prefer_cudnn_attention`` (aten/.../transformers/cuda/sdp_utils.cpp): sm90 and sm100, cuDNN > 9.15.0."""
+        """``check_prefer_cudnn_attention`` (transformers/cuda/sdp_utils.cpp): sm90 and sm100, cuDNN > 9.15.0."""
         return self.capability in ((9, 0), (10, 0), (10, 3)) and self.cudnn > 91500
 
 
@@ -115,7 +115,7 @@ def attention_backend(card: Card, query, key, value, mask, dropout_p: float, is_
 
 
 def _cudnn_takes_heads(card: Card, head: int, value_head: int) -> bool:
-    """``check_cudnn_tensor_shapes``: up to 128, on sm90 up to 256 (measured on an H100: heads of 256 run cuDNN), and 192
+    """``check_cudnn_tensor_shapes``: up to 128, on sm90 up to 256 (measured on an H100: heads of 256 run cuDNN), 192
     with values of 128 on sm100."""
     limit = 256 if card.capability == (9, 0) else 128
     return (head <= limit and value_head <= limit) or (head == 192 and value_head == 128)
@@ -632,7 +632,7 @@ def _register_bitsandbytes():
 
     @_kernel(bnb.gemm_4bit.default)
     def _gemm_4bit(ledger, func, args, kwargs, place):
-        """``_dequant_linear_fallback``, restated: absmax in fp32 (twice where nested), the whole weight, then linear."""
+        """``_dequant_linear_fallback``, restated: absmax in fp32 (twice if nested), the whole weight, then linear."""
         given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
         a, shape, blocksize = given["A"], given["shapeB"], given["blocksize"]
         nested, bias = given.get("absmax_8bit"), given.get("bias")
@@ -713,7 +713,10 @@ def as_if_cuda(card: Card):
 
     global card_in_use
     names = ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices")
-    modules = [foreach, *(importlib.import_module(f"torch.optim.{name}") for name in ("optimizer", "adam", "adamw", "sgd"))]
+    modules = [
+        foreach,
+        *(importlib.import_module(f"torch.optim.{name}") for name in ("optimizer", "adam", "adamw", "sgd")),
+    ]
     saved = [(module, name, getattr(module, name)) for module in modules for name in names if hasattr(module, name)]
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         function = getattr(torch, name)

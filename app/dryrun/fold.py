@@ -220,18 +220,27 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...]) -> Layers:
     for known in facts:
         for key in numbers:
             known.pop(key, None)
-    for holder in _holders(model, paths[0]):
-        for name, value in _open(holder):
-            for index, known in enumerate(facts):
-                if _selects(name, value, depth):
-                    known[name] = index in value
-                elif _lists(value, depth):
-                    known[name] = _plain(value[index])
-                elif type(value) is int and 1 < value < depth and _PERIODIC.search(name):
-                    known[name] = index % value
+    said = [entry for holder in _holders(model, paths[0]) for entry in _open(holder)]
+    for name, value in said:
+        for index, known in enumerate(facts):
+            if _selects(name, value, depth):
+                known[name] = index in value
+            elif _lists(value, depth):
+                known[name] = _plain(value[index])
+    types = _number(facts)
+    for name, period in said:
+        if type(period) is int and 1 < period < depth and _PERIODIC.search(name):
+            # Where the layers themselves alternate so, that is what it is for; else their parent may go by it.
+            if len(set(types)) == 1 or types[period:] != types[:-period]:
+                for index, known in enumerate(facts):
+                    known[name] = index % period
+    return Layers(paths, _number(facts), tuple((path, within, attribute) for path, within, attribute in numbers))
+
+
+def _number(facts: list[dict[Any, Any]]) -> tuple[int, ...]:
+    """Equal facts get equal numbers, in the order of their first appearance."""
     seen: dict[frozenset, int] = {}
-    types = tuple(seen.setdefault(frozenset(known.items()), len(seen)) for known in facts)
-    return Layers(paths, types, tuple((path, within, attribute) for path, within, attribute in numbers))
+    return tuple(seen.setdefault(frozenset(known.items()), len(seen)) for known in facts)
 
 
 def _holders(model: torch.nn.Module, path: str) -> list[dict[str, Any]]:

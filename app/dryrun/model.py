@@ -15,7 +15,9 @@ from typing import Any
 
 import huggingface_hub.constants
 
-huggingface_hub.constants.HF_HUB_OFFLINE = True  # this process's models; the user's own setting stays in the environment, for app.hub
+# Before transformers is imported. A stranger's config makes no requests: only app.hub may reach the network, by the
+# user's own setting, which stays in the environment.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import bitsandbytes as bnb
@@ -127,12 +129,17 @@ def task_of(config: transformers.PretrainedConfig) -> str:
         ):
             if name.endswith(suffix):
                 return task
-    for task in ("image-text-to-text", "speech-seq2seq", "causal-lm", "seq2seq-lm", "masked-lm", "image-classification"):
+    for task in (
+        "image-text-to-text",
+        "speech-seq2seq",
+        "causal-lm",
+        "seq2seq-lm",
+        "masked-lm",
+        "image-classification",
+    ):
         if type(config) in AUTO[task]._model_mapping:
             return task
-    raise PlanError(
-        f"transformers has no trainable head for {config.model_type}", "name the `task`", "task"
-    )
+    raise PlanError(f"transformers has no trainable head for {config.model_type}", "name the `task`", "task")
 
 
 def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -224,7 +231,8 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> tor
         return model.eval()
     if checkpointing and not model.supports_gradient_checkpointing:
         raise PlanError(
-            f"{type(model).__name__} does not support gradient checkpointing", "set gradient_checkpointing to off",
+            f"{type(model).__name__} does not support gradient checkpointing",
+            "set gradient_checkpointing to off",
             "gradient_checkpointing",
         )
     if job.method == "full":
@@ -275,7 +283,11 @@ def quantize(model: torch.nn.Module, job: Job, dtype: torch.dtype, ledger: Ledge
         if type(module) is not torch.nn.Linear or is_skipped(name, skip):
             continue
         arriving = ledger.take(module.weight.numel() * dtype.itemsize, name, "weights", "load")
-        new = _int8(module, name, ledger) if quantization.type == "int8" else _four_bit(module, quantization, dtype, name, ledger)
+        new = (
+            _int8(module, name, ledger)
+            if quantization.type == "int8"
+            else _four_bit(module, quantization, dtype, name, ledger)
+        )
         ledger.give(arriving)
         ledger.empty_cache()
         new.source_cls = torch.nn.Linear
@@ -288,8 +300,12 @@ def quantize(model: torch.nn.Module, job: Job, dtype: torch.dtype, ledger: Ledge
 
 
 def is_skipped(name: str, skip: list[str]) -> bool:
-    """Whether bitsandbytes leaves ``name`` alone: ``should_convert_module`` (transformers/quantizers/quantizers_utils.py): a whole path or a part of one."""
-    return any(name == key or name.endswith("." + key) or name.startswith(key + ".") or f".{key}." in f".{name}." for key in skip)
+    """Whether bitsandbytes leaves ``name`` alone: a whole path or a part of one
+    (``should_convert_module``, transformers/quantizers/quantizers_utils.py)."""
+    return any(
+        name == key or name.endswith("." + key) or name.startswith(key + ".") or f".{key}." in f".{name}."
+        for key in skip
+    )
 
 
 def _four_bit(linear, quantization, dtype, path, ledger):
@@ -302,25 +318,42 @@ def _four_bit(linear, quantization, dtype, path, ledger):
     blocks = -(-n * k // 64)
     meta = {"device": "meta"}
     new = bnb.nn.Linear4bit(
-        k, n, linear.bias is not None, compute_dtype=getattr(torch, quantization.compute_dtype),
-        compress_statistics=quantization.double_quant, quant_type=quantization.type, device="meta",
+        k,
+        n,
+        linear.bias is not None,
+        compute_dtype=getattr(torch, quantization.compute_dtype),
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.type,
+        device="meta",
     )
     if linear.bias is not None:
         new.bias = torch.nn.Parameter(linear.bias.data)
     nested = {}
     if quantization.double_quant:
         nested["state2"] = QuantState(
-            absmax=torch.empty(-(-blocks // 256), **meta), code=torch.empty(256, **meta), blocksize=256,
+            absmax=torch.empty(-(-blocks // 256), **meta),
+            code=torch.empty(256, **meta),
+            blocksize=256,
             dtype=torch.float32,
         )
         nested["offset"] = torch.empty((), **meta)
     state = QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, **meta), shape=torch.Size((n, k)),
-        code=torch.empty(16, **meta), blocksize=64, quant_type=quantization.type, dtype=dtype, **nested,
+        absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, **meta),
+        shape=torch.Size((n, k)),
+        code=torch.empty(16, **meta),
+        blocksize=64,
+        quant_type=quantization.type,
+        dtype=dtype,
+        **nested,
     )
     new.weight = bnb.nn.Params4bit(
-        torch.empty(((n * k + 1) // 2, 1), dtype=torch.uint8, **meta), requires_grad=False, quant_state=state,
-        quant_type=quantization.type, compress_statistics=quantization.double_quant, bnb_quantized=True, module=new,
+        torch.empty(((n * k + 1) // 2, 1), dtype=torch.uint8, **meta),
+        requires_grad=False,
+        quant_state=state,
+        quant_type=quantization.type,
+        compress_statistics=quantization.double_quant,
+        bnb_quantized=True,
+        module=new,
     )
     new.quant_state = state
     absmax = ledger.take(blocks * 4, path, "quantization_constants", "quantize_4bit") if nested else None
@@ -386,7 +419,9 @@ def adapt(model: torch.nn.Module, job: Job, task: str) -> torch.nn.Module:
             for name, tensor in store.items():
                 if tensor is not None and tensor.device.type != "meta":
                     meta = tensor.to("meta")
-                    store[name] = torch.nn.Parameter(meta, tensor.requires_grad) if store is module._parameters else meta
+                    store[name] = (
+                        torch.nn.Parameter(meta, tensor.requires_grad) if store is module._parameters else meta
+                    )
     return model
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from app.dryrun import cuda, layers
-from app.dryrun.model import build_base, is_skipped, read_config, task_of
 from app.dryrun.fold import folded_books
+from app.dryrun.model import build_base, is_skipped, read_config, task_of
 from app.dryrun.step import dry_run
 from app.dryrun.trace import DataDependent
 from app.errors import PlanError
@@ -29,7 +29,7 @@ class Traced:
 
 
 def books_of(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
-    """The books of ``job`` (resolved) alone, as a card of this capability would keep them. Raises :class:`PlanError`."""
+    """The books of ``job`` (resolved) alone, as a card of this capability keeps them. Raises :class:`PlanError`."""
     base, task = _base(job, config)
     return _books(base, job, task, cuda.Card(capability, multiprocessors))
 
@@ -43,7 +43,9 @@ def _stored_quantization(config: dict) -> str | None:
     for part in (config, config.get("text_config")):
         stored = part.get("quantization_config") if isinstance(part, dict) else None
         if isinstance(stored, dict):
-            return str(stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "an unnamed method"))
+            return str(
+                stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "an unnamed method")
+            )
     return None
 
 
@@ -99,8 +101,11 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
 
 def _books(model, job: Job, task: str, card: cuda.Card, forward_only: bool = False) -> Books:
     """The books of ``job`` on the bare ``model``, folded; what the stack itself refuses is told as such."""
-    names = (*(job.lora.target_modules or () if job.lora and job.lora.target_modules != "all-linear" else ()),
-             *(job.lora.modules_to_save if job.lora else ()), *(job.quantization.skip_modules if job.quantization else ()))
+    names = (
+        *(job.lora.target_modules or () if job.lora and job.lora.target_modules != "all-linear" else ()),
+        *(job.lora.modules_to_save if job.lora else ()),
+        *(job.quantization.skip_modules if job.quantization else ()),
+    )
     try:
         return folded_books(model, lambda m: dry_run(m, job, task, card, 2, forward_only), names)
     except PlanError:
@@ -141,9 +146,10 @@ def _trainable(books: Books, job: Job) -> int:
     if job.method == "inference":
         return 0
     if job.method == "full":
-        return sum(a.size for a in books.allocations if a.kind == "weights" and a.op == "place") // getattr(
-            torch, job.dtype
-        ).itemsize
+        return (
+            sum(a.size for a in books.allocations if a.kind == "weights" and a.op == "place")
+            // getattr(torch, job.dtype).itemsize
+        )
     return sum(a.size for a in books.allocations if a.kind == "adapters" and a.op == "place") // 4
 
 
@@ -164,7 +170,9 @@ def _kernel_warnings(job: Job, task: str, attention: str, books: Books) -> list[
     out = []
     ops = {allocation.op for allocation in books.allocations}
     if attention == "eager" and job.attention is None:
-        out.append("this model's class has no sdpa attention: transformers runs eager attention, which keeps its scores")
+        out.append(
+            "this model's class has no sdpa attention: transformers runs eager attention, which keeps its scores"
+        )
     if attention == "sdpa" and "_safe_softmax.default" in ops:
         out.append(
             "scaled_dot_product_attention falls back to PyTorch's math kernel, which keeps length × length scores: "
@@ -172,7 +180,9 @@ def _kernel_warnings(job: Job, task: str, attention: str, books: Books) -> list[
             "Autocast (mixed_precision bf16) or 16-bit activations avoid it"
         )
     if "run_conv_plan" in ops:
-        out.append("convolutions: cuDNN's workspace is that of its channels-last kernels; other choices take other amounts")
+        out.append(
+            "convolutions: cuDNN's workspace is that of its channels-last kernels; other choices take other amounts"
+        )
     if task == "image-text-to-text":
         out.append("planned on text alone: image tokens count as tokens of the sequence, the vision tower is not run")
     if job.quantization is not None and job.quantization.type == "int8":

@@ -153,8 +153,12 @@ def run_generate(ledger: Ledger, model, job: Job, task: str, *_) -> None:
     ledger.mark("generate", 1, "activations")
     with torch.no_grad():
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=job.new_tokens, min_new_tokens=job.new_tokens,
-            do_sample=False, pad_token_id=0,
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=job.new_tokens,
+            min_new_tokens=job.new_tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
     ledger.mark("end", 1, "temporaries")
     ledger.close()
@@ -185,8 +189,10 @@ def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward
     with cuda.as_if_cuda(card), paged_states_elsewhere():
         model = load(model, job, task, ledger)
         mode = ledger.autocast
-        with ledger.watching(model), mode or contextlib.nullcontext(), (
-            mode.in_modules_of(model) if mode else contextlib.nullcontext()
+        with (
+            ledger.watching(model),
+            mode or contextlib.nullcontext(),
+            mode.in_modules_of(model) if mode else contextlib.nullcontext(),
         ):
             run(ledger, model, job, task, steps, forward_only)
             return ledger.close()

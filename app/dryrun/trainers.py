@@ -72,7 +72,11 @@ def _wrap_forward(ledger: Ledger, model) -> None:
 
 def _loss(model, batch: dict, items) -> torch.Tensor:
     """``Trainer.compute_loss``: the model's own loss, over all items of the accumulated batch if it takes that."""
-    extra = {"num_items_in_batch": items} if getattr(_base(model), "accepts_loss_kwargs", True) and items is not None else {}
+    extra = (
+        {"num_items_in_batch": items}
+        if getattr(_base(model), "accepts_loss_kwargs", True) and items is not None
+        else {}
+    )
     outputs = model(**batch, **(extra if _takes_loss_kwargs(model) else {}))
     return outputs["loss"]
 

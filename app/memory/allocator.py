@@ -325,8 +325,17 @@ class CachingAllocator:
                 kept.append((piece.size, piece.address, piece))
         middle = _Block(end - start, start, block.small)
         middle.mapped = False
-        chain = [b for b in (block.previous, *(k[2] for k in kept if k[1] < start), middle,
-                             *(k[2] for k in kept if k[1] >= end), block.next) if b is not None]
+        chain = [
+            b
+            for b in (
+                block.previous,
+                *(k[2] for k in kept if k[1] < start),
+                middle,
+                *(k[2] for k in kept if k[1] >= end),
+                block.next,
+            )
+            if b is not None
+        ]
         for left, right in zip(chain, chain[1:]):
             left.next, right.previous = right, left
         self._put(self._unmapped, self._merge(middle))

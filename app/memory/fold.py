@@ -63,9 +63,7 @@ def shorten(types: Sequence[int], repeats: int, radius: int = 1, more: Collectio
 
     Between two places where the same types follow, layers can be left out and no new window arises.
     """
-    wanted = {
-        window: min(repeats + (window in more), count) for window, count in inner_windows(types, radius).items()
-    }
+    wanted = {window: min(repeats + (window in more), count) for window, count in inner_windows(types, radius).items()}
     kept = list(range(len(types)))
     start = 0
     while start < len(kept) - 2 * radius:

@@ -405,5 +405,3 @@ def curl(view: View) -> str:
         values["config"] = '{"model_type": "…"}'
     body = json.dumps(to_job(values.items()), ensure_ascii=False).replace("'", "'\\''")
     return f"curl -s {view.base_url}estimate -H 'content-type: application/json' -d '{body}'"
-
-
