@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.dryrun import cuda, fold
@@ -107,7 +107,8 @@ SIZES = st.lists(st.lists(st.integers(1, 5000), max_size=3), min_size=3, max_siz
 
 
 @given(TYPES, SIZES, st.booleans(), st.booleans(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@example([0, *[1, 0, 1] * 3, 0], [[], [], []], True, False, False)
+@settings(max_examples=150, deadline=None)
 def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps):
     """Whatever the layers do: the short run, expanded, is the long run; nothing is given back twice or left behind."""
     short = [types[index] for index in shorten(types, 1)]
@@ -138,6 +139,9 @@ def test_shortened_layers_have_every_neighbourhood(types, repeats, radius):
     assert kept == sorted(set(kept)) and kept[0] == 0 and kept[-1] == len(types) - 1
     have, want = inner_windows([types[index] for index in kept], radius), inner_windows(types, radius)
     assert set(have) == set(want)
+    short = [types[index] for index in kept]
+    assert list(dict.fromkeys(short)) == list(dict.fromkeys(types))
+    assert list(dict.fromkeys(short[::-1])) == list(dict.fromkeys(types[::-1]))
     assert all(have[window] >= min(repeats, count) for window, count in want.items())
 
 
@@ -404,11 +408,12 @@ def test_layer_types():
         assert found == lists
 
 
-def test_layers_that_their_parent_may_count():
+def test_layers_that_their_parent_may_count(monkeypatch):
     """A config's period that no layer shows makes layers differ by their number within it; one that they show, not."""
+    monkeypatch.setitem(CONFIGS, "llama", DECODER | {"num_hidden_layers": 12})
     model, _ = prepare("llama", FULL)
-    model.config.cross_layer_interval = 2
-    assert [group.types for group in fold.repeated(model)] == [(0, 1, 0, 1, 0, 1)]
+    model.config.cross_layer_interval = 3
+    assert [group.types for group in fold.repeated(model)] == [(0, 1, 2) * 4]
     model, _ = prepare("gemma3_text", FULL)
     model.config.sliding_window_pattern = 6
     assert len(set(fold.repeated(model)[0].types)) == 2

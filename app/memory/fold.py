@@ -35,14 +35,22 @@ class Stack(NamedTuple):
     radius: int = 1
 
     def templates(self) -> list[int]:
-        """For every layer of the whole, one of the short run that is like it."""
-        first: dict[tuple, int] = {}
+        """For every layer of the whole, one of the short run that is like it: for the first and the last of a type,
+        which may give back what all of them use, the first and the last."""
+        windows = _windows(self.whole, self.radius)
+        if _ends(self.short, self.radius) != _ends(self.whole, self.radius):
+            raise Unfoldable(f"the first or last layers of a type in {self.paths[0]} stand elsewhere than in the whole")
+        alike: dict[tuple, int] = {}
         for position, window in enumerate(_windows(self.short, self.radius)):
-            first.setdefault(window, position)
-        try:
-            return [first[window] for window in _windows(self.whole, self.radius)]
-        except KeyError as error:
-            raise Unfoldable(f"no layer of {self.paths[0]} stands for the types {error}") from None
+            alike.setdefault(window, position)
+        missing = set(windows).difference(alike)
+        if missing:
+            raise Unfoldable(f"no layer of {self.paths[0]} stands for the types {missing.pop()}")
+        out = [alike[window] for window in windows]
+        last = {kind: position for position, kind in enumerate(self.short)}
+        for layer in {kind: layer for layer, kind in enumerate(self.whole)}.values():
+            out[layer] = last[self.whole[layer]]
+        return out
 
 
 def _windows(types: Sequence[int], radius: int) -> list[tuple]:
@@ -52,6 +60,15 @@ def _windows(types: Sequence[int], radius: int) -> list[tuple]:
     return [padded[at : at + 2 * radius + 1] for at in range(len(types))]
 
 
+def _ends(types: Sequence[int], radius: int) -> tuple[list[tuple], list[tuple]]:
+    """Where the first layer of each type stands, in their order, and the last, in theirs."""
+    windows = _windows(types, radius)
+    first = {window[radius]: window for window in reversed(windows)}
+    last = {window[radius]: window for window in windows}
+    forth, back = dict.fromkeys(types), dict.fromkeys(reversed(types))
+    return [first[kind] for kind in forth], [last[kind] for kind in back]
+
+
 def inner_windows(types: Sequence[int], radius: int = 1) -> Counter:
     """How often each type stands between each neighbourhood, the layers near the ends left out."""
     return Counter(_windows(types, radius)[radius : len(types) - radius])
@@ -59,11 +76,13 @@ def inner_windows(types: Sequence[int], radius: int = 1) -> Counter:
 
 def shorten(types: Sequence[int], repeats: int, radius: int = 1, more: Collection[tuple] = ()) -> list[int]:
     """The layers to keep: the fewest found in which every window of ``radius`` neighbours of the whole occurs,
-    ``repeats`` times (those in ``more`` once more) where the whole has it that often. The first and the last stay.
+    ``repeats`` times (those in ``more`` once more) where the whole has it that often, and the first and the last layer
+    of each type stand where they stood.
 
     Between two places where the same types follow, layers can be left out and no new window arises.
     """
     wanted = {window: min(repeats + (window in more), count) for window, count in inner_windows(types, radius).items()}
+    ends = _ends(types, radius)
     kept = list(range(len(types)))
     start = 0
     while start < len(kept) - 2 * radius:
@@ -71,14 +90,18 @@ def shorten(types: Sequence[int], repeats: int, radius: int = 1, more: Collectio
         inner = _windows(now, radius)[radius : len(now) - radius]
         spare = Counter(inner)
         spare.subtract(wanted)
-        follows, lost, best = now[start : start + 2 * radius], Counter(), start
+        lost: Counter = Counter()
+        stops = []
         for stop in range(start + 1, len(kept) - 2 * radius + 1):
             lost[inner[stop - 1]] += 1
             if lost[inner[stop - 1]] > spare[inner[stop - 1]]:
                 break
-            if now[stop : stop + 2 * radius] == follows:
-                best = stop
-        del kept[start + 1 : best + 1]
+            if now[stop : stop + 2 * radius] == now[start : start + 2 * radius]:
+                stops.append(stop)
+        for stop in reversed(stops):
+            if _ends(now[: start + 1] + now[stop + 1 :], radius) == ends:
+                del kept[start + 1 : stop + 1]
+                break
         start += 1
     return kept
 
@@ -478,9 +501,11 @@ class _Expansion:
         return f"{head}.{self._layer(number, position, layer)}{tail}"
 
     def _check_released(self) -> None:
-        """What the short run gives back is given back by every layer of the whole."""
+        """What the short run gives back, and only that, is given back in the whole, by every layer."""
         kept = set(range(len(self.homes))).difference(~event for event in self.books.events if event < 0)
-        stay = Counter((home[0], home[1]) for home in map(self.homes.__getitem__, kept) if home is not None)
+        if set(self.fixed) != {key for key in kept if self.homes[key] is None}:
+            raise Unfoldable("what no layer owns is given back by a layer that stands for none of the whole")
+        stay = Counter(self.homes[key][:2] for key in kept if self.homes[key] is not None)
         for number, templates in enumerate(self.templates):
             for layer, position in enumerate(templates):
                 if len(self.live[number][layer]) != stay[number, position]:
