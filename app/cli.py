@@ -283,7 +283,7 @@ def demo() -> None:
 @app.command()
 def version() -> None:
     """Print the versions that plans are traced with."""
-    from app.service import stack
+    from app.plan import stack
 
     for name, number in stack().items():
         print(name, number)

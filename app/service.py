@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import lru_cache
-from importlib.metadata import version
 from typing import Any
 
 from app.advice import Change, changes
 from app.catalog.gpus import Gpu, all_gpus, find_gpu
-from app.catalog.models import find_model
 from app.errors import PlanError
 from app.job import Job, OwnGpu, read_job
-from app.memory.allocator import MIB, Settings
+from app.memory.allocator import Settings
 from app.memory.breakdown import Reading, read
 from app.memory.event import KINDS, Books
 from app.memory.fit import judge, passes
 from app.memory.overheads import context
-
-DEFAULT_GPU = "a100-80gb"
-"""The card whose kernels are meant when a job names none."""
-
-_NOT_YET = {
-    "strategy": ("single", "several cards are not planned yet", "plan one card's share with strategy single"),
-    "gpu_count": (1, "several cards are not planned yet", "set gpu_count to 1"),
-    "nodes": (1, "several nodes are not planned yet", "set nodes to 1"),
-}
+from app.plan import (
+    DEFAULT_GPU,
+    books_of,
+    card_of,
+    config_of,
+    kernels_of,
+    key_of,
+    refuse_unplanned,
+    settings_of,
+    stack,
+    trace_of,
+)
 
 
 def estimate(data: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job: a dict of the fields of the wire format. Raises :class:`PlanError`."""
     job = read_job(data).resolved()
-    _refuse_unplanned(job)
-    gpu = _card_of(job)
-    config, source = _config_of(job)
-    traced = _trace(_key(job, config, gpu))
+    refuse_unplanned(job)
+    gpu = card_of(job)
+    config, source = config_of(job)
+    traced = trace_of(key_of(job, config, gpu))
     return _answer(job, gpu, source, traced, all_layers)
 
 
@@ -64,17 +62,17 @@ def solve(data: Any, target: str = "batch_size") -> dict:
             "memory_limit_bytes",
         )
     job = read_job(data).resolved()
-    _refuse_unplanned(job)
+    refuse_unplanned(job)
     if target == "r" and job.lora is None:
         raise PlanError("a job without adapters has no rank to solve for", "use method lora or qlora", "for")
-    gpu = _card_of(job)
-    config, _ = _config_of(job)
-    settings = replace(_settings(job), limit=limit)
+    gpu = card_of(job)
+    config, _ = config_of(job)
+    settings = replace(settings_of(job), limit=limit)
     tries: dict[int, bool] = {}
 
     def fits(value: int) -> bool:
         if value not in tries:
-            tries[value] = passes(_books_of(_key(_with(job, target, value), config, gpu)), settings, placed=True)[0]
+            tries[value] = passes(books_of(key_of(_with(job, target, value), config, gpu)), settings, placed=True)[0]
         return tries[value]
 
     return {target: _largest(fits, CEILING[target]), "memory_limit_bytes": limit, "tries": tries}
@@ -131,11 +129,11 @@ def _option(job: Job, parts: tuple[Change, ...]) -> dict | None:
 def _weigh(job: Job) -> dict:
     """The peaks of a job and its verdict on its own card."""
     job = job.resolved()
-    _refuse_unplanned(job)
-    gpu = _card_of(job)
-    books = _books_of(_key(job, _config_of(job)[0], gpu))
-    reading = read(books, _settings(job))
-    verdict = _fit(gpu, gpu, books, reading, _settings(job))
+    refuse_unplanned(job)
+    gpu = card_of(job)
+    books = books_of(key_of(job, config_of(job)[0], gpu))
+    reading = read(books, settings_of(job))
+    verdict = _fit(gpu, gpu, books, reading, settings_of(job))
     peak = {"allocated": reading.peak.peak, "reserved": reading.reserved, "phase": reading.peak.name}
     return {"peak": peak, **{key: verdict[key] for key in ("gpu", "verdict", "headroom", "margin", "breaks")}}
 
@@ -143,12 +141,12 @@ def _weigh(job: Job) -> dict:
 def _smallest_card(job: Job) -> str | None:
     """The catalogue's smallest card with the same kernels that takes the job as it is."""
     job = job.resolved()
-    gpu = _card_of(job)
-    books = _books_of(_key(job, _config_of(job)[0], gpu))
-    reading = read(books, _settings(job))
+    gpu = card_of(job)
+    books = books_of(key_of(job, config_of(job)[0], gpu))
+    reading = read(books, settings_of(job))
     for card in _cards(gpu)[1:]:
-        if _kernels_of(card)[0] == _kernels_of(gpu)[0]:
-            if _fit(card, gpu, books, reading, _settings(job))["verdict"] == "fits":
+        if kernels_of(card)[0] == kernels_of(gpu)[0]:
+            if _fit(card, gpu, books, reading, settings_of(job))["verdict"] == "fits":
                 return card.key
     return None
 
@@ -185,90 +183,10 @@ def _largest(fits: Callable[[int], bool], ceiling: int) -> int:
     return low
 
 
-def _refuse_unplanned(job: Job) -> None:
-    for field, (only, message, hint) in _NOT_YET.items():
-        if getattr(job, field) != only:
-            raise PlanError(f"`{field}` is {getattr(job, field)!r}: {message}", hint, field)
-    if job.attention == "flash_attention_2":
-        raise PlanError(
-            "flash_attention_2 is a package of its own that is not installed here", "use attention sdpa", "attention"
-        )
-
-
-def _card_of(job: Job) -> Gpu | OwnGpu:
-    if isinstance(job.gpu, OwnGpu):
-        return job.gpu
-    return find_gpu(job.gpu or DEFAULT_GPU)
-
-
-def _kernels_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors that are traced for a card; an own card has the default card's."""
-    known = gpu if isinstance(gpu, Gpu) else find_gpu(DEFAULT_GPU)
-    if known.compute_capability is None:
-        raise PlanError(f"{known.name} runs ROCm, whose kernels are not modelled", "choose an NVIDIA card", "gpu")
-    return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count
-
-
-def _config_of(job: Job) -> tuple[dict, dict]:
-    """config.json's object, and where it came from."""
-    if job.config is not None:
-        return job.config, {"kind": "inline", "id": None}
-    name = job.model
-    known = find_model(name)
-    if known is not None:
-        return dict(known.config), {"kind": "catalogue", "id": known.id}
-    for path in (name, os.path.join(name, "config.json")):
-        if os.path.isfile(path):
-            return _read_file(path), {"kind": "file", "id": path}
-    from app.hub import fetch_config
-
-    return fetch_config(name, job.revision)
-
-
-def _read_file(path: str) -> dict:
-    size = os.path.getsize(path)
-    if size > 4 * MIB:
-        raise PlanError(f"{path} has {size} bytes: no config.json is that large", "name the model's own", "model")
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"{path} cannot be read as JSON: {error}", "name a config.json", "model") from None
-    if not isinstance(data, dict):
-        raise PlanError(f"{path} holds no JSON object", "name a config.json", "model")
-    return data
-
-
-def _key(job: Job, config: dict, gpu) -> str:
-    """Everything that shapes a trace, as one string: the job without what only reads it, the config, the kernels."""
-    shape = job.model_dump(exclude={"model", "config", "revision", "gpu", "allocator"})
-    return json.dumps([shape, config, _kernels_of(gpu)], sort_keys=True, default=str)
-
-
-@lru_cache(maxsize=64)
-def _trace(key: str):
-    """The dry run for a key; the last few are kept."""
-    from app.dryrun.run import trace
-
-    shape, config, (capability, multiprocessors) = json.loads(key)
-    job = Job.model_validate({**shape, "config": config})
-    return trace(job, config, tuple(capability), multiprocessors)
-
-
-@lru_cache(maxsize=128)
-def _books_of(key: str) -> Books:
-    """The books alone for a key, without the tables."""
-    from app.dryrun.run import books_of
-
-    shape, config, (capability, multiprocessors) = json.loads(key)
-    job = Job.model_validate({**shape, "config": config})
-    return books_of(job, config, tuple(capability), multiprocessors)
-
-
 def _answer(job: Job, gpu, source: dict, traced, all_layers: bool) -> dict:
-    settings = _settings(job)
+    settings = settings_of(job)
     reading = read(traced.books, settings)
-    capability, _ = _kernels_of(gpu)
+    capability, _ = kernels_of(gpu)
     outside = context(capability)
     fits = [_fit(card, gpu, traced.books, reading, settings) for card in _cards(gpu)]
     layers = traced.layers if all_layers else traced.layer_groups
@@ -315,11 +233,6 @@ def _answer(job: Job, gpu, source: dict, traced, all_layers: bool) -> dict:
     }
 
 
-def _settings(job: Job) -> Settings:
-    split = job.allocator.max_split_size_mb
-    return Settings(job.allocator.expandable_segments, None if split is None else split * MIB)
-
-
 def _cards(gpu) -> list:
     """The job's own card first, then every card whose kernels are modelled, smallest first."""
     rest = [card for card in all_gpus() if card.compute_capability is not None and card != gpu]
@@ -330,7 +243,7 @@ def _fit(card, asked, books: Books, reading: Reading, settings: Settings) -> dic
     usable = card.memory_bytes if isinstance(card, OwnGpu) else card.total_memory
     capability = None if isinstance(card, OwnGpu) else card.compute_capability
     verdict = judge(books, reading, usable, context(capability), settings)
-    same = _kernels_of(card)[0] == _kernels_of(asked)[0]
+    same = kernels_of(card)[0] == kernels_of(asked)[0]
     return {
         "gpu": card.name if isinstance(card, OwnGpu) else card.key,
         "name": card.name,
@@ -353,10 +266,3 @@ def _card_warnings(gpu) -> list[str]:
     if isinstance(gpu, Gpu) and not gpu.measured:
         out.append(f"{gpu.name}: its usable memory is derived from nvidia-smi's total, nobody's torch reported it")
     return out
-
-
-@lru_cache(maxsize=1)
-def stack() -> dict[str, str]:
-    """The versions that a plan is traced with."""
-    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
-    return {"vramplan": version("vramplan"), **{name: version(name) for name in names}}

@@ -524,8 +524,8 @@ def test_endpoint_token_and_cache_are_the_user_s_own(hub, tmp_path):
     code = f"""{head}
 import json, sys
 from app.job import Job
-from app.service import _config_of
-answer = _config_of(Job(model={ID!r}, method="lora"))
+from app.plan import config_of
+answer = config_of(Job(model={ID!r}, method="lora"))
 heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
 print(json.dumps([answer, huggingface_hub.constants.is_offline_mode(), heavy]))
 """

@@ -16,6 +16,7 @@ ORDER = [
     "memory",
     "dryrun",
     "hub",
+    "plan",
     "advice",
     "service",
     "batch",
@@ -72,6 +73,7 @@ def test_no_rule_is_keyed_to_a_model():
     for path in [
         *(APP / "dryrun").rglob("*.py"),
         *(APP / "memory").rglob("*.py"),
+        APP / "plan.py",
         APP / "service.py",
         APP / "advice.py",
     ]:
