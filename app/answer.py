@@ -175,12 +175,21 @@ class Advice(_Open):
     smallest_card: str | None = Field(description="The smallest with the same kernels that takes the job as it is.")
 
 
+class Weights(_Open):
+    """What a model that cannot be planned weighs."""
+
+    parameters: int
+    bytes: int | None = Field(None, description="As loaded or as stored; left out where it cannot be known.")
+    counted_from: str = Field(alias="from")
+
+
 class Problem(BaseModel):
     """What was asked and what was found, and what to do next."""
 
     message: str
     hint: str
     field: str | None = Field(None, description="The field of the job that is at fault.")
+    weights: Weights | None = None
 
 
 class Failure(BaseModel):
@@ -215,12 +224,13 @@ class GpuRow(BaseModel):
 
 
 class ModelRow(BaseModel):
-    """A model of the catalogue."""
+    """A model of the catalogue, or one that the Hub's search finds, of which only the name is known."""
 
     id: str
-    parameters: int
-    model_type: str
-    aliases: list[str]
+    source: Literal["catalogue", "hub"]
+    parameters: int | None = None
+    model_type: str | None = None
+    aliases: list[str] = []
 
 
 class Health(BaseModel):

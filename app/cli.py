@@ -298,6 +298,8 @@ def _waiting(text: str):
 def _tell(error: PlanError) -> None:
     console = Console(stderr=True, soft_wrap=True)
     console.print(Text.assemble(("Cannot say: ", "bold red"), error.message), highlight=False)
+    if error.weights:
+        console.print(Text.assemble(("Weights: ", "dim"), words.weights(error.weights)), highlight=False)
     if error.hint:
         console.print(Text.assemble(("Try: ", "dim"), error.hint), highlight=False)
 

@@ -6,16 +6,21 @@ class PlanError(Exception):
 
     ``message`` is one sentence of fact, ``hint`` one of advice. Every interface catches this class once:
     the command line prints it and exits with 2, the HTTP API answers 422, the page shows it at ``field``.
+    ``weights``: what is known of a model that cannot be planned: its ``parameters``, their ``bytes`` as they are
+    loaded or stored, and what they were counted ``from``.
     """
 
-    def __init__(self, message: str, hint: str = "", field: str | None = None):
+    def __init__(self, message: str, hint: str = "", field: str | None = None, weights: dict | None = None):
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.field = field
+        self.weights = weights
 
     def as_dict(self) -> dict:
         out = {"message": self.message, "hint": self.hint}
         if self.field:
             out["field"] = self.field
+        if self.weights:
+            out["weights"] = self.weights
         return out

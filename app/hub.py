@@ -136,6 +136,7 @@ def weights_of(
     endpoint: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    seconds: float = WEIGHTS_SECONDS,
 ) -> dict:
     """What a repository's safetensors files hold, from their headers alone: no tensor is read.
 
@@ -149,7 +150,7 @@ def weights_of(
     if offline():
         return _count_cached(name, revision, cache_dir) or _refuse_offline(name, revision)
     api = HfApi(endpoint=endpoint, token=token, library_name="vramplan")
-    bounds = _Bounds(f"a header of {name}", WEIGHTS_SECONDS, HEADER_LIMIT)
+    bounds = _Bounds(f"a header of {name}", seconds, HEADER_LIMIT)
     try:
         return bounds.run(lambda: _count_repository(api, name, revision, cache_dir))
     except _GaveUp as error:
@@ -158,16 +159,18 @@ def weights_of(
         _refuse(error, name, revision, "its weights", endpoint)
 
 
-def search(q: str, limit: int = 10, *, endpoint: str | None = None, token: str | None = None) -> list[str]:
-    """The Hub's own search: ids of models, the most downloaded first; none when offline or within 3 s."""
-    if offline() or not q.strip() or limit < 1:
+def search(q: str, limit: int = 10, *, endpoint: str | None = None, token: str | None = None) -> list[str] | None:
+    """The Hub's own search: ids of models, the most downloaded first; None when offline or without answer in 3 s."""
+    if offline():
+        return None
+    if not q.strip() or limit < 1:
         return []
     api = HfApi(endpoint=endpoint, token=token, library_name="vramplan")
     bounds = _Bounds("the Hub's search", SEARCH_SECONDS, CONFIG_LIMIT, tries=1)
     try:
         return bounds.run(lambda: [hit.id for hit in api.list_models(search=q.strip(), sort="downloads", limit=limit)])
     except Exception:  # a search box without suggestions is no failure
-        return []
+        return None
 
 
 def offline() -> bool:

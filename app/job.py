@@ -21,6 +21,7 @@ Task = Literal[
     "image-classification",
     "image-text-to-text",
     "speech-seq2seq",
+    "zero-shot-image-classification",
 ]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Optimizer = Literal[
@@ -51,7 +52,10 @@ class Quantization(_Strict):
     type: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Data type of the stored weights.")
     double_quant: bool = Field(True, description="Quantise the quantisation constants too (4-bit types).")
     compute_dtype: Dtype = Field("bfloat16", description="Dtype of the matrix products (bnb_4bit_compute_dtype).")
-    skip_modules: tuple[str, ...] = Field((), description="Modules left as they are, beside the output head.")
+    skip_modules: tuple[str, ...] = Field(
+        (),
+        description="Modules left as they are (llm_int8_skip_modules); none: the output head, else in its place.",
+    )
 
 
 class Lora(_Strict):

@@ -17,6 +17,9 @@ from app.memory.event import Books
 DEFAULT_GPU = "a100-80gb"
 """The card whose kernels are meant when a job names none."""
 
+HEADER_SECONDS = 8.0
+"""Time to count the weights of a checkpoint that cannot be planned."""
+
 _NOT_YET = {
     "strategy": ("single", "several cards are not planned yet", "plan one card's share with strategy single"),
     "gpu_count": (1, "several cards are not planned yet", "set gpu_count to 1"),
@@ -62,6 +65,24 @@ def config_of(job: Job) -> tuple[dict, dict]:
     from app.hub import fetch_config
 
     return fetch_config(name, job.revision)
+
+
+def with_weights(error: PlanError, job: Job, source: dict) -> PlanError:
+    """``error`` about a model, with what its checkpoint weighs where headers of safetensors files can be read."""
+    if error.weights is not None or error.field not in ("model", "config") or source["kind"] not in ("hub", "file"):
+        return error
+    from app.hub import weights_of
+
+    try:
+        place = job.model if source["kind"] == "hub" else os.path.dirname(os.path.abspath(source["id"]))
+        counted = weights_of(place, source.get("commit"), seconds=HEADER_SECONDS)
+    except PlanError:
+        return error
+    error.weights = {
+        **{key: counted[key] for key in ("parameters", "bytes", "by_dtype")},
+        "from": "safetensors headers",
+    }
+    return error
 
 
 def _read_file(path: str) -> dict:

@@ -27,6 +27,7 @@ from app.plan import (
     settings_of,
     stack,
     trace_of,
+    with_weights,
 )
 
 
@@ -36,7 +37,10 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
     refuse_unplanned(job)
     gpu = card_of(job)
     config, source = config_of(job)
-    traced = trace_of(key_of(job, config, gpu))
+    try:
+        traced = trace_of(key_of(job, config, gpu))
+    except PlanError as error:
+        raise with_weights(error, job, source) from None
     return _answer(job, gpu, source, traced, all_layers)
 
 

@@ -21,7 +21,7 @@ from pydantic import WrapValidator
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
-from app import __version__
+from app import __version__, hub
 from app.answer import Advice, Answer, Failure, GpuRow, Health, Line, ModelRow, Solved
 from app.batch import Unexpected, advise, failure, plan, solve, unwrap
 from app.catalog.gpus import all_gpus
@@ -36,6 +36,8 @@ BODY_LIMIT = 4 << 20
 WAITING_LIMIT = 16
 """Jobs in line, beyond which a visitor is asked to come back."""
 BATCH_LIMIT = 1000
+HUB_LIMIT = 20
+"""Models that the Hub's search is asked for."""
 STATIC = Path(__file__).parents[1] / "static"
 POLICY = "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'self'; frame-ancestors 'none'"
 HEADERS = {
@@ -291,15 +293,26 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
     async def gpus() -> list[GpuRow]:
         return [GpuRow(**asdict(card)) for card in all_gpus()]
 
-    @app.get("/models", responses={422: ERRORS[422]}, summary="Models that need no download")
-    async def models(
+    @app.get("/models", responses={422: ERRORS[422]}, summary="Models by name: the catalogue's, then the Hub's")
+    def models(
+        response: Response,
         q: Annotated[str, Query(max_length=200, description="Words of a model's name.")] = "",
-        limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+        limit: Annotated[int, Query(ge=1, le=1000, description="Of each source.")] = 20,
     ) -> list[ModelRow]:
-        return [
-            ModelRow(id=m.id, parameters=m.parameters, model_type=m.config["model_type"], aliases=list(m.aliases))
+        """The header `hub-search` says whether the Hub `answered`; `unanswered`, the catalogue's are all there is."""
+        rows = [
+            ModelRow(
+                id=m.id,
+                source="catalogue",
+                parameters=m.parameters,
+                model_type=m.config["model_type"],
+                aliases=list(m.aliases),
+            )
             for m in search_models(q, limit)
         ]
+        found = hub.search(q, min(limit, HUB_LIMIT))
+        response.headers["hub-search"] = "unanswered" if found is None else "answered"
+        return rows + [ModelRow(id=id, source="hub") for id in found or () if find_model(id) is None]
 
     @app.get("/health", summary="Whether the service is up")
     async def health() -> Health:

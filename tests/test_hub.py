@@ -15,14 +15,17 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from fastapi.testclient import TestClient
 from hub_server import STRANGER, TOKEN, HubServer, Sparse
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from app import hub as client
+from app.batch import plan
 from app.catalog.models import MODELS
 from app.errors import PlanError
+from app.web import create_app
 
 ROOT = Path(__file__).parents[1]
 IDS = {model.id for model in MODELS}
@@ -707,7 +710,7 @@ def test_search_is_the_hub_s_own(hub):
     assert hub.log[-1].headers["authorization"] == f"Bearer {TOKEN}"
 
 
-def test_search_that_fails_finds_nothing(hub, monkeypatch):
+def test_search_that_fails_is_told_from_one_that_finds_nothing(hub, monkeypatch):
     hub.add(ID, FILES)
     monkeypatch.setattr(client, "SEARCH_SECONDS", 0.25)
     faults = [
@@ -723,13 +726,68 @@ def test_search_that_fails_finds_nothing(hub, monkeypatch):
         hub.faults = []
         hub.fault("GET", "/api/models", **fault)
         seconds, found = took(lambda: client.search("llama", endpoint=hub.endpoint))
-        assert found == [] and seconds < 2, fault
+        assert found is None and seconds < 2, fault
     hub.faults = []
     assert client.search("llama", endpoint=hub.endpoint) == [ID]
     asked = len(hub.log)
     assert client.search("  ", endpoint=hub.endpoint) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert client.search("llama", endpoint=hub.endpoint) == [] and len(hub.log) == asked
+    assert client.search("llama", endpoint=hub.endpoint) is None and len(hub.log) == asked
+
+
+def test_models_are_the_catalogue_s_and_the_hub_s(hub, monkeypatch):
+    """``GET /models``: the header says whether the Hub answered; without it the catalogue alone answers, soon."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(client, "SEARCH_SECONDS", 0.25)
+    for name in ("acme/llama-a", "acme/llama-b", "meta-llama/Llama-3.1-8B", "acme/qwen"):
+        hub.add(name, FILES)
+    web = TestClient(create_app())
+
+    def ask(**params) -> tuple[list, list, str]:
+        answer = web.get("/models", params={"limit": 3} | params)
+        ids = {
+            source: [row["id"] for row in answer.json() if row["source"] == source] for source in ("catalogue", "hub")
+        }
+        return ids["catalogue"], ids["hub"], answer.headers["hub-search"]
+
+    known, found, said = ask(q="llama")
+    assert len(known) == 3 and found == ["acme/llama-a", "acme/llama-b"] and said == "answered"
+    assert ask(q="nobody has this") == ([], [], "answered")
+    hub.fault("GET", "/api/models", stall=5)
+    seconds, answer = took(lambda: ask(q="llama"))
+    assert answer == (known, [], "unanswered") and seconds < 2
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = len(hub.log)
+    assert ask(q="llama") == (known, [], "unanswered") and len(hub.log) == asked
+
+
+def remote(model_type: str, **more) -> bytes:
+    """A config.json whose code lives in its repository."""
+    return json.dumps({"model_type": model_type, "auto_map": {"AutoModel": "modeling.Model"}, **more}).encode()
+
+
+def test_a_model_whose_code_is_in_its_repository_is_answered_with_its_weights(hub, monkeypatch, tmp_path):
+    """Counted from headers, by ranges; its code is neither asked for nor run."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    files = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    weights = safetensors({"w": ("BF16", [1000, 1000], 2), "b": ("F32", [10], 4)})
+    hub.add(ID, {**FILES, "config.json": remote("homemade"), "modeling.py": b"1/0", "model.safetensors": weights})
+    with pytest.raises(PlanError) as error:
+        plan({"model": ID})
+    told = error.value.as_dict()
+    assert "homemade" in told["message"] and "never run" in told["hint"]
+    assert told["weights"]["parameters"] == 1_000_010 and told["weights"]["bytes"] == 2_000_040
+    assert told["weights"]["from"] == "safetensors headers"
+    assert not any("modeling.py" in request.path for request in hub.log)
+
+    (folder := tmp_path / "mine").mkdir()
+    (folder / "config.json").write_bytes(remote("homemade"))
+    (folder / "model.safetensors").write_bytes(weights[:])
+    with pytest.raises(PlanError) as error:
+        plan({"model": str(folder)})
+    assert error.value.weights["bytes"] == 2_000_040
 
 
 def test_the_nearest_of_the_catalogue():

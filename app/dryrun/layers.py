@@ -7,9 +7,8 @@ from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from transformers.quantizers.base import get_keys_to_not_convert
 
-from app.dryrun.model import is_skipped
+from app.dryrun.model import quantizable
 from app.memory.event import Books
 
 _KINDS = {
@@ -48,7 +47,7 @@ def nf4_bytes(elements: int, double_quant: bool) -> int:
 
 def weights_table(model: torch.nn.Module, skip: tuple[str, ...]) -> list[Layer]:
     """Every module of the bare model with the parameters that are its own, in order; a tied weight counts once."""
-    skipped = [*get_keys_to_not_convert(model), *skip]
+    linear = {path for path, _ in quantizable(model, skip)}
     rows, seen = [], set()
     for path, module in model.named_modules():
         parameters = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
@@ -56,7 +55,7 @@ def weights_table(model: torch.nn.Module, skip: tuple[str, ...]) -> list[Layer]:
         count = sum(p.numel() for p in parameters)
         base = sum(p.numel() * p.element_size() for p in parameters)
         plain = nested = base
-        if type(module) is torch.nn.Linear and not is_skipped(path, skipped):
+        if path in linear:
             rest = base - module.weight.numel() * module.weight.element_size()
             plain = rest + nf4_bytes(module.weight.numel(), False)
             nested = rest + nf4_bytes(module.weight.numel(), True)

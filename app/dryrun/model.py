@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import io
+import logging
+import math
 import os
+import re
+import time
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import huggingface_hub.constants
@@ -19,6 +25,7 @@ import huggingface_hub.constants
 # user's own setting, which stays in the environment.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of its own kernels for the CPU
 
 import bitsandbytes as bnb
 import peft
@@ -26,8 +33,12 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from bitsandbytes.functional import QuantState
+from torch.overrides import TorchFunctionMode
+from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from app.dryrun.trace import Ledger, canonical
 from app.errors import PlanError
@@ -42,6 +53,7 @@ AUTO = {
     "image-classification": transformers.AutoModelForImageClassification,
     "image-text-to-text": transformers.AutoModelForImageTextToText,
     "speech-seq2seq": transformers.AutoModelForSpeechSeq2Seq,
+    "zero-shot-image-classification": transformers.AutoModelForZeroShotImageClassification,
 }
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
@@ -52,22 +64,24 @@ PEFT_TASKS = {
 }
 MAX_LAYERS = 4096
 """Deeper than any published model; a config that asks for more is refused before it is built."""
+MAX_CLASSES = 1_000_000
+"""transformers writes a name for each class into the config."""
+BUILD_SECONDS = 8.0
+"""Time for a model's modules to be made; the largest published one takes 2 s."""
+_DEPTH = re.compile(r"(layers?|depth|blocks)$")
 
 
 def read_config(data: dict[str, Any], attention: str | None) -> transformers.PretrainedConfig:
     """A transformers config from config.json's object. Raises :class:`PlanError` where no class is known."""
-    data = copy.deepcopy(data)
-    kind = data.pop("model_type", None)
+    kind = data.get("model_type")
     if not isinstance(kind, str):
         raise PlanError("the config has no `model_type`", "send the model's whole config.json", "config")
-    if kind not in CONFIG_MAPPING:
-        import difflib
-
-        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), 1)
-        hint = f"did you mean {near[0]!r}?" if near else "models whose code lives in their repository cannot be run"
-        raise PlanError(f"transformers {transformers.__version__} has no model_type {kind!r}", hint, "config")
+    kind = equal_type(kind, data)
+    if kind is None:
+        raise _unknown(data["model_type"], data)
     _check_sizes(data)
     _check_given(kind, data)
+    data = {key: value for key, value in copy.deepcopy(data).items() if key != "model_type"}
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -79,6 +93,39 @@ def read_config(data: dict[str, Any], attention: str | None) -> transformers.Pre
     if attention is not None:
         config._attn_implementation = attention
     return config
+
+
+def equal_type(kind: str, data: dict[str, Any]) -> str | None:
+    """The model_type that transformers has for a config: its own or, where the code lives in the repository, the one
+    under which transformers has the class of the same name (such code often renames a built-in architecture)."""
+    if kind in CONFIG_MAPPING:
+        return kind
+    return _type_of_class(data) if "auto_map" in data else None
+
+
+def _type_of_class(data: dict[str, Any]) -> str | None:
+    named = data.get("architectures")
+    named = {name for name in named if isinstance(name, str)} if isinstance(named, list) else set()
+    for auto in AUTO.values():
+        for kind, classes in auto._model_mapping._model_mapping.items():
+            if named & ({classes} if isinstance(classes, str) else set(classes)):
+                return kind
+    return None
+
+
+def _unknown(kind: str, data: dict[str, Any]) -> PlanError:
+    near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), 1, 0.75)
+    like = _type_of_class(data)
+    if "auto_map" in data or not (near or like):
+        hint = (
+            "code that lives in a model's repository is never run: its weights can be counted, its activations not; "
+            "plan a model of a built-in architecture and its size"
+        )
+    elif like is not None:
+        hint = f"did you mean {like!r}? That is the type of the class that the config names"
+    else:
+        hint = f"did you mean {near[0]!r}?"
+    return PlanError(f"transformers {transformers.__version__} has no model_type {kind[:100]!r}", hint, "config")
 
 
 def _check_given(kind: str, data: dict[str, Any]) -> None:
@@ -99,38 +146,48 @@ def _check_given(kind: str, data: dict[str, Any]) -> None:
         )
 
 
-def _check_sizes(data: Any, path: str = "config") -> None:
+def _check_sizes(data: Any, path: str = "config", depth: int = 0) -> None:
     """Numbers that no model has are refused before a class allocates by them."""
+    if depth > 32:
+        raise PlanError(f"{path[:200]} is nested too deeply", "send the model's own config.json", "config")
     if isinstance(data, dict):
         for key, value in data.items():
-            _check_sizes(value, f"{path}.{key}")
-            if isinstance(value, int) and not isinstance(value, bool) and "layer" in key and value > MAX_LAYERS:
-                raise PlanError(f"{path}.{key} is {value}: no model is that deep", f"at most {MAX_LAYERS}", "config")
+            here = f"{path}.{str(key)[:100]}"
+            _check_sizes(value, here, depth + 1)
+            if isinstance(value, int) and not isinstance(value, bool):
+                if _DEPTH.search(str(key)) and value > MAX_LAYERS:
+                    raise PlanError(f"{here} is {value:.3g}: no model is that deep", f"at most {MAX_LAYERS}", "config")
+                if key == "num_labels" and value > MAX_CLASSES:
+                    raise PlanError(f"{here} is {value:.3g}: too many classes", f"at most {MAX_CLASSES}", "config")
     elif isinstance(data, list):
         if len(data) > 1_000_000:
             raise PlanError(f"{path} has {len(data)} entries", "send the model's own config.json", "config")
         for value in data[:4096]:
-            _check_sizes(value, path)
+            _check_sizes(value, path, depth + 1)
+    elif isinstance(data, float) and math.isnan(data):
+        raise PlanError(f"{path} is not a number", "write a number", "config")
     elif isinstance(data, int) and abs(data) > 1 << 40:
-        raise PlanError(f"{path} is {data}: no model has such a size", "send the model's own config.json", "config")
+        raise PlanError(f"{path} is {data:.3g}: no model has such a size", "send the model's own config.json", "config")
+
+
+_SUFFIXES = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+    "ForMaskedLM": "masked-lm",
+    "ForSpeechSeq2Seq": "speech-seq2seq",
+}
 
 
 def task_of(config: transformers.PretrainedConfig) -> str:
     """The task that the config's own architecture was made for."""
-    for name in config.architectures or []:
-        for suffix, task in (
-            ("ForCausalLM", "causal-lm"),
-            ("LMHeadModel", "causal-lm"),
-            ("ForSequenceClassification", "sequence-classification"),
-            ("ForTokenClassification", "token-classification"),
-            ("ForImageClassification", "image-classification"),
-            ("ForMaskedLM", "masked-lm"),
-            ("ForSpeechSeq2Seq", "speech-seq2seq"),
-        ):
-            if name.endswith(suffix):
-                return task
+    named = [task for name in config.architectures or [] for end, task in _SUFFIXES.items() if name.endswith(end)]
     for task in (
+        *named,
         "image-text-to-text",
+        "zero-shot-image-classification",
         "speech-seq2seq",
         "causal-lm",
         "seq2seq-lm",
@@ -139,7 +196,13 @@ def task_of(config: transformers.PretrainedConfig) -> str:
     ):
         if type(config) in AUTO[task]._model_mapping:
             return task
-    raise PlanError(f"transformers has no trainable head for {config.model_type}", "name the `task`", "task")
+    name = (config.architectures or [config.model_type])[0]
+    raise PlanError(
+        f"{name} is made for none of the tasks that are planned: transformers has no head for a {config.model_type} "
+        f"in {', '.join(AUTO)}",
+        "name a model of one of these tasks",
+        "task",
+    )
 
 
 def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -150,15 +213,18 @@ def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dt
             f"transformers has no {auto.__name__} for {config.model_type}", f"its own task is {task_of(config)}", "task"
         )
     try:
-        with warnings.catch_warnings(), _no_initialisation(), init_empty_weights():
+        with warnings.catch_warnings(), _no_initialisation(), init_empty_weights(), _Making():
             warnings.simplefilter("ignore")
             model = auto.from_config(config, dtype=dtype)
+    except PlanError:
+        raise
     except Exception as error:
         raise PlanError(
             f"transformers cannot build this {config.model_type} model: {_first_line(error)}",
             "check the sizes in the config",
             "config",
         ) from None
+    _keep_in_fp32(model, dtype)
     model.tie_weights()
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -170,6 +236,46 @@ def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dt
     if task == "sequence-classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # a tokenizer has one; without it a decoder takes one sequence only
     return model
+
+
+class _Making(TorchFunctionMode):
+    """While modules are made: large tensors come to be on the meta device at once (``init_empty_weights`` takes them
+    there from the CPU, tens of GB of fused experts too), and a model of too many modules comes to an end."""
+
+    LARGE = 1 << 20
+    SHAPED = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = time.monotonic() + BUILD_SECONDS
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.SHAPED and kwargs.get("device") is None:
+            if time.monotonic() > self.end:
+                raise PlanError(
+                    f"the model has too many modules: after {BUILD_SECONDS:.0f} seconds it is not built",
+                    "check the numbers of layers and experts in the config",
+                    "config",
+                )
+            size = kwargs.get("size", args[:1] if func is torch.full else args)
+            size = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+            if math.prod(n for n in size if isinstance(n, int)) > self.LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _keep_in_fp32(model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
+    """What ``from_pretrained`` loads in float32 whatever the dtype (``_get_dtype_plan``; core_model_loading.py)."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation(list(plan))
+    for path, module in model.named_modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and tensor.is_floating_point() and pattern.search(f"{path}.{name}"):
+                    tensor.data = tensor.data.float()
 
 
 @contextlib.contextmanager
@@ -278,10 +384,7 @@ def _own_adapters(model: torch.nn.Module, job: Job, ledger: Ledger) -> None:
 def quantize(model: torch.nn.Module, job: Job, dtype: torch.dtype, ledger: Ledger) -> None:
     """Replace linear layers as ``replace_with_bnb_linear`` does (transformers/integrations/bitsandbytes.py)."""
     quantization = job.quantization
-    skip = [*get_keys_to_not_convert(model), *quantization.skip_modules]
-    for name, module in list(model.named_modules()):
-        if type(module) is not torch.nn.Linear or is_skipped(name, skip):
-            continue
+    for name, module in list(quantizable(model, quantization.skip_modules)):
         arriving = ledger.take(module.weight.numel() * dtype.itemsize, name, "weights", "load")
         new = (
             _int8(module, name, ledger)
@@ -290,7 +393,7 @@ def quantize(model: torch.nn.Module, job: Job, dtype: torch.dtype, ledger: Ledge
         )
         ledger.give(arriving)
         ledger.empty_cache()
-        new.source_cls = torch.nn.Linear
+        new.source_cls = type(module)
         new.requires_grad_(False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
@@ -299,13 +402,23 @@ def quantize(model: torch.nn.Module, job: Job, dtype: torch.dtype, ledger: Ledge
     model.quantization_method = "bitsandbytes"
 
 
-def is_skipped(name: str, skip: list[str]) -> bool:
-    """Whether bitsandbytes leaves ``name`` alone: a whole path or a part of one
-    (``should_convert_module``, transformers/quantizers/quantizers_utils.py)."""
-    return any(
-        name == key or name.endswith("." + key) or name.startswith(key + ".") or f".{key}." in f".{name}."
-        for key in skip
-    )
+def quantizable(model: transformers.PreTrainedModel, skip: Iterable[str] = ()) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The linear layers that bitsandbytes replaces, with their paths (``replace_with_bnb_linear``).
+
+    Left alone are ``skip`` (``llm_int8_skip_modules``) or, without, the output head and what is tied; and what the
+    class keeps in float32 (quantizer_bnb_4bit.py, ``_process_model_before_weight_loading``).
+    """
+    kept = HfQuantizer.get_modules_to_not_convert(model, list(skip) or None, model._keep_in_fp32_modules)
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear or isinstance(module, Conv1D):
+            if should_convert_module(name, kept):
+                yield name, module
+
+
+def _shape_of(linear: torch.nn.Module) -> tuple[int, int]:
+    """Rows and columns of the weight as bitsandbytes keeps it: GPT-2's Conv1D is transposed."""
+    rows, columns = linear.weight.shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
 def _four_bit(linear, quantization, dtype, path, ledger):
@@ -314,7 +427,7 @@ def _four_bit(linear, quantization, dtype, path, ledger):
     Entered in its order: absmax, the packed weight, the code; nested: the offset, absmax less its mean, the second
     absmax, absmax in 8 bits and a code of its own. Measured event for event on an H100.
     """
-    n, k = linear.weight.shape
+    n, k = _shape_of(linear)
     blocks = -(-n * k // 64)
     meta = {"device": "meta"}
     new = bnb.nn.Linear4bit(
@@ -373,7 +486,7 @@ def _four_bit(linear, quantization, dtype, path, ledger):
 
 def _int8(linear, path, ledger):
     """A Linear8bitLt after its weight was placed: CB in int8 and one fp32 scale a row (bitsandbytes/nn/modules.py)."""
-    n, k = linear.weight.shape
+    n, k = _shape_of(linear)
     new = bnb.nn.Linear8bitLt(k, n, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
     if linear.bias is not None:
         new.bias = torch.nn.Parameter(linear.bias.data)
@@ -403,17 +516,19 @@ def adapt(model: torch.nn.Module, job: Job, task: str) -> torch.nn.Module:
         use_rslora=lora.use_rslora,
         modules_to_save=list(lora.modules_to_save) or None,
     )
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     except Exception as error:
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise PlanError(
-            f"PEFT cannot adapt this model: {_first_line(error)}",
-            f"its linear layers are named {', '.join(names[:16])}; all-linear takes every one",
-            "lora",
-        ) from None
+        saved = sorted({part for name, _ in linear for part in name.split(".")} & set(config.modules_to_save or ()))
+        if job.quantization is not None and saved:  # quantised, and to be trained in full
+            hint = f"leave what PEFT trains in full unquantised: quantization.skip_modules {saved}"
+        else:
+            names = sorted({name.rpartition(".")[2] for name, _ in linear})
+            hint = f"set lora.target_modules; its linear layers are named {', '.join(names[:16])}"
+        raise PlanError(f"PEFT cannot adapt this model: {_first_line(error)}", hint, "lora") from None
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():

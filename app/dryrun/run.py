@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from app.dryrun import cuda, layers
+from app.dryrun import cuda, layers, stored
 from app.dryrun.fold import folded_books
-from app.dryrun.model import build_base, is_skipped, read_config, task_of
+from app.dryrun.model import build_base, equal_type, quantizable, read_config, task_of
 from app.dryrun.step import dry_run
-from app.dryrun.trace import DataDependent
+from app.dryrun.trace import DataDependent, canonical
 from app.errors import PlanError
 from app.job import Job
 from app.memory.event import Books
@@ -30,37 +33,54 @@ class Traced:
 
 def books_of(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
     """The books of ``job`` (resolved) alone, as a card of this capability keeps them. Raises :class:`PlanError`."""
-    base, task = _base(job, config)
+    job, base, task, _ = _base(job, config)
     return _books(base, job, task, cuda.Card(capability, multiprocessors))
 
 
-_DEQUANTIZED = ("fp8", "mxfp4", "fbgemm_fp8")
-"""Checkpoints that transformers can dequantise as it loads them (``dequantize=True``)."""
-
-
-def _stored_quantization(config: dict) -> str | None:
-    """How a checkpoint's weights are stored, where not as plain numbers (``quantization_config``)."""
-    for part in (config, config.get("text_config")):
-        stored = part.get("quantization_config") if isinstance(part, dict) else None
-        if isinstance(stored, dict):
-            return str(
-                stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "an unnamed method")
-            )
-    return None
-
-
 def _base(job: Job, config: dict):
-    stored = _stored_quantization(config)
-    if stored is not None and stored not in _DEQUANTIZED:
-        raise PlanError(
-            f"this checkpoint is already quantised with {stored}, whose layers are not modelled",
-            "plan the model it was made from, with method qlora",
-            "model",
-        )
+    """The job that is run, the bare model, its task, and what is to be said of how it came to be."""
     configuration = read_config(config, job.attention)
     task = job.task or task_of(configuration)
-    _check_length(job, configuration, task)
-    return build_base(configuration, task, getattr(torch, job.dtype)), task
+    base = build_base(configuration, task, getattr(torch, job.dtype))
+    said = list(_planned_as(config, base))
+    settings = stored.settings_of(config)
+    with weighed(base):
+        _check_length(job, configuration, task)
+        if settings is not None:
+            job, how = stored.as_loaded(job, settings, base)
+            said.append(how)
+    return job, base, task, said
+
+
+def _planned_as(config: dict, base) -> Iterator[str]:
+    """Where the class that is planned is not the one that the config names."""
+    kind, named = config["model_type"], config.get("architectures")
+    if base.config.model_type != kind and equal_type(kind, config) != kind:
+        yield (
+            f"transformers has no model_type {kind!r}: planned as its own {type(base).__name__}, the class that the "
+            "config names; the code in the model's repository is not run and may differ"
+        )
+    elif isinstance(named, list) and named and type(base).__name__ not in named:
+        yield (
+            f"the config names {named[0]}; planned is {type(base).__name__}, which has the loss of this task: "
+            "its parameters are counted"
+        )
+
+
+@contextmanager
+def weighed(base):
+    """A refusal of a model that could be built says what its weights are."""
+    try:
+        yield
+    except PlanError as error:
+        if error.weights is None:
+            parameters = list(base.parameters())
+            error.weights = {
+                "parameters": sum(parameter.numel() for parameter in parameters),
+                "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+                "from": "the model's own class, as loaded",
+            }
+        raise
 
 
 def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Traced:
@@ -69,7 +89,7 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
     Raises :class:`PlanError`.
     """
     card = cuda.Card(capability, multiprocessors)
-    base, task = _base(job, config)
+    job, base, task, said = _base(job, config)
     skip = job.quantization.skip_modules if job.quantization else ()
     rows = layers.weights_table(base, skip)
     facts = {
@@ -80,11 +100,7 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
         "supports_checkpointing": bool(base.supports_gradient_checkpointing),
         "attention": base.config._attn_implementation or "eager",
     }
-    warnings = _weight_warnings(job, base)
-    if _stored_quantization(config):
-        warnings.append(
-            f"the checkpoint is stored as {_stored_quantization(config)}: planned as dequantised to {job.dtype} on load"
-        )
+    warnings = [*said, *_weight_warnings(job, base)]
     spare = copy.deepcopy(base) if job.method != "inference" and base.supports_gradient_checkpointing else None
     books = _books(base, job, task, card)
     warnings += _kernel_warnings(job, task, facts["attention"], books)
@@ -106,8 +122,15 @@ def _books(model, job: Job, task: str, card: cuda.Card, forward_only: bool = Fal
         *(job.lora.modules_to_save if job.lora else ()),
         *(job.quantization.skip_modules if job.quantization else ()),
     )
-    try:
+    with weighed(model), _told(model, job):
         return folded_books(model, lambda m: dry_run(m, job, task, card, 2, forward_only), names)
+
+
+@contextmanager
+def _told(model, job: Job):
+    """What the stack itself refuses, as the error that a user is told."""
+    try:
+        yield
     except PlanError:
         raise
     except DataDependent as error:
@@ -118,11 +141,36 @@ def _books(model, job: Job, task: str, card: cuda.Card, forward_only: bool = Fal
         ) from None
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        place, hint = _where(error, job)
         raise PlanError(
-            f"{type(model).__name__} does not run this job: {type(error).__name__}: {text}",
-            "the installed transformers would fail the same way on a GPU; change the job",
-            "model",
+            f"{type(model).__name__} does not run this job{place}: {type(error).__name__}: {text}", hint, "model"
         ) from None
+
+
+def _where(error: Exception, job: Job) -> tuple[str, str]:
+    """The innermost module that was running, and what can be done about it."""
+    running = []
+    trace = error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, torch.nn.Module):
+            running.append(module)
+        trace = trace.tb_next
+    hint = "the installed transformers would fail the same way on a GPU; check the sizes in the config, or the job"
+    if not running:
+        return "", hint
+    path = {id(module): canonical(name) for name, module in running[0].named_modules()}.get(id(running[-1]), "")
+    adapted = [module for module in running if isinstance(module, BaseTunerLayer)]
+    names = [name for name in path.split(".") if not name.isdigit()]
+    if adapted:
+        kind = type(adapted[-1].get_base_layer()).__name__
+        hint = f"PEFT's adapter does not fit a {kind}: set lora.target_modules without {names[-1] if names else kind}"
+    elif job.quantization is not None and names:
+        hint = (
+            "if it runs unquantised, this module uses its weights in a way of its own: leave it unquantised with "
+            f"quantization.skip_modules {[names[-1]]}"
+        )
+    return f" at {path}" if path else "", hint
 
 
 def _check_length(job: Job, configuration, task: str) -> None:
@@ -197,16 +245,9 @@ def _weight_warnings(job: Job, model) -> list[str]:
     """What a quantised job would not expect: modules that bitsandbytes leaves as they are, and what is cast."""
     out = []
     if job.quantization is not None:
-        from transformers.quantizers.base import get_keys_to_not_convert
-
-        skip = [*get_keys_to_not_convert(model), *job.quantization.skip_modules]
         itemsize = getattr(torch, job.dtype).itemsize
-        total = quantized = 0
-        for path, module in model.named_modules():
-            own = sum(p.numel() for p in module._parameters.values() if p is not None)
-            total += own
-            if type(module) is torch.nn.Linear and not is_skipped(path, skip):
-                quantized += module.weight.numel()
+        total = sum(parameter.numel() for parameter in model.parameters())
+        quantized = sum(module.weight.numel() for _, module in quantizable(model, job.quantization.skip_modules))
         left = (total - quantized) * itemsize
         if total and quantized / total < 0.5:
             out.append(

@@ -67,6 +67,12 @@ def number(count: int) -> str:
     return str(count)
 
 
+def weights(counted: dict) -> str:
+    """What a model that cannot be planned weighs, and where that is from."""
+    amount = f", {size(counted['bytes'])}" if "bytes" in counted else ""
+    return f"{number(counted['parameters'])} parameters{amount}, counted from {counted['from']}"
+
+
 def during(phase: str) -> str:
     """A phase as part of a sentence."""
     return _DURING.get(phase, f"in {phase}")
