@@ -1,0 +1,12 @@
+"""Torch on the meta device: a Job and a config in, books out. What its libraries are told before they are imported."""
+
+import logging
+import os
+
+import huggingface_hub.constants
+
+# A stranger's config makes no requests: only app.hub may reach the network, by the user's own setting, which stays in
+# the environment.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels for the CPU

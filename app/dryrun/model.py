@@ -10,22 +10,12 @@ import contextlib
 import copy
 import difflib
 import io
-import logging
 import math
-import os
 import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
-
-import huggingface_hub.constants
-
-# Before transformers is imported. A stranger's config makes no requests: only app.hub may reach the network, by the
-# user's own setting, which stays in the environment.
-huggingface_hub.constants.HF_HUB_OFFLINE = True
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of its own kernels for the CPU
 
 import bitsandbytes as bnb
 import peft
