@@ -3,11 +3,16 @@
 The way of a request, which is also the direction of the imports::
 
     cli, web        how it is asked: a terminal, HTTP, a page
-    form, batch     a job as flat text; many jobs, one answer or one error each
-    render/         how an answer looks: words, terminal, HTML
+    render/         how an answer looks: words, terminal, HTML, CSV
     answer          the answer's fields, typed, as the HTTP API documents them
-    service         the use cases: a job in, a plain answer out
-    advice          single changes of a job that could make it fit
+    batch           many jobs, one answer or one error each
+    form            a job as flat text
+    service         the use case that all begins with: a job in, a plain answer out
+    solver          the largest job that fits, the smallest card, the largest model
+    advice          the changes of a job that make it fit, planned
+    compare         jobs side by side
+    weigh, cards    a job held against cards; what room a card has
+    plan            a job's books, kept by everything that shapes them
     hub             config.json from the Hub, at a pinned commit
     dryrun/         the user's own step on the meta device, every allocation written down (needs torch)
     memory/         the books of that step read back: allocator, peak, parts, verdict (pure integers)

@@ -103,19 +103,42 @@ class Layer(_Open):
     activations_checkpointed: int
 
 
+Word = Literal["fits", "tight", "does_not_fit"]
+BREAKS = "The phase that runs out of memory."
+BREAKS_ON = "The kind that holds most there."
+CANNOT = "What follows the training and has no room there: merge (the adapter, in 16 bit), save."
+INTERVAL = "What the headroom lies between, bytes."
+
+
 class Fit(_Open):
     """The verdict on one card."""
 
     gpu: str
     name: str
     memory_bytes: int
-    verdict: Literal["fits", "tight", "does_not_fit"]
+    verdict: Word
     limit: int = Field(description="What the allocator may reserve there.")
-    headroom: int = Field(description="What is left; negative: what is missing.")
-    margin: int = Field(description="Half the interval that the headroom lies in.")
+    needed: int = Field(description="What the allocator reserves, left alone.")
+    headroom: int = Field(
+        description="What is left of the limit (negative: missing); where the allocator must give back its cache, less "
+        "the allocated peak."
+    )
+    interval: tuple[int, int] = Field(description=INTERVAL)
+    margin: int = Field(description="How much of the headroom may be missing; a verdict inside it is tight.")
     margin_source: str
-    breaks: str | None = Field(description="The phase that runs out of memory.")
+    breaks: str | None = Field(description=BREAKS)
+    breaks_on: str | None = Field(description=BREAKS_ON)
+    cannot: list[str] = Field(description=CANNOT)
     same_kernels: bool = Field(description="The card runs the kernels that were planned.")
+
+
+class After(_Open):
+    """What follows the training: bytes allocated at its highest moment."""
+
+    merge: int | None = Field(
+        description="Merging the adapter into its base in the load dtype, in a process of its own."
+    )
+    save: int = Field(description="Writing what was trained, beside what the training holds.")
 
 
 class Answer(_Open):
@@ -132,28 +155,42 @@ class Answer(_Open):
     timeline: Timeline
     layers: list[Layer]
     fits: list[Fit] = Field(description="The job's own card first, then the catalogue, smallest first.")
+    after: After | None = Field(description="null: nothing is trained.")
     warnings: list[str]
     stack: dict[str, str] = Field(description="The versions that the plan was traced with.")
 
 
 class Solved(_Open):
-    """The largest of what was asked for (`batch_size`, `sequence_length` or `r`) whose step fits; 0: none does."""
+    """What was asked for; 0 or null: nothing fits."""
 
     batch_size: int | None = None
     sequence_length: int | None = None
     r: int | None = None
-    memory_limit_bytes: int
-    tries: dict[int, bool] = Field(description="The values that were tried, and whether they fit.")
+    accumulation_free_batch: int | None = None
+    gradient_accumulation_steps: int | None = Field(None, description="With that batch, for the same gradients.")
+    sure: int | None = Field(None, description="The largest whose verdict on the card is fits, not tight.")
+    memory_limit_bytes: int | None = Field(None, description="What the allocator may hold.")
+    tries: dict[int, bool] | list[dict] | None = Field(
+        None, description="What was tried, and whether it fits: the replay on both sides of the edge, and beyond."
+    )
+    refused: list[int] | int | None = Field(None, description="What the model cannot take at all.")
+    gpu: str | None = None
+    cards: list[dict] | None = Field(None, description="The card found and the next smaller; or all priced ones.")
+    model: str | None = None
+    parameters: int | None = None
 
 
 class Weighed(_Open):
     """A job's verdict on its card, and its peaks."""
 
     gpu: str
-    verdict: Literal["fits", "tight", "does_not_fit"]
+    verdict: Word
     headroom: int
+    interval: tuple[int, int] = Field(description=INTERVAL)
     margin: int
-    breaks: str | None
+    breaks: str | None = Field(description=BREAKS)
+    breaks_on: str | None = Field(description=BREAKS_ON)
+    cannot: list[str] = Field(description=CANNOT)
     peak: dict[str, int | str]
 
 
@@ -163,6 +200,9 @@ class Suggestion(Weighed):
     title: str
     change: dict[str, Any]
     cost: str = Field(description="What it costs beside memory.")
+    flops_added: float = Field(description="Products with weights computed again, as a share of the step's.")
+    bytes_written_added: int = Field(description="What a steady step writes anew, more (negative: less).")
+    seconds_at_least: float = Field(description="Those bytes at the card's bandwidth; 0: unknown, or less.")
     changes_objective: bool = Field(description="The training is another one then.")
 
 
@@ -181,6 +221,31 @@ class Weights(_Open):
     parameters: int
     bytes: int | None = Field(None, description="As loaded or as stored; left out where it cannot be known.")
     counted_from: str = Field(alias="from")
+
+
+class Compared(_Open):
+    """One job of a comparison: what was varied, its peaks and its verdict; or its error."""
+
+    varied: dict[str, Any]
+    model: str | None = None
+    method: str | None = None
+    gpu: str | None = None
+    parameters: int | None = None
+    trainable_parameters: int | None = None
+    batch_size: int | None = None
+    sequence_length: int | None = None
+    verdict: Word | None = None
+    headroom: int | None = None
+    margin: int | None = None
+    peak: dict[str, int | str] | None = None
+    error: dict[str, str] | None = None
+
+
+class Comparison(BaseModel):
+    """Jobs side by side; `over` are the fields that were varied."""
+
+    over: list[str]
+    rows: list[Compared]
 
 
 class Problem(BaseModel):
@@ -221,6 +286,7 @@ class GpuRow(BaseModel):
     bandwidth_gbs: float
     bf16: bool
     source: str
+    parts: list[str] = Field(description="What may follow its key after a colon: MIG profiles, ecc.")
 
 
 class ModelRow(BaseModel):

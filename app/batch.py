@@ -22,6 +22,10 @@ class Unexpected(PlanError):
         )
 
 
+TARGETS = ("batch_size", "sequence_length", "r", "accumulation_free_batch", "gpu", "model")
+"""What :func:`solve` seeks."""
+
+
 def plan(job: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job. Raises :class:`PlanError` and nothing else."""
     from app.service import estimate
@@ -30,17 +34,24 @@ def plan(job: Any, *, all_layers: bool = False) -> dict:
 
 
 def solve(job: Any, target: str) -> dict:
-    """The largest ``target`` of a job under its ``memory_limit_bytes``. Raises :class:`PlanError` and nothing else."""
-    from app.service import solve
+    """The largest ``target`` of a job that fits. Raises :class:`PlanError` and nothing else."""
+    from app.solver import solve
 
     return _told(lambda: solve(job, target))
 
 
 def advise(job: Any) -> dict:
     """What to change so that one job fits its card. Raises :class:`PlanError` and nothing else."""
-    from app.service import advise
+    from app.advice import advise
 
     return _told(lambda: advise(job))
+
+
+def compare(what: Any) -> dict:
+    """Jobs side by side. Raises :class:`PlanError` and nothing else."""
+    from app.compare import compare
+
+    return _told(lambda: compare(what))
 
 
 def _told(use_case: Callable[[], dict]) -> dict:
@@ -58,12 +69,16 @@ def failure(error: PlanError) -> dict:
     return {"error": error.as_dict()}
 
 
+BESIDE = ("memory_limit_bytes", "multiple_of", "prices")
+"""What a line may hold beside its job, for the solver."""
+
+
 def unwrap(item: Any) -> tuple[dict, Any]:
     """What to give back with the answer (``{"id": …}`` or nothing), and the job itself."""
-    if isinstance(item, dict) and "job" in item and item.keys() <= {"id", "job", "memory_limit_bytes"}:
+    if isinstance(item, dict) and "job" in item and item.keys() <= {"id", "job", *BESIDE}:
         tag = {"id": item["id"]} if "id" in item else {}
-        limit = {"memory_limit_bytes": item["memory_limit_bytes"]} if "memory_limit_bytes" in item else {}
-        return tag, {**item["job"], **limit} if limit and isinstance(item["job"], dict) else item["job"]
+        beside = {name: item[name] for name in BESIDE if name in item}
+        return tag, {**item["job"], **beside} if beside and isinstance(item["job"], dict) else item["job"]
     return {}, item
 
 

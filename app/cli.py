@@ -6,12 +6,14 @@ Nothing here imports torch; the dry run does, when there is a job to run.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +21,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from app.batch import Unexpected, advise, each, failure, plan
+from app.batch import TARGETS, Unexpected, advise, each, failure, plan, unwrap
+from app.batch import compare as side_by_side
 from app.batch import solve as largest
-from app.catalog.gpus import all_gpus
+from app.cards import local_card, read_prices
+from app.catalog.gpus import all_gpus, parts_of
 from app.catalog.models import MODELS, search_models
 from app.errors import PlanError
 from app.form import fields, read_json, read_object, to_job
 from app.render import terminal, words
+from app.render.table import to_csv
 
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 1, 2
 
@@ -39,7 +44,7 @@ app = typer.Typer(
 )
 
 _KEYS: dict[str, str] = {}
-"""The job's field behind each option of ``estimate``, by the option's parameter."""
+"""The job's field behind each option that has one, by the option's parameter."""
 
 
 def _field(key: str, *flags: str, panel: str = "The job") -> Any:
@@ -49,78 +54,122 @@ def _field(key: str, *flags: str, panel: str = "The job") -> Any:
     field = fields()[key]
     help = field.help + (f" One of {', '.join(field.choices)}." if field.choices else "")
     metavar = {"integer": "N", "number": "X", "array": "A,B"}.get(field.kind, "NAME")
-    return typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
+    return Annotated[Maybe, typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)]
 
 
 MORE = "More of the job"
 ADAPTERS = "Adapters and quantisation"
 Maybe = str | None
 
-
-@app.command()
-def estimate(
-    context: typer.Context,
-    model: Annotated[Maybe, typer.Argument(help=fields()["model"].help, show_default=False)] = None,
-    config: Annotated[Maybe, typer.Option(help="A config.json instead of MODEL (-: stdin).", metavar="FILE")] = None,
-    job: Annotated[Maybe, typer.Option(help="A whole job as JSON; options change it.", metavar="FILE")] = None,
-    jobs: Annotated[Maybe, typer.Option(help="Many jobs, one a line of JSON (-: stdin).", metavar="FILE")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The answer as JSON.")] = False,
-    advised: Annotated[bool, typer.Option("--advise", help="Plan every change that could make it fit.")] = False,
-    layers: Annotated[bool, typer.Option("--layers", help="Every layer, repeated ones too.")] = False,
-    method: Annotated[Maybe, _field("method", "--method", "-m")] = None,
-    gpu: Annotated[Maybe, _field("gpu", "--gpu", "-g")] = None,
-    batch_size: Annotated[Maybe, _field("batch_size", "--batch-size", "-b")] = None,
-    sequence_length: Annotated[Maybe, _field("sequence_length", "--sequence-length", "-s")] = None,
-    gradient_checkpointing: Annotated[Maybe, _field("gradient_checkpointing", "--gradient-checkpointing")] = None,
-    optimizer: Annotated[Maybe, _field("optimizer", "--optimizer")] = None,
-    trainer: Annotated[Maybe, _field("trainer", "--trainer")] = None,
-    dtype: Annotated[Maybe, _field("dtype", "--dtype")] = None,
-    lora_r: Annotated[Maybe, _field("lora.r", "--lora-r", panel=ADAPTERS)] = None,
-    lora_alpha: Annotated[Maybe, _field("lora.alpha", "--lora-alpha", panel=ADAPTERS)] = None,
-    lora_dropout: Annotated[Maybe, _field("lora.dropout", "--lora-dropout", panel=ADAPTERS)] = None,
-    lora_targets: Annotated[Maybe, _field("lora.target_modules", "--lora-targets", panel=ADAPTERS)] = None,
-    quantization: Annotated[Maybe, _field("quantization.type", "--quantization", panel=ADAPTERS)] = None,
-    double_quant: Annotated[Maybe, _field("quantization.double_quant", "--double-quant", panel=ADAPTERS)] = None,
-    mixed_precision: Annotated[Maybe, _field("mixed_precision", "--mixed-precision", panel=MORE)] = None,
-    attention: Annotated[Maybe, _field("attention", "--attention", panel=MORE)] = None,
-    attention_mask: Annotated[Maybe, _field("attention_mask", "--attention-mask", panel=MORE)] = None,
-    gradient_accumulation_steps: Annotated[
-        Maybe, _field("gradient_accumulation_steps", "--gradient-accumulation-steps", panel=MORE)
-    ] = None,
-    target_length: Annotated[Maybe, _field("target_length", "--target-length", panel=MORE)] = None,
-    new_tokens: Annotated[Maybe, _field("new_tokens", "--new-tokens", panel=MORE)] = None,
-    task: Annotated[Maybe, _field("task", "--task", panel=MORE)] = None,
-    revision: Annotated[Maybe, _field("revision", "--revision", panel=MORE)] = None,
-    set_: Annotated[
+JOB_OPTIONS = {
+    "model": Annotated[Maybe, typer.Argument(help=fields()["model"].help, show_default=False)],
+    "config": Annotated[Maybe, typer.Option(help="A config.json instead of MODEL (-: stdin).", metavar="FILE")],
+    "job": Annotated[Maybe, typer.Option(help="A whole job as JSON; options change it.", metavar="FILE")],
+    "method": _field("method", "--method", "-m"),
+    "gpu": _field("gpu", "--gpu", "-g"),
+    "batch_size": _field("batch_size", "--batch-size", "-b"),
+    "sequence_length": _field("sequence_length", "--sequence-length", "-s"),
+    "gradient_checkpointing": _field("gradient_checkpointing", "--gradient-checkpointing"),
+    "optimizer": _field("optimizer", "--optimizer"),
+    "trainer": _field("trainer", "--trainer"),
+    "dtype": _field("dtype", "--dtype"),
+    "reserve": _field("reserve", "--reserve"),
+    "lora_r": _field("lora.r", "--lora-r", panel=ADAPTERS),
+    "lora_alpha": _field("lora.alpha", "--lora-alpha", panel=ADAPTERS),
+    "lora_dropout": _field("lora.dropout", "--lora-dropout", panel=ADAPTERS),
+    "lora_targets": _field("lora.target_modules", "--lora-targets", panel=ADAPTERS),
+    "quantization": _field("quantization.type", "--quantization", panel=ADAPTERS),
+    "double_quant": _field("quantization.double_quant", "--double-quant", panel=ADAPTERS),
+    "mixed_precision": _field("mixed_precision", "--mixed-precision", panel=MORE),
+    "attention": _field("attention", "--attention", panel=MORE),
+    "attention_mask": _field("attention_mask", "--attention-mask", panel=MORE),
+    "gradient_accumulation_steps": _field("gradient_accumulation_steps", "--gradient-accumulation-steps", panel=MORE),
+    "target_length": _field("target_length", "--target-length", panel=MORE),
+    "new_tokens": _field("new_tokens", "--new-tokens", panel=MORE),
+    "task": _field("task", "--task", panel=MORE),
+    "revision": _field("revision", "--revision", panel=MORE),
+    "set_": Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any other field: lora.use_dora=true.", rich_help_panel=MORE),
-    ] = None,
+    ],
+}
+"""What every command that is asked of a job takes, by parameter."""
+
+
+def of_a_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command`` the options that spell a job; its first parameter is the job that they spell, or None where
+    none is given."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        options = {name: given.pop(name) for name in JOB_OPTIONS}
+        command(_spelled(options), **given)
+
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    job = [inspect.Parameter(name, KEYWORD, default=None, annotation=hint) for name, hint in JOB_OPTIONS.items()]
+    run.__signature__ = inspect.Signature([parameter.replace(kind=KEYWORD) for parameter in (*job[:3], *own, *job[3:])])
+    run.__annotations__ = {name: parameter.annotation for name, parameter in run.__signature__.parameters.items()}
+    return run
+
+
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _spelled(options: dict[str, Any]) -> dict | None:
+    """The job that the options spell, unchecked."""
+    pairs = [(_KEYS[name], value) for name, value in options.items() if name in _KEYS and value is not None]
+    pairs += [_pair(text) for text in options["set_"] or ()]
+    if not pairs and not any(options[name] for name in ("model", "config", "job")):
+        return None
+    whole = _merge(_read_job(options["job"]) if options["job"] else {}, to_job(pairs))
+    if options["model"] is not None:
+        whole["model"] = options["model"]
+    if options["config"] is not None:
+        whole["config"] = read_object(_read(options["config"]), "config", "name the model's own config.json")
+    return _with_local_card(whole)
+
+
+def _with_local_card(job: dict) -> dict:
+    """The job with the card that ``local`` stands for; what others hold of it now is kept free for them."""
+    name = job.get("gpu")
+    if not isinstance(name, str) or name.partition(":")[0] != "local":
+        return job
+    card, busy = local_card(name)
+    reserve = job.get("reserve", 0)
+    return {**job, "gpu": card.model_dump(), "reserve": busy + reserve if isinstance(reserve, int) else reserve}
+
+
+Jobs = Annotated[Maybe, typer.Option(help="Many jobs, one a line of JSON (-: stdin).", metavar="FILE")]
+Json = Annotated[bool, typer.Option("--json", help="The answer as JSON.")]
+Prices = Annotated[
+    Maybe,
+    typer.Option(help="Your prices: a file of lines card,price, or JSON; cards are ranked by them.", metavar="FILE"),
+]
+
+
+@app.command()
+@of_a_job
+def estimate(
+    whole: dict | None,
+    jobs: Jobs = None,
+    as_json: Json = False,
+    advised: Annotated[bool, typer.Option("--advise", help="Plan every change that could make it fit.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Every layer, repeated ones too.")] = False,
 ) -> None:
     """Plan the memory of one step: does it fit, how much is left, what takes it.
 
     Exit codes: 0 fits, 1 does not fit the card of --gpu, 2 cannot say.
     """
-    pairs = [(_KEYS[name], value) for name, value in context.params.items() if name in _KEYS and value is not None]
-    pairs += [_pair(text) for text in set_ or ()]
     if jobs is not None:
-        if model or config or job or pairs or advised:
+        if whole is not None or advised:
             raise PlanError("--jobs takes every job from its own line", "leave the other options out", "jobs")
         raise typer.Exit(_each_line(jobs, lambda one: plan(one, all_layers=layers)))
-    whole = _merge(_read_job(job) if job else {}, to_job(pairs))
-    if model is not None:
-        whole["model"] = model
-    if config is not None:
-        whole["config"] = read_object(_read(config), "config", "name the model's own config.json")
-    try:
+    with _told_as(as_json):
         with _waiting("Running the step on the meta device"):
-            answer = plan(whole, all_layers=layers)
+            answer = plan(whole or {}, all_layers=layers)
         if advised:
             with _waiting("Planning every change"):
                 answer["advice"] = advise(whole)
-    except PlanError as error:
-        if as_json:
-            print(json.dumps(failure(error)))
-        raise
     if as_json:
         print(json.dumps(answer))
     else:
@@ -129,26 +178,85 @@ def estimate(
 
 
 @app.command()
+@of_a_job
 def solve(
-    target: Annotated[str, typer.Option("--for", help="batch_size, sequence_length or r, the rank.")] = "batch_size",
-    job: Annotated[Maybe, typer.Option(help="A whole job as JSON.", metavar="FILE")] = None,
-    jobs: Annotated[Maybe, typer.Option(help="Many jobs, one a line of JSON (-: stdin).", metavar="FILE")] = None,
-    memory_limit_bytes: Annotated[int | None, typer.Option(help="What the allocator may hold, in bytes.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The answer as JSON.")] = False,
+    whole: dict | None,
+    target: Annotated[
+        str, typer.Option("--for", help=f"{', '.join(TARGETS)}: the largest that fits, or the smallest card.")
+    ] = "batch_size",
+    memory_limit_bytes: Annotated[
+        int | None, typer.Option(help="What the allocator may hold, instead of a card.", metavar="N")
+    ] = None,
+    multiple_of: Annotated[int | None, typer.Option(help="Only multiples of it.", metavar="N")] = None,
+    prices: Prices = None,
+    jobs: Jobs = None,
+    as_json: Json = False,
 ) -> None:
-    """Find the largest batch, length or rank whose step fits in so much allocator memory."""
-    if (job is None) == (jobs is None):
-        raise PlanError("solve takes --job or --jobs", "a line of --jobs is a job with memory_limit_bytes", "jobs")
-    limit = {} if memory_limit_bytes is None else {"memory_limit_bytes": memory_limit_bytes}
+    """Find the largest batch, length or rank that fits a card; the smallest card; the largest model.
+
+    Exit codes: 0 found, 1 nothing fits, 2 cannot say.
+    """
+    beside: dict[str, Any] = {"memory_limit_bytes": memory_limit_bytes, "multiple_of": multiple_of}
+    beside["prices"] = read_prices(prices) if prices else None
+    beside = {name: value for name, value in beside.items() if value is not None}
     if jobs is not None:
-        raise typer.Exit(_each_line(jobs, lambda one: largest(one | limit if isinstance(one, dict) else one, target)))
-    with _waiting("Running steps on the meta device"):
-        answer = largest({**_read_job(job), **limit}, target)
+        if whole is not None:
+            raise PlanError("--jobs takes every job from its own line", "leave the other options out", "jobs")
+        raise typer.Exit(
+            _each_line(jobs, lambda one: largest({**one, **beside} if isinstance(one, dict) else one, target))
+        )
+    with _told_as(as_json), _waiting("Running steps on the meta device"):
+        answer = largest({**(whole or {}), **beside}, target)
     if as_json:
         print(json.dumps(answer))
     else:
-        print(f"{target} {answer[target]} is the largest whose step fits in {words.size(answer['memory_limit_bytes'])}")
+        terminal.solved(answer, target, Console())
     raise typer.Exit(FITS if answer[target] else DOES_NOT_FIT)
+
+
+@app.command()
+@of_a_job
+def compare(
+    whole: dict | None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=A,B", help="Vary a field: method=lora,qlora, lora.r=8,16, gpu=rtx-4090,24GiB."),
+    ] = None,
+    jobs: Jobs = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="The rows as CSV, sizes in bytes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Hold jobs side by side: up to six of --jobs, or one varied with --over."""
+    if (jobs is None) == (whole is None):
+        raise PlanError(
+            "compare takes --jobs, or one job and --over", "vramplan compare MODEL --over lora.r=8,16", "jobs"
+        )
+    if jobs is not None:
+        lines = (read_json(line, "line", "a line is one job as JSON") for line in _lines(jobs) if line.strip())
+        asked: dict = {"jobs": [unwrap(line)[1] for line in lines]}
+    else:
+        pairs = [_pair(text) for text in over or ()]
+        asked = {"job": whole, "over": {field: values.split(",") for field, values in pairs}}
+    with _told_as(as_json), _waiting("Running the steps on the meta device"):
+        answer = side_by_side(asked)
+    if as_json:
+        print(json.dumps(answer))
+    elif as_csv:
+        sys.stdout.write(to_csv(answer))
+    else:
+        terminal.comparison(answer, Console())
+    raise typer.Exit(CANNOT_SAY if all("error" in row for row in answer["rows"]) else FITS)
+
+
+@contextmanager
+def _told_as(as_json: bool) -> Iterator[None]:
+    """Errors on standard output too, where the answer would have been JSON."""
+    try:
+        yield
+    except PlanError as error:
+        if as_json:
+            print(json.dumps(failure(error)))
+        raise
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -224,12 +332,15 @@ def serve(
 
 
 @app.command()
-def gpus(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List the cards of the catalogue, the smallest first."""
+def gpus(prices: Prices = None, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the cards of the catalogue, the smallest first; with --prices those that have one, the cheapest first."""
+    cards, known = all_gpus(), read_prices(prices) if prices else {}
+    if known:
+        cards = sorted((card for card in cards if card.key in known), key=lambda card: known[card.key])
     if as_json:
-        print(json.dumps([asdict(card) for card in all_gpus()]))
+        print(json.dumps([{**asdict(card), "parts": parts_of(card), "price": known.get(card.key)} for card in cards]))
     else:
-        terminal.gpus(all_gpus(), Console())
+        terminal.gpus(cards, known, Console())
 
 
 @app.command()

@@ -1,5 +1,8 @@
 """The one error that a user may be told."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class PlanError(Exception):
     """What was asked and what was found, with what to do next.
@@ -24,3 +27,10 @@ class PlanError(Exception):
         if self.weights:
             out["weights"] = self.weights
         return out
+
+
+def near(word: str, words: Iterable[str]) -> str:
+    """The hint for a word that is none of ``words``: the nearest of them, else all."""
+    words = list(words)
+    found = difflib.get_close_matches(word, words, 1, 0.5)
+    return f"did you mean {found[0]!r}?" if found else f"one of {', '.join(words)}"

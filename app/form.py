@@ -1,7 +1,7 @@
 """A job as flat pairs of text: what a query string, a form and a command line hold.
 
-``lora.r=16`` is the field ``r`` of ``lora``; lists are separated by commas; ``gpu=24GiB`` is a card of one's own; what
-is left empty is left out.
+``lora.r=16`` is the field ``r`` of ``lora``; lists are separated by commas; ``gpu=24GiB`` is a card of one's own and
+``reserve=2GiB`` an amount; what is left empty is left out.
 Text that does not look like its field's type stays text, so that one place, the schema, says what is wrong with it.
 """
 
@@ -18,7 +18,7 @@ from app.errors import PlanError
 from app.job import Job
 
 PASTE = "paste the model's whole config.json"
-_OWN_CARD = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|MiB)", re.IGNORECASE)
+_AMOUNT = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|MiB)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,10 @@ def _value(key: str, text: str) -> Any:
     kind = field.kind if field else "string"
     if key == "config":
         return read_object(text, "config", PASTE)
-    if key == "gpu" and (own := _OWN_CARD.fullmatch(text)):
-        unit, scale = ("GiB", 1 << 30) if own[2].lower() == "gib" else ("MiB", 1 << 20)
-        return {"name": f"a card of {own[1]} {unit}", "memory_bytes": int(float(own[1]) * scale)}
+    if key in ("gpu", "reserve") and (amount := _AMOUNT.fullmatch(text)):
+        unit, scale = ("GiB", 1 << 30) if amount[2].lower() == "gib" else ("MiB", 1 << 20)
+        count = int(float(amount[1]) * scale)
+        return count if key == "reserve" else {"name": f"a card of {amount[1]} {unit}", "memory_bytes": count}
     if text == "null" and kind != "string":
         return None
     if kind == "array":

@@ -80,10 +80,11 @@ class Lora(_Strict):
 
 
 class OwnGpu(_Strict):
-    """A card that is not in the catalogue."""
+    """A card that is not in the catalogue, or one whose memory is known better than the catalogue does."""
 
     name: str = Field("my card", max_length=200)
-    memory_bytes: Annotated[int, Field(gt=0, le=1 << 50)]
+    memory_bytes: Annotated[int, Field(gt=0, le=1 << 50, description="What PyTorch can use of it.")]
+    like: str | None = Field(None, max_length=200, description="The catalogue's card whose kernels it runs.")
 
 
 class Allocator(_Strict):
@@ -129,6 +130,9 @@ class Job(_Strict):
     attention_mask: Literal["absent", "full", "padded"] = Field("full", description="What the batch carries.")
     trainer: Literal["pytorch", "transformers", "trl"] = Field("pytorch", description="Whose step it is.")
     gpu: str | OwnGpu | None = Field(None, description="Catalogue name, or a card of your own.")
+    reserve: Annotated[int, Field(ge=0, le=1 << 50)] = Field(
+        0, description="Bytes of the card that are not this job's: a display, other processes, room to be left."
+    )
     gpu_count: Annotated[int, Field(ge=1, le=100_000)] = 1
     nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
     strategy: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "tensor-parallel", "device-map"] = "single"

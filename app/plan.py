@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -44,8 +45,9 @@ def card_of(job: Job) -> Gpu | OwnGpu:
 
 
 def kernels_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors that are traced for a card; an own card has the default card's."""
-    known = gpu if isinstance(gpu, Gpu) else find_gpu(DEFAULT_GPU)
+    """Compute capability and multiprocessors that are traced for a card; an own card has those of the card that it is
+    like, else the default card's."""
+    known = gpu if isinstance(gpu, Gpu) else find_gpu(gpu.like or DEFAULT_GPU)
     if known.compute_capability is None:
         raise PlanError(f"{known.name} runs ROCm, whose kernels are not modelled", "choose an NVIDIA card", "gpu")
     return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count
@@ -101,7 +103,7 @@ def _read_file(path: str) -> dict:
 
 def key_of(job: Job, config: dict, gpu) -> str:
     """Everything that shapes a trace, as one string: the job without what only reads it, the config, the kernels."""
-    shape = job.model_dump(exclude={"model", "config", "revision", "gpu", "allocator"})
+    shape = job.model_dump(exclude={"model", "config", "revision", "gpu", "reserve", "allocator"})
     return json.dumps([shape, config, kernels_of(gpu)], sort_keys=True, default=str)
 
 
@@ -110,9 +112,7 @@ def trace_of(key: str):
     """The dry run for a key; the last few are kept."""
     from app.dryrun.run import trace
 
-    shape, config, (capability, multiprocessors) = json.loads(key)
-    job = Job.model_validate({**shape, "config": config})
-    return trace(job, config, tuple(capability), multiprocessors)
+    return _run(trace, key)
 
 
 @lru_cache(maxsize=128)
@@ -120,9 +120,29 @@ def books_of(key: str) -> Books:
     """The books alone for a key, without the tables."""
     from app.dryrun.run import books_of
 
+    return _run(books_of, key)
+
+
+@lru_cache(maxsize=128)
+def finish_of(key: str) -> Books:
+    """The books of merging and writing what the job of a key trained."""
+    from app.dryrun.finish import finish_books
+
+    return _run(finish_books, key)
+
+
+@lru_cache(maxsize=512)
+def load_of(key: str) -> Books:
+    """The books of placing the model of a key alone."""
+    from app.dryrun.finish import load_books
+
+    return _run(load_books, key)
+
+
+def _run(dry_run: Callable, key: str):
     shape, config, (capability, multiprocessors) = json.loads(key)
     job = Job.model_validate({**shape, "config": config})
-    return books_of(job, config, tuple(capability), multiprocessors)
+    return dry_run(job, config, tuple(capability), multiprocessors)
 
 
 def settings_of(job: Job) -> Settings:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 import anyio
@@ -17,19 +17,21 @@ from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from pydantic import WrapValidator
+from pydantic import BaseModel, Field, WrapValidator
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__, hub
-from app.answer import Advice, Answer, Failure, GpuRow, Health, Line, ModelRow, Solved
-from app.batch import Unexpected, advise, failure, plan, solve, unwrap
-from app.catalog.gpus import all_gpus
+from app.answer import Advice, Answer, Comparison, Failure, GpuRow, Health, Line, ModelRow, Solved
+from app.batch import Unexpected, advise, compare, failure, plan, solve, unwrap
+from app.catalog.gpus import all_gpus, parts_of
 from app.catalog.models import find_model, search_models
+from app.compare import jobs_of
 from app.errors import PlanError
 from app.form import to_job
 from app.job import Job, read_job
 from app.render import html
+from app.render.table import to_csv
 
 BODY_LIMIT = 4 << 20
 """Bytes of a request. A config.json has kilobytes."""
@@ -86,15 +88,35 @@ SOLVE_EXAMPLES = {
 
 
 class LimitedJob(Job):
-    """A job, and the bytes that the allocator may hold."""
+    """A job, and how much memory there is where its card is not meant."""
 
-    memory_limit_bytes: int
+    memory_limit_bytes: int | None = Field(None, description="What the allocator may hold, instead of the job's card.")
+    multiple_of: int | None = Field(None, description="Only multiples of it are sought.")
+    prices: dict[str, float] | None = Field(None, description="By card: priced cards are ranked, for=gpu.")
+
+
+class Comparable(BaseModel):
+    """`jobs`, or a `job` and what of it to vary."""
+
+    jobs: list[Job] | None = Field(None, description="At most six.")
+    job: Job | None = None
+    over: dict[str, list] | None = Field(None, description="Values by dotted field: every combination is planned.")
 
 
 JobBody = Annotated[Job, WrapValidator(lambda value, _: read_job(value)), Body(openapi_examples=EXAMPLES)]
 """A Job, documented by its schema and read by :func:`read_job`, whose errors name the nearest field."""
 SolveBody = Annotated[LimitedJob, WrapValidator(lambda value, _: value), Body(openapi_examples=SOLVE_EXAMPLES)]
-TARGETS = "batch_size, sequence_length, or r: the adapters' rank"
+TARGETS = "batch_size, sequence_length, r (the adapters' rank), accumulation_free_batch, gpu or model"
+COMPARE_EXAMPLES = {
+    "over": {
+        "summary": "One job over methods and cards",
+        "value": {
+            "job": {"model": "llama-3.1-8b", "sequence_length": 2048},
+            "over": {"method": ["lora", "qlora"], "gpu": ["rtx-4090", "a100-40gb"]},
+        },
+    }
+}
+CompareBody = Annotated[Comparable, WrapValidator(lambda value, _: value), Body(openapi_examples=COMPARE_EXAMPLES)]
 Items = Annotated[list[Job | dict], WrapValidator(lambda value, _: value), Body(openapi_examples=BATCH_EXAMPLES)]
 ERRORS = {
     422: {"model": Failure, "description": "The job cannot be planned, or is none."},
@@ -133,13 +155,14 @@ class Desk:
 
     async def run(self, use_case: Callable[[Any], dict], job: Any, request: Request | None = None) -> dict:
         """What ``use_case`` makes of ``job``. Nothing is planned for a visitor who has left."""
-        self._refuse_local(job)
+        self.refuse_local(job)
         async with self.slot:
             if request is not None and await request.is_disconnected():
                 raise Busy
             return await anyio.to_thread.run_sync(use_case, job)
 
-    def _refuse_local(self, job: Any) -> None:
+    def refuse_local(self, job: Any) -> None:
+        """Raise :class:`PlanError` for a job whose model would be read from this server's disk."""
         name = job.model if isinstance(job, Job) else job.get("model") if isinstance(job, dict) else None
         if self.local_files or not isinstance(name, str) or find_model(name) is not None:
             return
@@ -276,7 +299,9 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
                 out.append({**tag, **failure(error)})
         return JSONResponse(out)
 
-    @app.post("/solve", response_model=Solved, responses=ERRORS, summary="Find the largest batch, length or rank")
+    @app.post(
+        "/solve", response_model=Solved, responses=ERRORS, summary="Find the largest that fits, or the smallest card"
+    )
     async def largest(
         request: Request, job: SolveBody, target: Annotated[str, Query(alias="for", description=TARGETS)] = "batch_size"
     ) -> Response:
@@ -289,9 +314,19 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
         desk.admit()
         return JSONResponse(await desk.run(advise, job, request))
 
+    @app.post("/compare", response_model=Comparison, responses=ERRORS, summary="Hold jobs side by side")
+    async def side_by_side(
+        request: Request, what: CompareBody, form: Annotated[Literal["json", "csv"], Query(alias="format")] = "json"
+    ) -> Response:
+        for _, job in jobs_of(what):
+            desk.refuse_local(job)
+        desk.admit()
+        rows = await desk.run(compare, what, request)
+        return JSONResponse(rows) if form == "json" else Response(to_csv(rows), media_type="text/csv")
+
     @app.get("/gpus", summary="The cards of the catalogue, the smallest first")
     async def gpus() -> list[GpuRow]:
-        return [GpuRow(**asdict(card)) for card in all_gpus()]
+        return [GpuRow(**asdict(card), parts=parts_of(card)) for card in all_gpus()]
 
     @app.get("/models", responses={422: ERRORS[422]}, summary="Models by name: the catalogue's, then the Hub's")
     def models(

@@ -17,11 +17,15 @@ ORDER = [
     "dryrun",
     "hub",
     "plan",
+    "cards",
+    "weigh",
+    "solver",
     "advice",
     "service",
+    "form",
+    "compare",
     "batch",
     "answer",
-    "form",
     "render",
     "web",
     "cli",
@@ -73,9 +77,7 @@ def test_no_rule_is_keyed_to_a_model():
     for path in [
         *(APP / "dryrun").rglob("*.py"),
         *(APP / "memory").rglob("*.py"),
-        APP / "plan.py",
-        APP / "service.py",
-        APP / "advice.py",
+        *(APP / f"{name}.py" for name in ("plan", "cards", "weigh", "solver", "advice", "service", "compare")),
     ]:
         strings = {
             node.value

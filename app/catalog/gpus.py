@@ -9,11 +9,13 @@ grows with the memory on a card larger than that one. Such rows have `measured=F
 torch sees the whole of nvidia-smi's total.
 
 Multiprocessors, bandwidths and compute capabilities are from the vendors' datasheets and TechPowerUp.
+
+A part of a card is named after it: `a100-80gb:3g.40gb` is a MIG slice, `a6000:ecc` the card with ECC on.
 """
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.errors import PlanError
 
@@ -198,13 +200,15 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the card of that key, alias or full name, however it is spelled.
+    """Return the card of that key, alias or full name, however it is spelled; after a colon, a part of it.
 
     Raises PlanError, naming the nearest, where there is none.
     """
-    plain = _plain(name)
+    whole, colon, part = name.partition(":")
+    plain = _plain(whole)
     if plain in _BY_NAME:
-        return _BY_NAME[plain]
+        gpu = _BY_NAME[plain]
+        return _part(gpu, part.strip().lower()) if colon else gpu
     near = dict.fromkeys(_BY_NAME[n].key for n in difflib.get_close_matches(plain, _BY_NAME, n=3, cutoff=0.0))
     raise PlanError(
         f"The catalogue has no GPU called {name!r}.",
@@ -212,3 +216,82 @@ def find_gpu(name: str) -> Gpu:
         '{"name": "…", "memory_bytes": …}.',
         field="gpu",
     )
+
+
+def parts_of(gpu: Gpu) -> list[str]:
+    """What may follow the card's key after a colon."""
+    return [*_profiles(gpu), *(["ecc"] if gpu.key in ECC_OFF else [])]
+
+
+MIG = {(8, 0): 7, (9, 0): 7, (10, 0): 7, (10, 3): 7}
+"""Compute slices of the architectures that can be partitioned (NVIDIA's MIG user guide, "Supported MIG Profiles"). The
+A30 has four."""
+MIG_SHARE = 9728 / 10240
+"""What torch sees of a slice's share of the memory: of an A100 80GB's 1g.10gb it is 9728 MiB, of an A100 40GB's 9856,
+in public pastes. The lower."""
+ECC_GAP = "a40"
+"""With ECC on, 15/16 of the memory is left; the A40 is sold so and is one of these cards' chips."""
+ECC_OFF = ("a4000", "a5000", "a6000", "rtx-4000-ada", "rtx-6000-ada")
+
+
+def _part(gpu: Gpu, part: str) -> Gpu:
+    """The card as `part` names it: a MIG profile, or `ecc`."""
+    if part == "ecc":
+        if gpu.key not in ECC_OFF:
+            raise PlanError(
+                f"{gpu.name} is not one whose ECC takes memory when it is switched on",
+                f"its total is as it is sold: name {gpu.key}. Those are {', '.join(ECC_OFF)}",
+                "gpu",
+            )
+        smi = (gpu.smi_memory or gpu.marketed_gb * 1024 * MIB) // MIB * 15 // 16
+        return replace(
+            gpu,
+            name=f"{gpu.name} with ECC",
+            key=f"{gpu.key}:ecc",
+            aliases=(),
+            total_memory=_derive(ECC_GAP, smi) * MIB,
+            smi_memory=smi * MIB,
+            measured=False,
+            source=f"15/16 of nvidia-smi's total, less the gap of {ECC_GAP}",
+        )
+    profiles = _profiles(gpu)
+    if part not in profiles:
+        near = difflib.get_close_matches(part, profiles, 1, 0.0)
+        raise PlanError(
+            f"{gpu.name} has no part {part!r}",
+            f"its MIG profiles are like {near[0]} ({', '.join(profiles)})" if near else "it cannot be partitioned",
+            "gpu",
+        )
+    compute, eighths = profiles[part]
+    slices = 4 if gpu.key == "a30" else MIG[gpu.compute_capability]
+    total = gpu.smi_memory or gpu.marketed_gb * 1024 * MIB
+    return replace(
+        gpu,
+        name=f"{gpu.name} MIG {part}",
+        key=f"{gpu.key}:{part}",
+        aliases=(),
+        total_memory=int(total * eighths // 8 * MIG_SHARE) // MIB * MIB,
+        smi_memory=total * eighths // 8,
+        measured=False,
+        sm_count=gpu.sm_count and gpu.sm_count * compute // slices,
+        bandwidth_gbs=gpu.bandwidth_gbs * eighths / 8,
+        source=f"{eighths}/8 of nvidia-smi's total, less what the A100's slices lack",
+    )
+
+
+def _profiles(gpu: Gpu) -> dict[str, tuple[int, int]]:
+    """MIG profiles by name: compute slices, and eighths of the memory. A name has the gigabytes that are sold."""
+    if gpu.compute_capability not in MIG:
+        return {}
+    shares = ((1, 2), (2, 4), (4, 8)) if gpu.key == "a30" else ((1, 1), (1, 2), (2, 2), (3, 4), (4, 4), (7, 8))
+    names = {
+        "a30": (6, 12, 24),
+        40: (5, 10, 10, 20, 20, 40),
+        80: (10, 20, 20, 40, 40, 80),
+        94: (12, 24, 24, 47, 47, 94),
+        96: (12, 24, 24, 48, 48, 96),
+        141: (18, 35, 35, 71, 71, 141),
+        192: (23, 45, 45, 90, 90, 180),
+    }
+    sizes = names.get(gpu.key, names.get(gpu.marketed_gb, ()))
+    return {f"{share[0]}g.{size}gb": share for share, size in zip(shares, sizes)}

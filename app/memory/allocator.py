@@ -158,15 +158,17 @@ class CachingAllocator:
         return block
 
     def _new_block(self, size: int, small: bool) -> _Block | None:
-        """``alloc_block``: a new segment, or None where the limit forbids it."""
-        if self.settings.expandable_segments:
-            return self._expand(size, small)
+        """``alloc_block``: a new segment, or None where the limit forbids it. A limit (``set_fraction``) is asked about
+        the whole segment, also where an expandable one would grow by less."""
         if small:
             segment = SMALL_BUFFER
         elif size < MIN_LARGE_ALLOC:
             segment = LARGE_BUFFER
         else:
             segment = -(-size // ROUND_LARGE) * ROUND_LARGE
+        if self.settings.expandable_segments:
+            limit = self.settings.limit
+            return None if limit is not None and self.reserved + segment > limit else self._expand(size, small)
         if not self._reserve(segment):
             return None
         return _Block(segment, self._addresses.take(segment), small)

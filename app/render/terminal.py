@@ -38,6 +38,7 @@ def page(answer: dict, width: int) -> RenderableType:
     head = Text.assemble(
         (words.verdict(answer), STATES[words.state(answer)]),
         "\n",
+        *((f"{sentence}\n", STATES["does_not_fit"]) for sentence in words.beyond(answer)),
         (words.model_name(answer), "bold"),
         f", {words.number(answer['model']['parameters'])} parameters\n",
         (words.settings(answer), "dim"),
@@ -179,7 +180,7 @@ def _advice(answer: dict) -> RenderableType:
     table = _table("Change", "Reserved", "To spare", "Costs")
     table.columns[0].no_wrap = table.columns[3].no_wrap = False
     for option in options:
-        cost = option["cost"] + (" (changes the training)" if option["changes_objective"] else "")
+        cost = words.cost(option) + (" (changes the training)" if option["changes_objective"] else "")
         table.add_row(option["title"], size(option["peak"]["reserved"]), size(option["headroom"]), cost)
     return table
 
@@ -187,20 +188,113 @@ def _advice(answer: dict) -> RenderableType:
 def _table(*columns: str) -> Table:
     """A quiet table: no lines, a dim head, words to the left and numbers to the right."""
     table = Table(box=None, pad_edge=True, padding=(0, 1, 0, 1), header_style="dim")
-    text = {"", "Phase", "Module", "Card", "--gpu", "Model", "Also called", "Smallest card", "Change", "Costs"}
+    text = {
+        "",
+        "Phase",
+        "Module",
+        "Card",
+        "--gpu",
+        "Model",
+        "Also called",
+        "Smallest card",
+        "Change",
+        "Costs",
+        "Peak in",
+        "Verdict",
+    }
     for name in columns:
         table.add_column(name, justify="left" if name in text else "right", no_wrap=True)
     return table
 
 
-def gpus(cards, console: Console) -> None:
+def gpus(cards, prices: dict[str, float], console: Console) -> None:
     """The catalogue of cards."""
-    table = _table("Card", "--gpu", "Memory", "Sold as", "bf16")
+    table = _table("Card", "--gpu", "Memory", "Sold as", "bf16", *(["Price"] if prices else []))
     for card in cards:
         memory = ("" if card.measured else "~") + size(card.total_memory)
-        table.add_row(card.name, card.key, memory, f"{card.marketed_gb} GB", "yes" if card.bf16 else "no")
+        price = [f"{prices[card.key]:g}"] if prices else []
+        table.add_row(card.name, card.key, memory, f"{card.marketed_gb} GB", "yes" if card.bf16 else "no", *price)
     console.print(table, highlight=False)
     console.print(Text("  Memory: what torch can use. ~ derived from nvidia-smi's total, not read.", "dim"))
+    console.print(Text("  Parts of a card: a100-80gb:3g.40gb is a MIG slice, a6000:ecc the card with ECC on.", "dim"))
+
+
+VERDICTS = {"fits": "fits", "tight": "tight", "does_not_fit": "does not fit"}
+
+
+def solved(answer: dict, target: str, console: Console) -> None:
+    """What the solver found, and what it checked."""
+    if target in ("gpu", "model"):
+        return _found(answer, target, console)
+    value, where = answer[target], f"{size(answer['memory_limit_bytes'])} of allocator memory"
+    name = target.replace("_", " ") if target != "r" else "rank"
+    if not value:
+        console.print(Text(f"No {name} fits {where}", STATES["does_not_fit"]))
+    else:
+        console.print(Text(f"The largest {name} in {where} is {value}", STATES["fits"]))
+        if "sure" in answer and answer["sure"] != value:
+            console.print(Text(f"  {answer['sure']} to be sure: beyond it the verdict is tight."))
+        if answer.get("gradient_accumulation_steps", 1) > 1:
+            console.print(Text(f"  {answer['gradient_accumulation_steps']} such batches make the job's whole batch."))
+    above = [tried for tried, fits in answer["tries"].items() if not fits]
+    if above:
+        edge = f"{value} fits, {min(above)} does not" if value else f"{min(above)} does not fit"
+        console.print(Text(f"  Replayed: {edge}.", "dim"), highlight=False)
+    if answer["refused"]:
+        console.print(Text(f"  The model takes no {min(answer['refused'])}.", "dim"), highlight=False)
+
+
+def _found(answer: dict, target: str, console: Console) -> None:
+    what = {"gpu": "The smallest card that takes it is", "model": "The largest model of the catalogue that fits is"}
+    prices = target == "gpu" and any("price" in row for row in answer["cards"])
+    lead = "The cheapest card that takes it is" if prices else what[target]
+    found = answer[target]
+    said = f"{lead} {found}" if found else "None of the catalogue does"
+    console.print(Text(said, STATES["fits" if found else "does_not_fit"]), highlight=False)
+    rows = answer["cards"] if target == "gpu" else answer["tries"]
+    table = _table("Card" if target == "gpu" else "Model", *(["Price"] if prices else []), "Reserved", "To spare", "")
+    for row in rows:
+        price = [f"{row['price']:g}"] if prices else []
+        word = VERDICTS[row["verdict"]]
+        table.add_row(row[target], *price, size(row["peak"]["reserved"]), size(row["headroom"]), word)
+    console.print(table, highlight=False)
+
+
+def comparison(answer: dict, console: Console) -> None:
+    """Jobs side by side: what was varied, else what tells them apart."""
+    rows = answer["rows"]
+    plain = [
+        field for field in ("model", "method", "batch_size", "sequence_length", "gpu") if field not in answer["over"]
+    ]
+    told = [field for field in plain if len({str(row.get(field)) for row in rows if "error" not in row}) > 1]
+    if not answer["over"] and not told:
+        told = ["model", "method"]
+    asked = any(row.get("gpu") for row in rows)
+    table = _table(
+        *answer["over"], *told, "Allocated", "Reserved", "Peak in", *(["Verdict", "To spare"] if asked else [])
+    )
+    for column, field in zip(table.columns, (*answer["over"], *told)):
+        column.justify = "left"
+    for row in rows:
+        cells = [_cell(row["varied"].get(field)) for field in answer["over"]] + [
+            _cell(row.get(field)) for field in told
+        ]
+        if "error" in row:
+            table.add_row(*cells, Text(row["error"]["message"], "yellow"))
+            continue
+        peak = row["peak"]
+        cells += [size(peak["allocated"]), size(peak["reserved"]), peak["phase"]]
+        if asked:
+            beside = (
+                f", cannot {' or '.join(row['cannot'])}" if row["cannot"] and row["verdict"] != "does_not_fit" else ""
+            )
+            cells += [Text(VERDICTS[row["verdict"]] + beside, STATES[row["verdict"]]), size(row["headroom"])]
+        table.add_row(*cells if row.get("gpu") or not asked else (*cells[:-2], "", ""))
+    console.print(table, highlight=False)
+
+
+def _cell(value: object) -> str:
+    return value["name"] if isinstance(value, dict) and "name" in value else "" if value is None else str(value)
 
 
 def models(found, console: Console) -> None:

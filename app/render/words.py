@@ -127,11 +127,42 @@ def verdict(answer: dict) -> str:
     name = with_article(card["name"])
     if card["verdict"] == "fits":
         return f"Fits {name} with {size(card['headroom'])} to spare"
+    if card["verdict"] == "tight" and card["needed"] > card["limit"]:
+        return f"Tight on {name}: it fits if the allocator gives back its cache, {size(card['headroom'])} to spare"
     if card["verdict"] == "tight":
         return f"Tight on {name}: {size(card['headroom'])} to spare, give or take {size(card['margin'])}"
     missing = size(-card["headroom"])
-    where = f", out of memory {during(card['breaks'])}" if card["breaks"] else ""
-    return f"Does not fit {name}: {missing} short{where}"
+    return f"Does not fit {name}: {missing} short, out of memory {during(card['breaks'])}"
+
+
+def beyond(answer: dict) -> list[str]:
+    """What of loading, merging and writing the job's card has no room for though it holds the step, in sentences."""
+    card, after = asked_card(answer), answer["after"]
+    if card is None or not after:
+        return []
+    out = []
+    if card["breaks"] == "load" and max(p["peak_reserved"] for p in answer["phases"] if p["step"]) <= card["limit"]:
+        out.append(f"The step would fit, loading does not: it takes {size(answer['load']['peak_reserved'])}.")
+    if "merge" in card["cannot"]:
+        took = size(after["merge"])
+        out.append(f"It cannot merge the adapter in {answer['job']['dtype']} there ({took}): merge on the CPU.")
+    if "save" in card["cannot"]:
+        out.append(
+            f"It cannot write the checkpoint from there ({size(after['save'])}): move the model to the CPU first."
+        )
+    return out
+
+
+def cost(option: dict) -> str:
+    """What a change costs: in words, and what the plans' numbers say of time."""
+    out = [option["cost"]]
+    if option["flops_added"]:
+        out.append(f"{100 * option['flops_added']:+.0f} % of the products with weights")
+    if option["bytes_written_added"] >= MIB:
+        least = option["seconds_at_least"]
+        time = f", at least {1000 * least:.3g} ms" if least else ""
+        out.append(f"a step writes {size(option['bytes_written_added'])} more{time}")
+    return "; ".join(out)
 
 
 def margin(answer: dict) -> str:

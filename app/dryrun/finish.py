@@ -1,0 +1,63 @@
+"""What comes after the training, on the meta device: the adapter merged in 16 bit, the checkpoint written.
+
+Both in a process of their own, with the functions that people call: ``PeftModel.from_pretrained`` and
+``merge_and_unload`` (peft/tuners/lora/layer.py ``Linear.merge``: the product of the factors and its scaled copy, in the
+adapter's dtype), then ``save_pretrained`` (transformers/modeling_utils.py: ``revert_weight_conversion``, which copies
+what a checkpoint holds apart and the model fused; safetensors then takes each tensor to the host).
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from app.dryrun import cuda
+from app.dryrun.fold import folded_books
+from app.dryrun.model import build_base, load, read_config, task_of
+from app.dryrun.trace import Ledger
+from app.job import Job
+from app.memory.event import Books
+
+MERGE, SAVE = "merge", "save"
+
+
+def finish_books(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
+    """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it."""
+    configuration = read_config(config, job.attention)
+    task = job.task or task_of(configuration)
+    card = cuda.Card(capability, multiprocessors)
+
+    def run(model) -> Books:
+        ledger = Ledger(card)
+        with cuda.as_if_cuda(card):
+            model = load(model, job, task, ledger)
+            with ledger.watching(model), torch.no_grad():
+                if job.lora is not None:
+                    ledger.mark("load", 0, "adapters")  # load_peft_weights: the file's tensors, on the card
+                    stored = [torch.empty_like(p) for p in model.parameters() if p.requires_grad]
+                    del stored
+                    ledger.mark(MERGE, 1, "temporaries")
+                    model = model.merge_and_unload()
+                ledger.mark(SAVE, 1, "temporaries")
+                written = revert_weight_conversion(model, model.state_dict())
+                written = {name: tensor.contiguous() for name, tensor in written.items()}
+                del written
+                ledger.mark("end", 1, "temporaries")
+        return ledger.close()
+
+    return folded_books(build_base(configuration, task, getattr(torch, job.dtype)), run)
+
+
+def load_books(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
+    """The books of placing the model of ``job`` (resolved) alone."""
+    configuration = read_config(config, job.attention)
+    task = job.task or task_of(configuration)
+    card = cuda.Card(capability, multiprocessors)
+
+    def run(model) -> Books:
+        ledger = Ledger(card)
+        with cuda.as_if_cuda(card):
+            load(model, job, task, ledger)
+        return ledger.close()
+
+    return folded_books(build_base(configuration, task, getattr(torch, job.dtype)), run)
