@@ -202,7 +202,21 @@ def advise(data: Any) -> dict:
         change = Change("another card", ({"gpu": card},), "its price", False, ANOTHER_CARD)
         _, option = _first_that_fits(now, job, (change,))
         out["suggestions"].append(option)
-    return {**out, "smallest_card": card}
+    return {**out, "smallest_card": card, "merged": merged(now)}
+
+
+def merged(weighing: Weighing) -> dict | None:
+    """What it takes to generate with the model that ``weighing``'s adapter is merged into, on the same card: a summary,
+    or ``error``; None: the job trains no adapter."""
+    job = weighing.job
+    if job.method not in ("lora", "qlora"):
+        return None
+    kept = {name: getattr(job, name) for name in ("model", "config", "revision", "task", "dtype", "attention", "gpu")}
+    run = {"method": "inference", "sequence_length": job.sequence_length, "reserve": job.reserve}
+    try:
+        return summary(weigh(read_job({**kept, **run, "allocator": job.allocator})))
+    except PlanError as error:
+        return {"error": error.as_dict()}
 
 
 def _order(entry: tuple[Change, dict]) -> tuple:

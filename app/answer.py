@@ -180,6 +180,29 @@ class Solved(_Open):
     parameters: int | None = None
 
 
+class Weights(_Open):
+    """What a model that cannot be planned weighs."""
+
+    parameters: int
+    bytes: int | None = Field(None, description="As loaded or as stored; left out where it cannot be known.")
+    counted_from: str = Field(alias="from")
+
+
+class Problem(BaseModel):
+    """What was asked and what was found, and what to do next."""
+
+    message: str
+    hint: str
+    field: str | None = Field(None, description="The field of the job that is at fault.")
+    weights: Weights | None = None
+
+
+class Failure(BaseModel):
+    """A job that could not be planned."""
+
+    error: Problem
+
+
 class Weighed(_Open):
     """A job's verdict on its card, and its peaks."""
 
@@ -212,15 +235,10 @@ class Advice(_Open):
     now: Weighed
     suggestions: list[Suggestion]
     pair: Suggestion | None
-    smallest_card: str | None = Field(description="The smallest with the same kernels that takes the job as it is.")
-
-
-class Weights(_Open):
-    """What a model that cannot be planned weighs."""
-
-    parameters: int
-    bytes: int | None = Field(None, description="As loaded or as stored; left out where it cannot be known.")
-    counted_from: str = Field(alias="from")
+    smallest_card: str | None = Field(description="The smallest of the catalogue that takes the job as it is.")
+    merged: Weighed | Failure | None = Field(
+        description="Generating 64 tokens with the model that the adapter is merged into, in 16 bit, on the same card."
+    )
 
 
 class Compared(_Open):
@@ -246,21 +264,6 @@ class Comparison(BaseModel):
 
     over: list[str]
     rows: list[Compared]
-
-
-class Problem(BaseModel):
-    """What was asked and what was found, and what to do next."""
-
-    message: str
-    hint: str
-    field: str | None = Field(None, description="The field of the job that is at fault.")
-    weights: Weights | None = None
-
-
-class Failure(BaseModel):
-    """A job that could not be planned."""
-
-    error: Problem
 
 
 class Line(_Open):

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from app.cards import every_card
+from app.errors import PlanError
 from app.job import read_job
 from app.memory.event import KINDS
 from app.memory.overheads import context
@@ -21,7 +22,11 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
     outside = context(kernels_of(card)[0])
     others = [other for other in every_card() if other != card]
     fits = [fit_on(weighing, other) for other in (card, *others)]
-    following = after(weighing)
+    following, unknown = None, []
+    try:
+        following = after(weighing)
+    except PlanError as error:
+        unknown = [error.message]
     layers = traced.layers if all_layers else traced.layer_groups
     load = reading.phases[0]
     return {
@@ -62,6 +67,6 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         "layers": [asdict(layer) for layer in layers],
         "fits": fits,
         "after": asdict(following) if following else None,
-        "warnings": [*traced.warnings, *card_warnings(card)],
+        "warnings": [*traced.warnings, *card_warnings(card), *unknown],
         "stack": stack(),
     }

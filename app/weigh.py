@@ -134,11 +134,14 @@ class After:
 
 
 def after(weighing: Weighing) -> After | None:
-    """What merging and writing take; None: the job trains nothing."""
+    """What merging and writing take; None: the job trains nothing. Raises :class:`PlanError`."""
     job = weighing.job
     if job.method == "inference":
         return None
-    phases = {phase.name: phase for phase in _finish(_bare(weighing), weighing.settings)}
+    found = _finish(_bare(weighing), weighing.settings)
+    if isinstance(found, PlanError):
+        raise found
+    phases = {phase.name: phase for phase in found}
     save, end = phases["save"], weighing.reading.phases[-1].end
     if job.lora is None:
         return After(None, end + save.peak - save.start)
@@ -166,13 +169,20 @@ def _bare(weighing: Weighing) -> str:
 
 
 @lru_cache(maxsize=256)
-def _finish(key: str, settings: Settings) -> list[Phase]:
-    return read(finish_of(key), settings).phases
+def _finish(key: str, settings: Settings) -> list[Phase] | PlanError:
+    """The phases of merging and writing, or why they cannot be planned."""
+    try:
+        return read(finish_of(key), settings).phases
+    except PlanError as error:
+        return error
 
 
 def cannot(weighing: Weighing, verdict: Verdict) -> list[str]:
-    """What of merging and writing a card with ``verdict`` has no room for."""
-    following = after(weighing)
+    """What of merging and writing a card with ``verdict`` has no room for, as far as they can be planned."""
+    try:
+        following = after(weighing)
+    except PlanError:
+        return []
     needs = asdict(following) if following else {}
     return [name for name, need in needs.items() if need is not None and need > verdict.limit]
 

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from app.job import read_job
+from app.memory.fit import measured_of
+from app.weigh import kind_of
+
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("VRAMPLAN_SHARED", ROOT.parent / "shared")) / "measured"
 OWN = Path(__file__).parent / "measured" / "h100-steps.jsonl"
@@ -75,6 +79,7 @@ def compare(rows: list[dict], answers: list[dict]) -> dict[str, list[tuple[float
         assert "error" not in answer, (row["id"], answer["error"])
         measured = row["measured"]
         assert sum(answer["parts"].values()) == answer["peak"]["allocated"], row["id"]
+        within_what_its_kind_states(row, answer)
         note("peak_allocated", answer["peak"]["allocated"], measured["peak_allocated"], row)
         note("peak_reserved", answer["peak"]["reserved"], measured.get("peak_reserved"), row)
         note("placed_allocated", answer["load"]["placed_allocated"], measured["placed_allocated"], row)
@@ -85,6 +90,15 @@ def compare(rows: list[dict], answers: list[dict]) -> dict[str, list[tuple[float
                 if (number, phase) in phases:
                     note("phases", phases[number, phase][field], step[name], row)
     return errors
+
+
+def within_what_its_kind_states(row: dict, answer: dict) -> None:
+    """The measured peaks lie in the interval that the verdict takes for this kind of job."""
+    known, _ = measured_of(kind_of(read_job({**answer["job"], "model": "a/model"})))
+    for figure in ("allocated", "reserved"):
+        found, truth = answer["peak"][figure], row["measured"].get(f"peak_{figure}")
+        if truth:
+            assert -known.below <= truth / found - 1 <= known.above, (row["id"], figure, truth / found - 1)
 
 
 def summary(errors: list[tuple[float, str]]) -> tuple[float, float, float]:

@@ -182,6 +182,48 @@ def test_solve_finds_the_largest_and_exits_with_1_where_none_fits(vramplan, tmp_
     assert vramplan("solve")[0] == 2 and vramplan("solve", "--job", path, "--for", "luck")[0] == 2
 
 
+def test_solve_takes_the_options_of_a_job_and_a_card(vramplan, config):
+    code, out, _ = vramplan("solve", "--config", config, "-m", "lora", "-s", 64, "-g", "rtx-2060", "--for", "r")
+    assert code == 0 and out.startswith("The largest rank in ")
+    code, out, _ = vramplan("solve", "--config", config, "-m", "lora", "-s", 64, "--for", "gpu")
+    assert code == 0 and out.startswith("The smallest card that takes it is rtx-4060")  # the smallest with bfloat16
+    code, _, err = vramplan("solve", "--config", config, "--for", "lenght", "-g", "t4")
+    assert code == 2 and "lenght" in err and "batch_size" in err
+
+
+def test_prices_rank_the_cards(vramplan, config, tmp_path):
+    prices = tmp_path / "prices.csv"
+    prices.write_text("a100-80gb,2\nrtx-4090,0.4\n")
+    code, out, _ = vramplan("solve", "--config", config, "-s", 64, "--for", "gpu", "--prices", prices)
+    assert code == 0 and out.startswith("The cheapest card that takes it is rtx-4090")
+    code, out, _ = vramplan("gpus", "--prices", prices, "--json")
+    assert [card["price"] for card in json.loads(out)] == [0.4, 2]
+
+
+def test_compare_varies_one_job_or_takes_several(vramplan, config, tmp_path):
+    asked = ("compare", "--config", config, "-s", 64, "--over", "method=lora,full", "--over", "gpu=rtx-4090,500MiB")
+    code, out, _ = vramplan(*asked)
+    assert code == 0 and out.split()[:2] == ["method", "gpu"] and out.count("does not fit") == 2
+    code, out, _ = vramplan(*asked, "--csv")
+    assert len(out.splitlines()) == 5 and out.startswith("method,gpu,")
+    lines = "\n".join(json.dumps({**JOB, "batch_size": size}) for size in (1, 8))
+    code, out, _ = vramplan("compare", "--jobs", "-", stdin=lines)
+    assert code == 0 and out.split()[:2] == ["batch_size", "Allocated"]
+    code, _, err = vramplan("compare")
+    assert code == 2 and "--over" in err
+
+
+def test_the_card_of_a_machine_without_a_driver_is_refused(vramplan, config, monkeypatch):
+    import pynvml
+
+    def missing():
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    code, _, err = vramplan("estimate", "--config", config, "-s", 64, "--gpu", "local")
+    assert code == 2 and "no NVIDIA driver" in err
+
+
 def test_advice_is_a_list_of_changes_that_make_it_fit(vramplan, tmp_path):
     path = job_file(tmp_path, {**JOB, "method": "full", "batch_size": 64, "gpu": {"memory_bytes": 590 << 20}})
     code, out, _ = vramplan("estimate", "--job", path, "--advise")

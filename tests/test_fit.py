@@ -168,6 +168,16 @@ def test_writing_a_fused_mixture_of_experts_copies_what_the_checkpoint_holds_apa
     assert after(weigh(read_job({**JOB, "method": "inference", "lora": None}))) is None
 
 
+def test_a_merge_that_cannot_be_planned_is_a_warning_and_no_verdict(monkeypatch):
+    def refuse(self, *_, **__):
+        raise NotImplementedError("no merging here")
+
+    monkeypatch.setattr("peft.tuners.lora.layer.Linear.merge", refuse)
+    answer = estimate({**JOB, "lora": {"r": 3, "target_modules": ["v_proj"]}, "gpu": "rtx-4090"})
+    assert answer["after"] is None and answer["fits"][0]["cannot"] == []
+    assert any("no merging here" in warning for warning in answer["warnings"])
+
+
 # --- the solver ---------------------------------------------------------------------------------------------
 
 
@@ -362,6 +372,15 @@ def test_what_a_change_costs_is_read_off_the_plans():
     assert again["flops_added"] == 0.5 and again["bytes_written_added"] > 0 and again["seconds_at_least"] > 0
     shorter = found["shorter sequences"]
     assert shorter["changes_objective"] and shorter["bytes_written_added"] < 0 and shorter["seconds_at_least"] == 0
+
+
+def test_running_the_merged_model_is_planned_too():
+    advice = advise(with_limit({**JOB, "method": "qlora"}, 400 * MIB))
+    bare = {"config": WIDE, "method": "inference", "sequence_length": 512}
+    run = summary(weigh(read_job(with_limit(bare, 400 * MIB))))
+    assert advice["merged"] == run and run["verdict"] == "fits"
+    long = advise(with_limit({**JOB, "sequence_length": 8192, "batch_size": 1}, 400 * MIB))
+    assert "8192 positions" in long["merged"]["error"]["message"]
 
 
 def test_refused_jobs_ran_with_the_change_that_came_first():

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from tiny import BAD, JOB
 
 from app import web
-from app.answer import Advice, Answer, Solved
+from app.answer import Advice, Answer, Comparison, Solved
 from app.errors import PlanError
 from app.job import Job
 from app.service import estimate
@@ -110,6 +110,34 @@ def test_solve_finds_the_largest(client):
     Solved.model_validate(solved)
     assert error_of(client.post("/solve?for=luck", json=job), 422)["field"] == "for"
     assert error_of(client.post("/solve", json=JOB), 422)["field"] == "memory_limit_bytes"
+
+
+def test_compare_answers_as_json_and_as_csv_and_reads_no_files_of_the_server(client, tmp_path):
+    what = {"job": JOB, "over": {"lora.r": [4, 8], "gpu": ["t4", "a100-80gb"]}}
+    answer = client.post("/compare", json=what).json()
+    Comparison.model_validate(answer)
+    assert [row["varied"]["lora.r"] for row in answer["rows"]] == [4, 4, 8, 8]
+    text = client.post("/compare?format=csv", json=what)
+    assert text.headers["content-type"].startswith("text/csv") and len(text.text.splitlines()) == 5
+    assert error_of(client.post("/compare", json={"jobs": []}), 422)["field"] == "jobs"
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    for asked in (
+        {"jobs": [{"model": str(path)}]},
+        {"job": {"method": "lora"}, "over": {"model": [str(path)]}},
+        {"job": {"model": str(path)}, "over": {"lora.r": [4]}},
+    ):
+        assert "no files" in error_of(client.post("/compare", json=asked), 422)["message"]
+
+
+def test_solve_takes_a_card_and_finds_one(client):
+    solved = client.post("/solve", json={**JOB, "gpu": "rtx-2060", "reserve": 1 << 30}).json()
+    Solved.model_validate(solved)
+    assert 0 < solved["sure"] <= solved["batch_size"]
+    found = client.post("/solve?for=gpu", json={**JOB, "prices": {"t4": 0.3, "a100-80gb": 2}}).json()
+    Solved.model_validate(found)
+    assert found["gpu"] == "a100-80gb"  # a T4 has no bfloat16
+    assert "3g.40gb" in next(row for row in client.get("/gpus").json() if row["key"] == "h100")["parts"]
 
 
 def test_advice_is_planned_changes(client):

@@ -15,6 +15,7 @@ from app.dryrun import cuda
 from app.dryrun.fold import folded_books
 from app.dryrun.model import build_base, load, read_config, task_of
 from app.dryrun.trace import Ledger
+from app.errors import PlanError
 from app.job import Job
 from app.memory.event import Books
 
@@ -22,7 +23,8 @@ MERGE, SAVE = "merge", "save"
 
 
 def finish_books(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
-    """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it."""
+    """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it. Raises
+    :class:`PlanError`."""
     configuration = read_config(config, job.attention)
     task = job.task or task_of(configuration)
     card = cuda.Card(capability, multiprocessors)
@@ -45,7 +47,16 @@ def finish_books(job: Job, config: dict, capability: tuple[int, int], multiproce
                 ledger.mark("end", 1, "temporaries")
         return ledger.close()
 
-    return folded_books(build_base(configuration, task, getattr(torch, job.dtype)), run)
+    base = build_base(configuration, task, getattr(torch, job.dtype))
+    try:
+        return folded_books(base, run)
+    except PlanError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"merging and writing {type(base).__name__} cannot be planned: {type(error).__name__}: {str(error)[:200]}",
+            "the step is planned all the same",
+        ) from None
 
 
 def load_books(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:

@@ -48,6 +48,8 @@ def page(answer: dict, width: int) -> RenderableType:
     parts += ["", _title("Smallest cards that fit"), _cards(answer)]
     if "advice" in answer:
         parts += ["", _title("What would make it fit"), _advice(answer)]
+        if said := words.merged(answer):
+            parts += ["", Padding(Text(said), (0, 0, 0, 2))]
     if answer["warnings"]:
         parts += ["", _title("Warnings")]
         parts += [Padding(Text(f"! {warning}", "yellow"), (0, 0, 0, 2)) for warning in answer["warnings"]]

@@ -132,7 +132,8 @@ def verdict(answer: dict) -> str:
     if card["verdict"] == "tight":
         return f"Tight on {name}: {size(card['headroom'])} to spare, give or take {size(card['margin'])}"
     missing = size(-card["headroom"])
-    return f"Does not fit {name}: {missing} short, out of memory {during(card['breaks'])}"
+    most = KINDS.get(card["breaks_on"], card["breaks_on"].replace("_", " ")).lower()
+    return f"Does not fit {name}: {missing} short, out of memory {during(card['breaks'])}, where most is {most}"
 
 
 def beyond(answer: dict) -> list[str]:
@@ -151,6 +152,17 @@ def beyond(answer: dict) -> list[str]:
             f"It cannot write the checkpoint from there ({size(after['save'])}): move the model to the CPU first."
         )
     return out
+
+
+def merged(answer: dict) -> str | None:
+    """What running the merged model takes, in a sentence; None: there is none, or it cannot be planned."""
+    found = answer["advice"]["merged"]
+    if not found or "error" in found:
+        return None
+    does = {"fits": "fits", "tight": "is tight", "does_not_fit": "does not fit"}[found["verdict"]]
+    card = with_article(answer["fits"][0]["name"])
+    took = size(found["peak"]["reserved"])
+    return f"Generating with the merged model in {answer['job']['dtype']} takes {took}: it {does} on {card}."
 
 
 def cost(option: dict) -> str:
