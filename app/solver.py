@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from app.cards import check_prices, every_card, room
 from app.catalog.models import MODELS
 from app.errors import PlanError, near
 from app.job import Job, read_job
+from app.memory.allocator import Settings
 from app.memory.fit import Verdict, passes
 from app.plan import card_of, config_of, key_of, load_of, settings_of
 from app.weigh import FITTING, Weighing, passes_under, summary, verdict_on, weigh
@@ -262,6 +264,15 @@ def smallest_card(job: Job, prices: dict[str, float] | None = None) -> dict:
     return {"gpu": cards[at].key if at < len(cards) else None, "cards": rows}
 
 
+@lru_cache(maxsize=1024)
+def _loads(key: str, settings: Settings) -> bool | None:
+    """Whether the model of a key alone is placed within the limit; None: the key's job is not for it."""
+    try:
+        return passes(load_of(key), settings)[0]
+    except PlanError:
+        return None
+
+
 def largest_model(data: dict) -> dict:
     """The model of the catalogue with the most parameters with which the job (that names none) fits its card.
 
@@ -283,10 +294,11 @@ def largest_model(data: dict) -> dict:
             continue
         last = model.facts
         mine = job.model_copy(update={"model": model.id})
+        loads = _loads(key_of(mine, config_of(mine)[0], card), replace(settings_of(mine), limit=limit))
+        refused += loads is None
+        if not loads:
+            continue
         try:
-            config, _ = config_of(mine)
-            if not passes(load_of(key_of(mine, config, card)), replace(settings_of(mine), limit=limit))[0]:
-                continue
             found = summary(weigh(mine))
         except PlanError:
             refused += 1

@@ -20,6 +20,7 @@ from app.errors import PlanError
 from app.job import OwnGpu, read_job
 from app.memory.fit import ENOUGH, MEASURED, SEGMENT, Room, judge, measured_of
 from app.memory.overheads import MIB, context
+from app.render import words
 from app.render.table import to_csv
 from app.service import estimate
 from app.solver import climb, edge, solve
@@ -129,6 +130,25 @@ def test_what_is_not_known_of_a_card_widens_the_interval():
     assert other.unknown == context((8, 9)).high - context((8, 9)).expected + MIB
     assert own.unknown >= other.unknown
     assert "derived" in derived.source and "not measured" in other.source
+
+
+def test_a_job_that_runs_but_cannot_load_says_so():
+    """Weights arrive in 16 bit, one by one, and are quantised there: the last one lies beside all the others."""
+    config = {**WIDE, "vocab_size": 64, "intermediate_size": 120_000, "num_hidden_layers": 1}
+    job = {
+        "config": config,
+        "method": "inference",
+        "quantization": {"type": "nf4"},
+        "sequence_length": 4,
+        "new_tokens": 1,
+    }
+    weighing = weigh(read_job(with_limit(job, 1 << 30)))
+    load, step = weighing.reading.phases[0], weighing.reading
+    assert load.reserved > step.reserved
+    answer = estimate(with_limit(job, (load.peak + step.reserved) // 2))
+    fit = answer["fits"][0]
+    assert (fit["verdict"], fit["breaks"], fit["breaks_on"]) == ("does_not_fit", "load", "weights")
+    assert words.beyond(answer) == [f"The step would fit, loading does not: it takes {words.size(load.peak)}."]
 
 
 def test_a_reserve_is_left_to_others():

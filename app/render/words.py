@@ -138,12 +138,14 @@ def verdict(answer: dict) -> str:
 
 def beyond(answer: dict) -> list[str]:
     """What of loading, merging and writing the job's card has no room for though it holds the step, in sentences."""
-    card, after = asked_card(answer), answer["after"]
-    if card is None or not after:
+    card, after, out = asked_card(answer), answer["after"], []
+    if card is None:
         return []
-    out = []
-    if card["breaks"] == "load" and max(p["peak_reserved"] for p in answer["phases"] if p["step"]) <= card["limit"]:
-        out.append(f"The step would fit, loading does not: it takes {size(answer['load']['peak_reserved'])}.")
+    if card["verdict"] == "does_not_fit":
+        step = max(phase["peak_reserved"] for phase in answer["phases"] if phase["step"])
+        if card["breaks"] == "load" and step <= card["limit"]:
+            out.append(f"The step would fit, loading does not: it takes {size(answer['load']['peak_allocated'])}.")
+        return out
     if "merge" in card["cannot"]:
         took = size(after["merge"])
         out.append(f"It cannot merge the adapter in {answer['job']['dtype']} there ({took}): merge on the CPU.")
