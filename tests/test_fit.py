@@ -188,6 +188,17 @@ def test_writing_a_fused_mixture_of_experts_copies_what_the_checkpoint_holds_apa
     assert after(weigh(read_job({**JOB, "method": "inference", "lora": None}))) is None
 
 
+def test_merging_and_writing_take_what_they_took_on_an_h100():
+    """PeftModel.from_pretrained, merge_and_unload, save_pretrained: to the byte."""
+    for row in rows_of(OWN / "h100-finish.jsonl"):
+        weighing = weigh(read_job(row["job"]))
+        planned, written = after(weighing), row["save"]["peak_allocated"]
+        if row["job"]["method"] == "lora":
+            assert planned.merge == max(row["merge"]["peak_allocated"], written), row["id"]
+        else:
+            assert planned.save - weighing.reading.phases[-1].end == written - row["before_save"], row["id"]
+
+
 def test_a_merge_that_cannot_be_planned_is_a_warning_and_no_verdict(monkeypatch):
     def refuse(self, *_, **__):
         raise NotImplementedError("no merging here")
