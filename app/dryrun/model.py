@@ -287,43 +287,75 @@ def _no_initialisation():
             setattr(init, name, function)
 
 
-def load(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> torch.nn.Module:
-    """Place the weights and make the model ready: quantised layout, checkpointing, adapters, mode.
+class Weightless:
+    """Weights on the meta device: entered in the ledger in the order in which a card would be asked for them.
 
-    ``job`` is resolved. Entered in the order in which a loader that fills the card module by module asks for memory:
-    each quantised weight arrives in the load dtype, is quantised there and dropped; then everything else; then what
-    PEFT casts and adds. The cache is emptied before the first step.
+    The probe has another with the same methods (``app/probe/weights.py``), which makes them on a card.
     """
-    dtype = getattr(torch, job.dtype)
-    ledger.mark("load", 0, "weights")
-    if job.quantization is not None:
-        quantize(model, job, dtype, ledger)
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                ledger.own(parameter, path, "weights")
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                ledger.own(buffer, path, "buffers")
-    model = _prepare(model, job, task, ledger)
-    ledger.empty_cache()
-    if job.trainer == "trl" and job.quantization is not None and job.method != "inference":
+
+    device = "meta"
+
+    def quantized(self, linear: torch.nn.Linear, job: Job, path: str, ledger: Ledger) -> torch.nn.Module:
+        """``linear`` in bitsandbytes' layout: it arrives in the load dtype, is quantised there and dropped."""
+        dtype = getattr(torch, job.dtype)
+        arriving = ledger.take(linear.weight.numel() * dtype.itemsize, path, "weights", "load")
+        if job.quantization.type == "int8":
+            new = _int8(linear, path, ledger)
+        else:
+            new = _four_bit(linear, job.quantization, dtype, path, ledger)
+        ledger.give(arriving)
+        return new
+
+    def place(self, model: torch.nn.Module, ledger: Ledger) -> None:
+        """Everything else, module by module: parameters, then buffers."""
+        for path, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    ledger.own(parameter, path, "weights")
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    ledger.own(buffer, path, "buffers")
+
+    def adapted(self, model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> torch.nn.Module:
+        model = adapt(model, job, task, self.device)
+        _own_adapters(model, job, ledger)
+        return model
+
+    def cast_by_trl(self, model: torch.nn.Module, ledger: Ledger) -> None:
+        """``SFTTrainer.__init__`` of a quantised model: adapters in bf16, after the QLoRA paper."""
         ledger.mark("load", 0, "adapters")
-        with ledger.watching(model):  # SFTTrainer.__init__: adapters in bf16, after the QLoRA paper
+        with ledger.watching(model):
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and "lora_magnitude_vector" not in name:
                     parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def load(model: torch.nn.Module, job: Job, task: str, ledger: Ledger, weights: Weightless) -> torch.nn.Module:
+    """Place the ``weights`` and make the model ready: quantised layout, checkpointing, adapters, mode.
+
+    ``job`` is resolved. In the order in which a loader that fills the card module by module asks for memory:
+    what is quantised; then everything else; then what PEFT casts and adds. The cache is emptied before the first step.
+    """
+    ledger.mark("load", 0, "weights")
+    if job.quantization is not None:
+        quantize(model, job, ledger, weights)
+    weights.place(model, ledger)
+    model = _prepare(model, job, task, ledger, weights)
+    ledger.empty_cache()
+    if job.trainer == "trl" and job.quantization is not None and job.method != "inference":
+        weights.cast_by_trl(model, ledger)
     return model
 
 
-def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> torch.nn.Module:
+def _prepare(
+    model: torch.nn.Module, job: Job, task: str, ledger: Ledger, weights: Weightless
+) -> torch.nn.Module:
     checkpointing = job.gradient_checkpointing != "off"
     kwargs = {"use_reentrant": job.gradient_checkpointing == "reentrant"}
     if job.method == "inference":
         model.requires_grad_(False)
         if job.lora is not None:  # an adapter served beside its base
-            model = adapt(model, job, task)
-            _own_adapters(model, job, ledger)
+            model = weights.adapted(model, job, task, ledger)
         return model.eval()
     if checkpointing and not model.supports_gradient_checkpointing:
         raise PlanError(
@@ -347,8 +379,7 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> tor
             if checkpointing:
                 model.gradient_checkpointing_enable(kwargs)
                 model.enable_input_require_grads()
-        model = adapt(model, job, task)
-        _own_adapters(model, job, ledger)
+        model = weights.adapted(model, job, task, ledger)
     return model.train()
 
 
@@ -371,17 +402,11 @@ def _own_adapters(model: torch.nn.Module, job: Job, ledger: Ledger) -> None:
             ledger.give(key)
 
 
-def quantize(model: torch.nn.Module, job: Job, dtype: torch.dtype, ledger: Ledger) -> None:
+def quantize(model: torch.nn.Module, job: Job, ledger: Ledger, weights: Weightless) -> None:
     """Replace linear layers as ``replace_with_bnb_linear`` does (transformers/integrations/bitsandbytes.py)."""
     quantization = job.quantization
     for name, module in list(quantizable(model, quantization.skip_modules)):
-        arriving = ledger.take(module.weight.numel() * dtype.itemsize, name, "weights", "load")
-        new = (
-            _int8(module, name, ledger)
-            if quantization.type == "int8"
-            else _four_bit(module, quantization, dtype, name, ledger)
-        )
-        ledger.give(arriving)
+        new = weights.quantized(module, job, name, ledger)
         ledger.empty_cache()
         new.source_cls = type(module)
         new.requires_grad_(False)
@@ -405,7 +430,7 @@ def quantizable(model: transformers.PreTrainedModel, skip: Iterable[str] = ()) -
                 yield name, module
 
 
-def _shape_of(linear: torch.nn.Module) -> tuple[int, int]:
+def shape_of(linear: torch.nn.Module) -> tuple[int, int]:
     """Rows and columns of the weight as bitsandbytes keeps it: GPT-2's Conv1D is transposed."""
     rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
@@ -417,7 +442,7 @@ def _four_bit(linear, quantization, dtype, path, ledger):
     Entered in its order: absmax, the packed weight, the code; nested: the offset, absmax less its mean, the second
     absmax, absmax in 8 bits and a code of its own. Measured event for event on an H100.
     """
-    n, k = _shape_of(linear)
+    n, k = shape_of(linear)
     blocks = -(-n * k // 64)
     meta = {"device": "meta"}
     new = bnb.nn.Linear4bit(
@@ -476,7 +501,7 @@ def _four_bit(linear, quantization, dtype, path, ledger):
 
 def _int8(linear, path, ledger):
     """A Linear8bitLt after its weight was placed: CB in int8 and one fp32 scale a row (bitsandbytes/nn/modules.py)."""
-    n, k = _shape_of(linear)
+    n, k = shape_of(linear)
     new = bnb.nn.Linear8bitLt(k, n, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
     if linear.bias is not None:
         new.bias = torch.nn.Parameter(linear.bias.data)
@@ -491,8 +516,8 @@ def _int8(linear, path, ledger):
     return new
 
 
-def adapt(model: torch.nn.Module, job: Job, task: str) -> torch.nn.Module:
-    """``peft.get_peft_model``, with PEFT's own refusal where it refuses."""
+def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.Module:
+    """``peft.get_peft_model`` on ``device``, with PEFT's own refusal where it refuses."""
     lora = job.lora
     targets = lora.target_modules
     config = peft.LoraConfig(
@@ -508,9 +533,9 @@ def adapt(model: torch.nn.Module, job: Job, task: str) -> torch.nn.Module:
     )
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta") if device == "meta" else contextlib.nullcontext():
             warnings.simplefilter("ignore")
-            model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+            model = peft.get_peft_model(model, config, low_cpu_mem_usage=device == "meta")
     except Exception as error:
         saved = sorted({part for name, _ in linear for part in name.split(".")} & set(config.modules_to_save or ()))
         if job.quantization is not None and saved:  # quantised, and to be trained in full
@@ -522,10 +547,10 @@ def adapt(model: torch.nn.Module, job: Job, task: str) -> torch.nn.Module:
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
-                if tensor is not None and tensor.device.type != "meta":
-                    meta = tensor.to("meta")
+                if tensor is not None and tensor.device.type != device:
+                    moved = tensor.to(device)
                     store[name] = (
-                        torch.nn.Parameter(meta, tensor.requires_grad) if store is module._parameters else meta
+                        torch.nn.Parameter(moved, tensor.requires_grad) if store is module._parameters else moved
                     )
     return model
 

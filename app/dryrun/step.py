@@ -10,7 +10,7 @@ import transformers
 
 from app.dryrun import cuda
 from app.dryrun.autocast import Autocast
-from app.dryrun.model import load
+from app.dryrun.model import Weightless, load
 from app.dryrun.trace import Ledger
 from app.errors import PlanError
 from app.job import Job
@@ -89,7 +89,7 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
     dtype = getattr(torch, job.dtype)
 
     def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(*shape, dtype=dtype, device=ledger.device)
 
     if task == "image-classification":
         size = config.image_size
@@ -106,8 +106,7 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         batch = {"input_ids": empty(b, s), "labels": empty(*labels)}
     if job.attention_mask != "absent" and "input_ids" in batch:
         batch["attention_mask"] = empty(b, s)
-    for tensor in batch.values():
-        ledger.own(tensor, "", "inputs")
+    ledger.arrived(batch)
     return batch
 
 
@@ -145,10 +144,9 @@ def run_generate(ledger: Ledger, model, job: Job, task: str, *_) -> None:
         raise PlanError(f"generation is planned for causal models, not for {task}", "name task causal-lm", "task")
     model.config.use_cache = True
     ledger.mark("load", 0, "inputs")
-    ids = torch.empty(job.batch_size, job.sequence_length, dtype=torch.long, device="meta")
+    ids = torch.empty(job.batch_size, job.sequence_length, dtype=torch.long, device=ledger.device)
     mask = torch.empty_like(ids)
-    for tensor in (ids, mask):
-        ledger.own(tensor, "", "inputs")
+    ledger.arrived({"input_ids": ids, "attention_mask": mask})
     ledger.length = job.sequence_length + job.new_tokens
     ledger.mark("generate", 1, "activations")
     with torch.no_grad():
@@ -174,7 +172,7 @@ def settle(ledger: Ledger, parameters: list[torch.nn.Parameter], optimizer=None)
     if optimizer is not None:
         for state in optimizer.state.values():
             for value in state.values():
-                if torch.is_tensor(value) and value.device.type == "meta":
+                if torch.is_tensor(value) and value.device.type == ledger.device:
                     ledger.reclassify(value, "optimizer_state")
 
 
@@ -187,7 +185,7 @@ def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward
         ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
     run = run_generate if job.method == "inference" else run_plain if job.trainer == "pytorch" else run_trainer
     with cuda.as_if_cuda(card), paged_states_elsewhere():
-        model = load(model, job, task, ledger)
+        model = load(model, job, task, ledger, Weightless())
         mode = ledger.autocast
         with (
             ledger.watching(model),

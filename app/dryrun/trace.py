@@ -53,6 +53,8 @@ class Ledger(TorchDispatchMode):
     that asks whether its attention mask hides anything, ``length`` to one that asks how long a sequence is.
     """
 
+    device = "meta"
+
     def __init__(self, card: cuda.Card, padded: bool = False, length: int = 0):
         super().__init__()
         self.card = card
@@ -163,6 +165,11 @@ class Ledger(TorchDispatchMode):
         if storage._cdata not in self._watched and storage.nbytes():
             self._watch(storage, module, kind, "place")
         self._owner.setdefault(storage._cdata, module)
+
+    def arrived(self, batch: dict[str, torch.Tensor]) -> None:
+        """Enter a batch that lies on the card now."""
+        for tensor in batch.values():
+            self.own(tensor, "", "inputs")
 
     def key_of(self, tensor: torch.Tensor) -> int | None:
         watch = self._watched.get(tensor.untyped_storage()._cdata)

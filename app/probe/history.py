@@ -1,0 +1,55 @@
+"""PyTorch's own record of what its allocator did, read as books: every allocation, and where it was made.
+
+The record is ``device_traces`` of ``torch.cuda.memory._snapshot()`` (torch/cuda/memory.py has its fields): of interest
+are ``alloc`` and ``free_completed``; their ``size`` is what was asked for, before any rounding.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
+
+LIBRARIES = ("/torch/", "<string>", "/app/probe/", "/contextlib.py", "/accelerate/")
+"""Frames that say nothing about who asked: skipped where a caller beyond them is known."""
+
+
+def books_of(trace: Iterable[dict], marks: list[tuple[int, str, int]], places: list[tuple[int, str]]) -> Books:
+    """The books of ``trace``: kinds are for the plan to tell, ``op`` is the innermost Python function that asked.
+
+    ``marks`` are (events before it, phase, step), ``places`` (allocations before it, module path); both count from
+    where the record begins.
+    """
+    books = Books()
+    live: dict[int, int] = {}
+    counts = [count for count, _ in places]
+    phases = [(at, name, step) for at, name, step in marks if name != EMPTY_CACHE]
+    starts = [at for at, _, _ in phases]
+    for entry in trace:
+        action = entry["action"]
+        if action == "alloc":
+            key = len(books.allocations)
+            at = bisect_right(counts, key) - 1
+            module = places[at][1] if at >= 0 else ""
+            phase = phases[max(bisect_right(starts, len(books.events)) - 1, 0)][1] if phases else "load"
+            books.allocations.append(Allocation(entry["size"], module, "temporaries", phase, caller(entry)))
+            books.events.append(key)
+            books.sites.append(module)
+            live[entry["addr"]] = key
+        elif action == "free_completed" and entry["addr"] in live:
+            books.events.append(~live.pop(entry["addr"]))
+            books.sites.append("")
+    end = len(books.events)
+    books.marks = [Mark(min(at, end), name, step) for at, name, step in marks]
+    return books
+
+
+def caller(entry: dict) -> str:
+    """``file:line function`` of the innermost frame outside PyTorch; empty in the autograd engine's own thread."""
+    frames = entry.get("frames") or ()
+    for frame in frames:
+        if not any(part in frame["filename"] for part in LIBRARIES):
+            file = frame["filename"].rsplit("site-packages/", 1)[-1].rsplit("dist-packages/", 1)[-1]
+            return f"{file}:{frame['line']} {frame['name']}"
+    return ""

@@ -1,0 +1,156 @@
+"""What the dry run tells its ledger, told to a card: where phases begin, which module runs, what the counters say."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+
+import torch
+
+from app.dryrun.trace import canonical
+from app.job import Job
+
+HISTORY_STEPS = 2
+"""Steps whose allocations are kept, one by one: the first, and a steady one. Later steps are measured only."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One phase of one step as the card's counters have it. Bytes; ``process`` is NVML's, None where it tells none."""
+
+    step: int
+    name: str
+    allocated_start: int
+    allocated_end: int
+    peak_allocated: int
+    reserved: int
+    peak_reserved: int
+    process: int | None
+
+
+class _Autocast:
+    def __init__(self, device: str, dtype: torch.dtype):
+        self.on = lambda: torch.autocast(device, dtype)
+
+
+class Recorder:
+    """Has the calls of :class:`~app.dryrun.trace.Ledger` that builders and steps make; keeps figures by phase.
+
+    ``marks`` are (events so far, phase, step), ``places`` (allocations so far, module path): together with the
+    allocator's own history they are the books of the run.
+    """
+
+    def __init__(self, meter, job: Job, tell):
+        self.meter = meter
+        self.device = meter.device
+        self.tell = tell
+        self.autocast = None
+        if job.mixed_precision != "no":
+            dtype = torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16
+            self.autocast = _Autocast(self.device, dtype)
+        self.padded = job.attention_mask == "padded"
+        self.in_backward = False
+        self.length = 0
+        self.phases: list[Figures] = []
+        self.marks: list[tuple[int, str, int]] = []
+        self.places: list[tuple[int, str]] = []
+        self.events = None
+        self.optimizer_state: dict[int, int] = {}
+        self._open: tuple[int, str, int] | None = None
+        self._vocabulary = 30000
+
+    # --- phases and places ------------------------------------------------------------------------------------
+
+    def mark(self, phase: str, step: int, kind: str = "") -> None:
+        """A phase ends, another begins."""
+        self.close()
+        if step > HISTORY_STEPS:
+            self.settle_history()
+        taken, given = self.meter.counts()
+        self.marks.append((taken + given, phase, step))
+        self._open = (step, phase, self.meter.read()[0])
+        self.meter.reset_peaks()
+        self.tell(phase, step)
+
+    def close(self) -> None:
+        """Write down the phase that is open."""
+        if self._open is None:
+            return
+        step, name, start = self._open
+        self._open = None
+        allocated, peak, reserved, peak_reserved = self.meter.read()
+        self.phases.append(
+            Figures(step, name, start, allocated, peak, reserved, peak_reserved, self.meter.process_bytes())
+        )
+
+    def settle_history(self) -> None:
+        """Take the allocator's history, once."""
+        if self.events is None:
+            taken, given = self.meter.counts()
+            self.marks.append((taken + given, "after", HISTORY_STEPS + 1))
+            self.events = self.meter.history()
+
+    def empty_cache(self) -> None:
+        taken, given = self.meter.counts()
+        self.marks.append((taken + given, "empty_cache", 0))
+        self.meter.empty_cache()
+
+    @contextlib.contextmanager
+    def watching(self, model: torch.nn.Module):
+        """Know which module of ``model`` runs, by the number of allocations made when it begins and ends."""
+        paths = {id(module): canonical(name) for name, module in model.named_modules()}
+        original = torch.nn.Module.__call__
+        stack, counts, places = [""], self.meter.counts, self.places
+
+        def call(module, *args, **kwargs):
+            path = paths.get(id(module))
+            if path is None or self.events is not None:
+                return original(module, *args, **kwargs)
+            places.append((counts()[0], path))
+            stack.append(path)
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                stack.pop()
+                places.append((counts()[0], stack[-1]))
+
+        torch.nn.Module.__call__ = call
+        try:
+            yield self
+        finally:
+            torch.nn.Module.__call__ = original
+
+    # --- what a dry run would enter ---------------------------------------------------------------------------
+
+    def knows(self, model: torch.nn.Module) -> None:
+        """Token ids are drawn from the model's vocabulary."""
+        text = model.config.get_text_config()
+        self._vocabulary = min(getattr(text, "vocab_size", None) or 1000, 30000)
+
+    def arrived(self, batch: dict[str, torch.Tensor]) -> None:
+        """Fill a batch, in place: random ids and pixels, labels that the model knows, the mask that the job asks for."""
+        for name, tensor in batch.items():
+            if tensor.is_floating_point():
+                tensor.normal_()
+            elif name == "attention_mask":
+                tensor.fill_(1)
+                if self.padded:
+                    tensor[0, tensor.shape[1] // 2 :] = 0
+            elif tensor.dim() == 1:
+                tensor.zero_()  # classes
+            elif name == "labels" and batch.get("input_ids") is not None and tensor.shape == batch["input_ids"].shape:
+                tensor.copy_(batch["input_ids"])
+            else:
+                tensor.random_(min(5, self._vocabulary - 1), self._vocabulary)
+
+    def reclassify(self, tensor: torch.Tensor, kind: str, module: str | None = None) -> None:
+        """What an allocation is for, the plan knows; the optimiser's state is summed, step by step."""
+        if kind == "optimizer_state":
+            step = self.marks[-1][2]
+            self.optimizer_state[step] = self.optimizer_state.get(step, 0) + tensor.untyped_storage().nbytes()
+
+    def follow(self, tensor: torch.Tensor, owned: torch.Tensor) -> None:
+        """Whom a gradient belongs to, the plan knows."""
+
+    def as_dict(self) -> list[dict]:
+        return [asdict(phase) for phase in self.phases]

@@ -1,0 +1,162 @@
+"""The real ``Trainer`` and ``SFTTrainer``, with a mark where each phase begins; they change nothing else."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+import transformers
+
+from app.dryrun.step import make_batch, make_optimizer, settle
+from app.job import Job
+
+
+class _Marked:
+    """Tells the recorder of a Trainer's phases: a batch is fetched, the loss is there, gradients are clipped."""
+
+    recorder = None
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._forward = self.state.global_step + 1
+        self.recorder.mark("forward", self._forward)
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        if self._forward is None:
+            self.recorder.mark("forward", self.state.global_step + 1)
+        self._forward = None
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.recorder.mark("backward", self.state.global_step + 1)
+        return loss
+
+    def _clip_grad_norm(self, model):
+        self.recorder.mark("optimizer", self.state.global_step + 1)
+        return super()._clip_grad_norm(model)
+
+
+class _StepEnds(transformers.TrainerCallback):
+    def __init__(self, recorder):
+        self.recorder = recorder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.recorder.mark("end", state.global_step)
+
+
+class _Rows(torch.utils.data.Dataset):
+    """``count`` rows of random data on the host, shaped as the job's batches."""
+
+    def __init__(self, count: int, batch: dict[str, torch.Tensor]):
+        self.count, self.batch = count, batch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: tensor[index % len(tensor)] for name, tensor in self.batch.items()}
+
+
+class _OnHost:
+    device = "cpu"
+
+    def __init__(self, recorder):
+        self.arrived = recorder.arrived
+
+
+def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
+    """``trainer: transformers`` or ``trl``: ``steps`` steps; of a long accumulation two batches, as in the plan."""
+    recorder.mark("load", 0)
+    accumulate = min(job.gradient_accumulation_steps, 2)
+    rows = _Rows(job.batch_size * accumulate * steps, make_batch(_OnHost(recorder), model, job, task))
+    checkpointing = job.gradient_checkpointing != "off"
+    with tempfile.TemporaryDirectory() as folder:
+        common = {
+            "output_dir": folder,
+            "per_device_train_batch_size": job.batch_size,
+            "gradient_accumulation_steps": accumulate,
+            "max_steps": steps,
+            "bf16": job.mixed_precision == "bf16",
+            "fp16": job.mixed_precision == "fp16",
+            "optim": "adamw_torch" if job.optimizer in NOT_OF_TRAINER else job.optimizer,
+            "report_to": [],
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "gradient_checkpointing": checkpointing,
+            "gradient_checkpointing_kwargs": {"use_reentrant": job.gradient_checkpointing == "reentrant"}
+            if checkpointing
+            else None,
+            "use_cpu": recorder.device == "cpu",
+        }
+        make = _sft_trainer if job.trainer == "trl" else _trainer
+        trainer = make(recorder, model, job, rows, common)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    recorder.close()
+    settle(recorder, [], trainer.optimizer)
+
+
+NOT_OF_TRAINER = ("adamw_torch_forloop", "sgd_momentum")
+"""Optimisers that ``TrainingArguments.optim`` has no name for: handed to the Trainer as ``optimizers``."""
+
+
+def _optimizers(model, job: Job) -> tuple:
+    if job.optimizer not in NOT_OF_TRAINER:
+        return None, None
+    return make_optimizer(job.optimizer, [p for p in model.parameters() if p.requires_grad]), None
+
+
+def _trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transformers.Trainer:
+    class Probed(_Marked, transformers.Trainer):
+        pass
+
+    Probed.recorder = recorder
+    return Probed(
+        model=model,
+        args=transformers.TrainingArguments(**common, remove_unused_columns=False),
+        train_dataset=rows,
+        data_collator=transformers.default_data_collator,
+        callbacks=[_StepEnds(recorder)],
+        optimizers=_optimizers(model, job),
+    )
+
+
+def _sft_trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transformers.Trainer:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Probed(_Marked, SFTTrainer):
+        pass
+
+    Probed.recorder = recorder
+    keep = ("input_ids", "labels")
+    data = [{name: row[name].tolist() for name in keep} for row in (rows[i] for i in range(len(rows)))]
+    arguments = SFTConfig(
+        **common,
+        max_length=job.sequence_length,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        loss_type="nll",
+    )
+    return Probed(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(data),
+        processing_class=_tokenizer(),
+        callbacks=[_StepEnds(recorder)],
+        optimizers=_optimizers(model, job),
+    )
+
+
+def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of a few words: SFTTrainer asks for one, the rows are tokens already."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{number}": number for number in range(100)} | {"<pad>": 100, "<unk>": 101, "<eos>": 102}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
