@@ -287,6 +287,33 @@ def _native_dropout(ledger, func, args, kwargs, place):
     return out, mask
 
 
+@_kernel(aten.native_layer_norm.default, aten.native_layer_norm_backward.default)
+def _layer_norm(ledger, func, args, kwargs, place):
+    """``layer_norm_cuda`` and ``layer_norm_backward_cuda`` (native/cuda/layer_norm_kernel.cu): ``expect_contiguous`` of
+    the input, in backward of the gradient first. Measured on an H100: a copy within every call of an encoder whose
+    states come transposed from a convolution."""
+    backward = func is aten.native_layer_norm_backward.default
+    copied = [
+        ledger.take(_bytes(tensor), place, "temporaries", "expect_contiguous")
+        for tensor in args[: 2 if backward else 1]
+        if not tensor.is_contiguous()
+    ]
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    for key in copied:
+        ledger.give(key)
+    return out
+
+
+@_kernel(aten._scaled_dot_product_efficient_attention.default)
+def _efficient_forward(ledger, func, args, kwargs, place):
+    """``_efficient_attention_forward`` (transformers/cuda/attention.cu): seed and offset lie on the host, unless a CUDA
+    graph is captured ("Note [Seed and Offset Device]"). Measured: neither is in the card's history."""
+    out = func(*args, **kwargs)
+    ledger.enter(out[:2], func, args, place)
+    return out
+
+
 @_kernel(aten._scaled_dot_product_cudnn_attention.default)
 def _cudnn_forward(ledger, func, args, kwargs, place):
     """``run_cudnn_SDP_fprop`` (native/cudnn/MHA.cpp). Measured: a workspace of 256 bytes."""
@@ -343,12 +370,17 @@ def _efficient_backward(ledger, func, args, kwargs, place):
     out = func(*args, **kwargs)
     ledger.enter(out, func, args, place)
     batch, heads, length, size = query.shape
-    keys = []
-    if query.dtype == torch.float32:  # kKernelComputesDelta is for half: (grad_out * out).sum(-1)
-        keys.append(ledger.take(_bytes(query), place, "temporaries", "delta"))
-    delta = ledger.take(batch * heads * length * 4, place, "kernel_workspace", "delta")
-    for taken in keys:
-        ledger.give(taken)
+    rows = batch * heads * length * 4
+    if query.dtype == torch.float32:
+        # kKernelComputesDelta is for half: (grad_out * out).sum(-1).transpose(-2, -1).contiguous()
+        product = ledger.take(_bytes(query), place, "temporaries", "delta")
+        total = ledger.take(rows, place, "temporaries", "delta")
+        ledger.give(product)
+        delta = ledger.take(rows, place, "kernel_workspace", "delta") if heads > 1 else total
+        if heads > 1:
+            ledger.give(total)
+    else:
+        delta = ledger.take(rows, place, "kernel_workspace", "delta")
     workspace = _efficient_workspace(ledger.card, query, key)
     ledger.transient([(workspace, "kernel_workspace")], place, "_efficient_attention_backward")
     ledger.give(delta)

@@ -500,8 +500,10 @@ def _four_bit(linear, quantization, dtype, path, ledger):
 
 
 def _int8(linear, path, ledger):
-    """A Linear8bitLt after its weight was placed: CB in int8 and one fp32 scale a row (bitsandbytes/nn/modules.py)."""
+    """A Linear8bitLt with what ``Int8Params._quantize`` makes (bitsandbytes/nn/modules.py): the weight comes from the
+    host as fp16 and is dropped; left are one fp32 scale a row and CB in int8. Measured event for event on an H100."""
     n, k = shape_of(linear)
+    half = ledger.take(n * k * 2, path, "weights", "to")
     new = bnb.nn.Linear8bitLt(k, n, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
     if linear.bias is not None:
         new.bias = torch.nn.Parameter(linear.bias.data)
@@ -513,6 +515,7 @@ def _int8(linear, path, ledger):
     new.weight = weight
     ledger.own(weight.SCB, path, "quantization_constants")
     ledger.own(weight, path, "weights")
+    ledger.give(half)
     return new
 
 

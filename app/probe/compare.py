@@ -1,8 +1,9 @@
 """Plan and measurement, event by event: what is in both, what is in one only, and by how many bytes.
 
-Phases are told apart by their marks, which both books have. Within a phase both are sequences of sizes, and their
-longest common subsequence pairs the allocations. What stands between two pairs in both, stands for each other with
-another size. Sizes are compared as blocks, in multiples of 512 bytes.
+Phases are told apart by their marks, which both books have. Within a phase both are sequences of sizes, forward also of
+modules, and their longest common subsequence pairs the allocations. What is left is paired by size, wherever it stands
+in its phase; and what then stands between two pairs in both, stands for each other with another size. Sizes are
+compared as blocks, in multiples of 512 bytes.
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ def labelled(plan: Books, measured: Books, match: Match) -> Books:
     return Books(allocations, measured.events, measured.sites, measured.marks)
 
 
+WITH_MODULES = ("forward", "generate")
+"""Phases in which the card knows the module of an allocation; in backward, autograd's own thread runs no module."""
+
+
 # --- pairing ------------------------------------------------------------------------------------------------
 
 
@@ -88,11 +93,10 @@ def pair(plan: Books, measured: Books) -> tuple[dict[int, int], dict[int, int]]:
     theirs = _segments(plan)
     for name, mine in _segments(measured).items():
         other = theirs.get(name, [])
-        ours = [round_size(measured.allocations[key].size) for key in mine]
-        sizes = [round_size(plan.allocations[key].size) for key in other]
+        by_module = name[1] in WITH_MODULES
         equal = [
             (mine[step.src_start + n], other[step.dest_start + n])
-            for step in LCSseq.opcodes(ours, sizes)
+            for step in LCSseq.opcodes(_signs(measured, mine, by_module), _signs(plan, other, by_module))
             if step.tag == "equal"
             for n in range(step.src_end - step.src_start)
         ]
@@ -112,6 +116,12 @@ def pair(plan: Books, measured: Books) -> tuple[dict[int, int], dict[int, int]]:
             open_there = [key for key in there.get(place, ()) if key in free]
             stands_for.update(zip((key for key in keys if key not in pairs), open_there))
     return pairs, stands_for
+
+
+def _signs(books: Books, keys: list[int], by_module: bool) -> list:
+    """What an allocation is known by: its block, and where the card knows it too, the module that ran."""
+    entries = [books.allocations[key] for key in keys]
+    return [hash((round_size(e.size), e.module)) if by_module else round_size(e.size) for e in entries]
 
 
 def _left(keys: list[int], paired: set[int]) -> dict[int, int]:

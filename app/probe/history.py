@@ -6,13 +6,14 @@ are ``alloc`` and ``free_completed``; their ``size`` is what was asked for, befo
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable
 
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 
-LIBRARIES = ("/torch/", "<string>", "/app/probe/", "/contextlib.py", "/accelerate/")
-"""Frames that say nothing about who asked: skipped where a caller beyond them is known."""
+LIBRARIES = re.compile(r"^(torch|accelerate)/|<|/app/probe/|/contextlib\.py$")
+"""Files, from their library's name on, that say nothing about who asked: the caller beyond them is meant."""
 
 
 def books_of(trace: Iterable[dict], marks: list[tuple[int, str, int]], places: list[tuple[int, str]]) -> Books:
@@ -47,9 +48,8 @@ def books_of(trace: Iterable[dict], marks: list[tuple[int, str, int]], places: l
 
 def caller(entry: dict) -> str:
     """``file:line function`` of the innermost frame outside PyTorch; empty in the autograd engine's own thread."""
-    frames = entry.get("frames") or ()
-    for frame in frames:
-        if not any(part in frame["filename"] for part in LIBRARIES):
-            file = frame["filename"].rsplit("site-packages/", 1)[-1].rsplit("dist-packages/", 1)[-1]
+    for frame in entry.get("frames") or ():
+        file = re.split("(?:site|dist)-packages/", frame["filename"])[-1]
+        if not LIBRARIES.search(file):
             return f"{file}:{frame['line']} {frame['name']}"
     return ""

@@ -25,8 +25,8 @@ class OnCard(Weightless):
         arriving = torch.empty(rows, columns, dtype=getattr(torch, job.dtype), device=self.device).normal_(0, SPREAD)
         if quantization.type == "int8":
             new = bnb.nn.Linear8bitLt(columns, rows, bias, has_fp16_weights=False, threshold=6.0, device="meta")
-            arriving = arriving.half().cpu()  # Int8Params quantises what comes from the host
-            new.weight = bnb.nn.Int8Params(arriving, requires_grad=False, has_fp16_weights=False).to(self.device)
+            weight = bnb.nn.Int8Params(arriving.cpu(), requires_grad=False, has_fp16_weights=False)
+            new.weight = weight.to(self.device)  # it quantises what comes from the host
         else:
             options = {"compress_statistics": quantization.double_quant, "quant_type": quantization.type}
             compute = getattr(torch, quantization.compute_dtype)
