@@ -188,6 +188,64 @@ class Weights(_Open):
     counted_from: str = Field(alias="from")
 
 
+class Beside(_Open):
+    """A figure, planned and measured; `percent` is the plan's error."""
+
+    figure: str = Field(description="placed, allocated, reserved, process; peak and end of a phase")
+    planned: int
+    measured: int | None = Field(description="null: the driver does not tell it.")
+    difference: int | None = None
+    percent: float | None = None
+
+
+class ProbedPhase(_Open):
+    """One phase of the first or of a steady step."""
+
+    step: int
+    name: str
+    peak: Beside
+    end: Beside
+
+
+class Difference(_Open):
+    """Bytes that plan and card disagree about at the measured peak."""
+
+    module: str
+    kind: str
+    phase: str
+    op: str = Field(description="The plan's operator, or the function that asked on the card.")
+    planned: int
+    measured: int
+
+
+class Matched(_Open):
+    """How far the card's allocations are events of the plan."""
+
+    share: float = Field(description="Of the bytes alive at the measured peak.")
+    alive_at_peak: int
+    matched_at_peak: int
+    differences: list[Difference]
+    events: int = Field(description="Allocations of the first two steps that both have.")
+    planned_only: int
+    measured_only: int
+
+
+class Probe(_Open):
+    """A job run on a real card, beside its plan."""
+
+    outcome: Literal["ok", "out_of_memory"]
+    broke_in: dict[str, Any] | None = Field(description="The step and phase that ran out of memory.")
+    layers: int | None = Field(description="How many layers were built; null: all.")
+    job: dict[str, Any]
+    card: dict[str, Any]
+    stack: dict[str, str]
+    figures: list[Beside]
+    phases: list[ProbedPhase]
+    match: Matched
+    extrapolated: dict[str, Any] | None = Field(None, description="What follows for all layers; not measured.")
+    date: str
+
+
 class Problem(BaseModel):
     """What was asked and what was found, and what to do next."""
 

@@ -54,7 +54,23 @@ def compare(what: Any) -> dict:
     return _told(lambda: compare(what))
 
 
-def _told(use_case: Callable[[], dict]) -> dict:
+def probe(bench: Any, job: Any, **options: Any) -> tuple[dict, Any]:
+    """A job measured on a bench beside its plan: the answer, and what it was made from. Raises :class:`PlanError` and
+    nothing else."""
+    from app.probe.measure import measured
+
+    return _told(lambda: measured(bench, job, **options))
+
+
+def recorded(path: str) -> tuple[dict, Any]:
+    """A recording made elsewhere beside the plan that is made here, as :func:`probe`."""
+    from app.probe.measure import from_recording
+    from app.probe.recording import read_recording
+
+    return _told(lambda: from_recording(read_recording(path)))
+
+
+def _told(use_case: Callable[[], Any]) -> Any:
     try:
         return use_case()
     except PlanError:

@@ -12,11 +12,12 @@ import json
 import re
 from pathlib import Path
 
+from app.calibration import context_of
 from app.catalog.gpus import MIB, Gpu, all_gpus, find_gpu
 from app.errors import PlanError
 from app.job import OwnGpu
 from app.memory.fit import Room
-from app.memory.overheads import context
+from app.memory.overheads import Context
 
 MEASURED_KERNELS = (9, 0)
 """The compute capability on which kernels and their workspaces were measured (H100 and H200)."""
@@ -41,13 +42,19 @@ def known(card: Gpu | OwnGpu) -> Gpu | None:
     return card
 
 
+def outside_of(card: Gpu | OwnGpu) -> Context:
+    """What a process holds of the card outside the allocator."""
+    chip = known(card)
+    return context_of(card, chip.compute_capability if chip else None)
+
+
 def room(card: Gpu | OwnGpu, reserve: int, workspace: int) -> Room:
     """What the allocator may reserve of ``card`` when ``reserve`` bytes are others'.
 
     ``workspace``: bytes of the plan that depend on kernels, not known of a card on which they were not measured.
     """
     chip = known(card)
-    outside = context(chip.compute_capability if chip else None)
+    outside = outside_of(card)
     unknown, spare, reasons = outside.high - outside.expected, outside.expected - outside.low, [outside.source]
     if chip is None or chip.compute_capability != MEASURED_KERNELS:
         unknown, spare = unknown + workspace, spare + workspace
@@ -94,11 +101,11 @@ def local_card(name: str) -> tuple[OwnGpu, int]:
     finally:
         pynvml.nvmlShutdown()
     return OwnGpu(
-        name=f"this machine's {model}", memory_bytes=memory.total - memory.reserved, like=_like(model, capability)
+        name=f"this machine's {model}", memory_bytes=memory.total - memory.reserved, like=like(model, capability)
     ), max(memory.used - memory.reserved, 0)
 
 
-def _like(model: str, capability: tuple[int, int]) -> str | None:
+def like(model: str, capability: tuple[int, int]) -> str | None:
     """The catalogue's card of this name, else one with the same compute capability."""
     try:
         return find_gpu(model).key

@@ -19,20 +19,23 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.text import Text
 
-from app.batch import TARGETS, Unexpected, advise, each, failure, plan, unwrap
+from app.batch import TARGETS, Unexpected, advise, each, failure, plan, recorded, unwrap
 from app.batch import compare as side_by_side
+from app.batch import probe as measure
 from app.batch import solve as largest
 from app.cards import local_card, read_prices
 from app.catalog.gpus import all_gpus, parts_of
 from app.catalog.models import MODELS, search_models
 from app.errors import PlanError
 from app.form import fields, read_json, read_object, to_job
-from app.render import terminal, words
+from app.render import probed, terminal, words
 from app.render.table import to_csv
 
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 1, 2
+PROBE_SECONDS = 600.0
 
 app = typer.Typer(
     name="vramplan",
@@ -155,13 +158,14 @@ def estimate(
     as_json: Json = False,
     advised: Annotated[bool, typer.Option("--advise", help="Plan every change that could make it fit.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Every layer, repeated ones too.")] = False,
+    run: Annotated[bool, typer.Option("--probe", help="Run it on this machine's GPU too, beside the plan.")] = False,
 ) -> None:
     """Plan the memory of one step: does it fit, how much is left, what takes it.
 
     Exit codes: 0 fits, 1 does not fit the card of --gpu, 2 cannot say.
     """
     if jobs is not None:
-        if whole is not None or advised:
+        if whole is not None or advised or run:
             raise PlanError("--jobs takes every job from its own line", "leave the other options out", "jobs")
         raise typer.Exit(_each_line(jobs, lambda one: plan(one, all_layers=layers)))
     with _told_as(as_json):
@@ -170,10 +174,16 @@ def estimate(
         if advised:
             with _waiting("Planning every change"):
                 answer["advice"] = advise(whole)
+        if run:
+            with _bench(False, PROBE_SECONDS) as bench:
+                answer["probe"], _ = measure(bench, whole)
     if as_json:
         print(json.dumps(answer))
     else:
         terminal.show(answer, Console())
+        if run:
+            print()
+            probed.show(answer["probe"], Console())
     raise typer.Exit(DOES_NOT_FIT if words.state(answer) == "does_not_fit" else FITS)
 
 
@@ -318,9 +328,127 @@ def _unreadable(path: str, error: Exception) -> PlanError:
 
 
 @app.command()
+@of_a_job
+def probe(
+    whole: dict | None,
+    suite: Annotated[Maybe, typer.Option(help="Many jobs instead: quick or full.", metavar="NAME")] = None,
+    recording: Annotated[
+        Maybe, typer.Option(help="Compare what --save wrote elsewhere; needs no GPU.", metavar="FILE")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=2, help="Measure a model of so many layers, and extrapolate.", metavar="N")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Try what is predicted not to fit.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one job may take.")] = PROBE_SECONDS,
+    save: Annotated[Maybe, typer.Option(help="Keep snapshot, recording and timelines.", metavar="DIR")] = None,
+    picture: Annotated[Maybe, typer.Option(help="Both timelines as a picture (.png, .svg).", metavar="FILE")] = None,
+    report: Annotated[
+        Maybe, typer.Option(help="Add a row for the accuracy table; it names no person and no path.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the job on this machine's GPU, with random weights, and show plan and measurement side by side.
+
+    Nothing is downloaded but config.json. Exit codes: 0 measured, 1 out of memory, 2 cannot say.
+    """
+    from app.probe.keep import Keep
+
+    if sum(given is not None for given in (whole, suite, recording)) != 1:
+        raise PlanError("probe takes a job, --suite or --recording", "vramplan probe qwen2.5-0.5b -m lora")
+    keep = Keep(save, picture, report)
+    if suite is not None:
+        if layers or picture:
+            raise PlanError("--suite measures whole models, one after the other", "leave --layers and --picture out")
+        raise typer.Exit(_suite(suite, yes, timeout, keep, as_json))
+    with _told_as(as_json):
+        if recording is not None:
+            answer, found = recorded(recording)
+        else:
+            with _bench(yes, timeout) as bench:
+                answer, found = measure(bench, whole, layers=layers, snapshot=keep.snapshot())
+        keep.all(answer, found)
+    raise typer.Exit(_tell_probe(answer, as_json))
+
+
+def _suite(name: str, yes: bool, timeout: float, keep: Any, as_json: bool) -> int:
+    """Measure every job of a suite, with a bar; then the accuracy table of this card."""
+    from app.probe.suite import suite as jobs_of
+
+    jobs = jobs_of(name)
+    measured: list[tuple[str, dict]] = []
+    failed: list[tuple[str, str]] = []
+    errors = Console(stderr=True)
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=errors, disable=not errors.is_terminal) as progress,
+        _bench(yes, timeout, ahead=1) as bench,
+    ):
+        bar = progress.add_task("", total=len(jobs))
+        for title, job in jobs:
+            progress.update(bar, description=title)
+            try:
+                answer, found = measure(bench, job, snapshot=keep.snapshot(title))
+                keep.all(answer, found, title)
+                broke = answer["broke_in"]
+                failed += [(title, probed.verdict(answer))] if broke else []
+                measured += [] if broke else [(title, answer)]
+            except PlanError as error:
+                answer = failure(error)
+                failed.append((title, error.message))
+            if as_json:
+                print(json.dumps({"id": title, **answer}), flush=True)
+            progress.advance(bar)
+    if not measured:
+        raise PlanError(f"no job of the suite could be measured: {failed[0][1]}", "see the card with nvidia-smi")
+    if not as_json:
+        probed.suite(measured, failed, Console())
+    return FITS
+
+
+@contextmanager
+def _bench(yes: bool, timeout: float, ahead: int = 0) -> Iterator[Any]:
+    """This machine's card; where somebody sits at a terminal, they are asked, and shown each phase."""
+    from app.probe.measure import Bench
+
+    errors = Console(stderr=True)
+    status = errors.status("Planning …") if errors.is_terminal and not ahead else None
+
+    def tell(phase: str, step: int) -> None:
+        if status is not None:
+            status.start()
+            status.update(f"Measuring: {phase}" + (f", step {step}" if step else ""))
+
+    def ask(question: str) -> bool:
+        if status is not None:
+            status.stop()
+        return typer.confirm(f"{question}. Try it under a cap?", err=True)
+
+    bench = Bench(yes, ask if sys.stdin.isatty() else None, timeout, tell, ahead=ahead)
+    try:
+        if status is not None:
+            status.start()
+        yield bench
+    finally:
+        if status is not None:
+            status.stop()
+        bench.close()
+
+
+def _tell_probe(answer: dict, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        probed.show(answer, Console())
+    return DOES_NOT_FIT if answer["broke_in"] else FITS
+
+
+@app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    allow_probe: Annotated[
+        bool, typer.Option("--allow-probe", help="Let POST /probe run jobs on this machine's GPU.")
+    ] = False,
 ) -> None:
     """Serve the page and the HTTP API. Local folders are read as models only for this machine's own users."""
     import uvicorn
@@ -328,7 +456,9 @@ def serve(
     from app.web import create_app
 
     local = host in ("127.0.0.1", "::1", "localhost")
-    uvicorn.run(create_app(local_files=local, warm=True), host=host, port=port, server_header=False)
+    uvicorn.run(
+        create_app(local_files=local, warm=True, allow_probe=allow_probe), host=host, port=port, server_header=False
+    )
 
 
 @app.command()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from app.cards import every_card
+from app.calibration import warnings_of
+from app.cards import every_card, outside_of
 from app.errors import PlanError
 from app.job import read_job
 from app.memory.event import KINDS
-from app.memory.overheads import context
-from app.plan import kernels_of, stack, trace_of
+from app.plan import stack, trace_of
 from app.weigh import after, card_warnings, fit_on, weigh
 
 
@@ -19,7 +19,7 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
     weighing = weigh(read_job(data), tables=True)
     job, card, reading = weighing.job, weighing.card, weighing.reading
     traced = trace_of(weighing.key)
-    outside = context(kernels_of(card)[0])
+    outside = outside_of(card)
     others = [other for other in every_card() if other != card]
     fits = [fit_on(weighing, other) for other in (card, *others)]
     following, unknown = None, []
@@ -67,6 +67,6 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         "layers": [asdict(layer) for layer in layers],
         "fits": fits,
         "after": asdict(following) if following else None,
-        "warnings": [*traced.warnings, *card_warnings(card), *unknown],
+        "warnings": [*traced.warnings, *card_warnings(card), *warnings_of(card), *unknown],
         "stack": stack(),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
@@ -22,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__, hub
-from app.answer import Advice, Answer, Comparison, Failure, GpuRow, Health, Line, ModelRow, Solved
+from app.answer import Advice, Answer, Comparison, Failure, GpuRow, Health, Line, ModelRow, Probe, Solved
 from app.batch import Unexpected, advise, compare, failure, plan, solve, unwrap
 from app.catalog.gpus import all_gpus, parts_of
 from app.catalog.models import find_model, search_models
@@ -37,6 +39,8 @@ BODY_LIMIT = 4 << 20
 """Bytes of a request. A config.json has kilobytes."""
 WAITING_LIMIT = 16
 """Jobs in line, beyond which a visitor is asked to come back."""
+PROBES_WAITING = 2
+"""Probes in line; each takes seconds to minutes of the card."""
 BATCH_LIMIT = 1000
 HUB_LIMIT = 20
 """Models that the Hub's search is asked for."""
@@ -133,6 +137,13 @@ class Busy(PlanError):
         super().__init__(f"more than {WAITING_LIMIT} jobs are waiting here", "try again in a few seconds")
 
 
+class Forbidden(PlanError):
+    """The server does not run jobs on its GPU."""
+
+    def __init__(self):
+        super().__init__("this server runs no probes", "start one that does: vramplan serve --allow-probe")
+
+
 class Desk:
     """Where jobs are planned: one at a time, in the order they came, on a thread of their own."""
 
@@ -214,6 +225,8 @@ def _refuse(status: int) -> JSONResponse:
 def _status(error: PlanError) -> tuple[int, dict[str, str]]:
     if isinstance(error, Busy):
         return 503, {"retry-after": "5"}
+    if isinstance(error, Forbidden):
+        return 403, {}
     return (500 if isinstance(error, Unexpected) else 422), {}
 
 
@@ -233,8 +246,9 @@ async def _on_http(_: Request, error: HTTPException) -> Response:
     return _refuse(error.status_code)
 
 
-def create_app(*, local_files: bool = False, warm: bool = False) -> FastAPI:
-    """The application. ``local_files``: a job's model may be a path; ``warm``: plan the first visit's job early."""
+def create_app(*, local_files: bool = False, warm: bool = False, allow_probe: bool = False) -> FastAPI:
+    """The application. ``local_files``: a job's model may be a path; ``warm``: plan the first visit's job early;
+    ``allow_probe``: visitors may run jobs on this machine's GPU."""
     desk = Desk(local_files)
 
     async def warm_up() -> None:
@@ -263,6 +277,7 @@ def create_app(*, local_files: bool = False, warm: bool = False) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _add_api(app, desk)
+    _add_probe(app, desk, allow_probe)
     _add_page(app, desk)
     return app
 
@@ -352,6 +367,38 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
     @app.get("/health", summary="Whether the service is up")
     async def health() -> Health:
         return Health(version=__version__, waiting=desk.waiting)
+
+
+def _add_probe(app: FastAPI, desk: Desk, allowed: bool) -> None:
+    slot = anyio.CapacityLimiter(1)
+
+    @app.post(
+        "/probe",
+        response_model=Probe,
+        responses={**ERRORS, 403: {"model": Failure, "description": "The server was started without --allow-probe."}},
+        summary="Run one job on the server's GPU, beside its plan",
+    )
+    async def probe_one(
+        job: JobBody,
+        yes: Annotated[bool, Query(description="Try what is predicted not to fit.")] = False,
+        layers: Annotated[int | None, Query(ge=2, description="Measure so many layers, and extrapolate.")] = None,
+    ) -> Response:
+        if not allowed:
+            raise Forbidden
+        desk._refuse_local(job)
+        if slot.statistics().tasks_waiting >= PROBES_WAITING:
+            raise Busy
+        command = [sys.executable, "-m", "app", "probe", "--job", "-", "--json"]
+        command += ["--yes"] if yes else []
+        command += [] if layers is None else ["--layers", str(layers)]
+        text = job.model_dump_json(exclude_unset=True)
+        async with slot:  # a process of its own: the planner's, and plans go on beside it
+            done = await anyio.run_process(command, input=text.encode(), check=False, cwd=STATIC.parent)
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError:
+            raise Unexpected(RuntimeError(f"the probe ended with {done.returncode}")) from None
+        return JSONResponse(answer, 422 if "error" in answer else 200)
 
 
 def _add_page(app: FastAPI, desk: Desk) -> None:

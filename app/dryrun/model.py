@@ -347,9 +347,7 @@ def load(model: torch.nn.Module, job: Job, task: str, ledger: Ledger, weights: W
     return model
 
 
-def _prepare(
-    model: torch.nn.Module, job: Job, task: str, ledger: Ledger, weights: Weightless
-) -> torch.nn.Module:
+def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger, weights: Weightless) -> torch.nn.Module:
     checkpointing = job.gradient_checkpointing != "off"
     kwargs = {"use_reentrant": job.gradient_checkpointing == "reentrant"}
     if job.method == "inference":

@@ -16,6 +16,7 @@ class CardState:
     """A card as NVML sees it now. Bytes; ``others`` are the processes that hold memory there."""
 
     name: str
+    capability: tuple[int, int]
     driver: str
     total: int
     free: int
@@ -35,6 +36,7 @@ def look() -> CardState:
         mode = pynvml.nvmlDeviceGetComputeMode(handle)
         return CardState(
             _text(pynvml.nvmlDeviceGetName(handle)),
+            tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
             _text(pynvml.nvmlSystemGetDriverVersion()),
             memory.total,
             memory.free,

@@ -21,7 +21,7 @@ from app.job import Job, read_job
 from app.probe.history import books_of
 from app.probe.layers import with_layers
 from app.probe.recorder import Recorder
-from app.probe.recording import FAILED, OUT_OF_MEMORY, Recording
+from app.probe.recording import FAILED, OK, OUT_OF_MEMORY, Recording
 from app.probe.trainers import run_trainer
 from app.probe.weights import OnCard
 
@@ -140,7 +140,7 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
 
     started = time.perf_counter()
     tell("start", 0)
-    out = Recording(job.model_dump(mode="json"), layers, task, {}, stack())
+    out = Recording(job.model_dump(mode="json"), layers, task, {}, {**stack(), "torch": torch.__version__})
     base = build_base(read_config(job.config, job.attention), task, getattr(torch, job.dtype))
     if layers is not None:
         base = with_layers(base, layers)
@@ -155,7 +155,7 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
         out.outcome, out.reason = OUT_OF_MEMORY, _first_line(error)
     except Exception as error:
         out.outcome, out.reason = FAILED, f"{type(error).__name__}: {_first_line(error)}"
-    if out.outcome != "ok" and not recorder.phases and recorder._open is None:
+    if out.outcome != OK and not recorder.phases and recorder._open is None:
         recorder.mark("load", 0)
     recorder.close()
     reserved = meter.read()[2]
@@ -217,6 +217,13 @@ def main() -> None:
     out.cap = request["cap"]
     if request.get("snapshot"):
         meter.save_snapshot(request["snapshot"])
+    if request["calibrate"] and out.outcome == OK:
+        from app.dryrun.cuda import Card
+        from app.probe.kernels import measure_kernels
+
+        facts = meter.facts()
+        capability, multiprocessors = tuple(facts["capability"]), facts["multiprocessors"]
+        out.card["kernels"] = measure_kernels(Card(capability, multiprocessors, facts["cudnn"]))
     out.save(request["out"])
     print(json.dumps({"done": True}), file=voice)
 

@@ -7,12 +7,14 @@ are ``alloc`` and ``free_completed``; their ``size`` is what was asked for, befo
 from __future__ import annotations
 
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable
+from functools import lru_cache
 
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 
-LIBRARIES = re.compile(r"^(torch|accelerate)/|<|/app/probe/|/contextlib\.py$")
+LIBRARIES = re.compile(r"^(torch|accelerate)/|<|app/probe/|(^|/)contextlib\.py$")
 """Files, from their library's name on, that say nothing about who asked: the caller beyond them is meant."""
 
 
@@ -49,7 +51,17 @@ def books_of(trace: Iterable[dict], marks: list[tuple[int, str, int]], places: l
 def caller(entry: dict) -> str:
     """``file:line function`` of the innermost frame outside PyTorch; empty in the autograd engine's own thread."""
     for frame in entry.get("frames") or ():
-        file = re.split("(?:site|dist)-packages/", frame["filename"])[-1]
+        file = _within(frame["filename"])
         if not LIBRARIES.search(file):
             return f"{file}:{frame['line']} {frame['name']}"
     return ""
+
+
+@lru_cache(maxsize=4096)
+def _within(file: str) -> str:
+    """A file's path from where Python found its package: nobody's home folder is written down."""
+    packages = re.split("(?:site|dist)-packages/", file)
+    if len(packages) > 1:
+        return packages[-1]
+    roots = [root.rstrip("/") + "/" for root in sys.path if root and file.startswith(root.rstrip("/") + "/")]
+    return file.removeprefix(max(roots, key=len)) if roots else "/".join(file.split("/")[-2:])

@@ -27,7 +27,9 @@ def depths_for(count: int) -> tuple[int, int]:
     return max(2, count // 2), max(count, 4)
 
 
-def extrapolate(depths: tuple[int, int], planned: tuple[int, int], measured: tuple[int, int], whole: int, at: int) -> int:
+def extrapolate(
+    depths: tuple[int, int], planned: tuple[int, int], measured: tuple[int, int], whole: int, at: int
+) -> int:
     """Bytes at depth ``whole``, for which ``at`` is planned: the plan, and what both depths measured beside theirs.
 
     The plan's growth from layer to layer is exact in what it knows; what it does not know is taken to grow by the same

@@ -2,103 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from app.catalog.gpus import Gpu, all_gpus, find_gpu
+from app.calibration import Facts, known, name_of, store
+from app.cards import like, outside_of
+from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
 from app.job import Job, OwnGpu, read_job
-from app.memory.breakdown import Reading, read
+from app.memory.breakdown import read
 from app.memory.event import Books
-from app.memory.overheads import context
 from app.plan import books_of, config_of, kernels_of, key_of, refuse_unplanned, settings_of
 from app.probe import card
-from app.probe.compare import Match, as_dict, compare
+from app.probe.answer import Planned, Probed, answer_of
+from app.probe.compare import compare
 from app.probe.process import Child
-from app.probe.recording import FAILED, OUT_OF_MEMORY, Recording
+from app.probe.recording import FAILED, OK, Recording
 
 SPARE = 512 << 20
 """Bytes of the card that a probe leaves to others, whatever is free."""
-SECONDS = 600
-"""The default time limit of one measurement."""
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What a job's plan says: its books, read, and the bytes that the process takes beside the allocator."""
-
-    job: Job
-    config: dict
-    task: str
-    gpu: Gpu | OwnGpu
-    books: Books
-    reading: Reading
-
-    @property
-    def process(self) -> int:
-        return self.reading.reserved + context(kernels_of(self.gpu)[0]).expected
-
-
-@dataclass
-class Probed:
-    """A measurement beside its plan."""
-
-    planned: Planned
-    recording: Recording
-    match: Match
-
-
-def plan_for(data: Any, gpu: Gpu | OwnGpu | None = None, layers: int | None = None) -> Planned:
-    """The plan of a job on the card that is there (None: the job's own), of ``layers`` layers (None: all).
+def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned:
+    """The plan of a job on the card that is there, of ``layers`` layers of each stack (None: all).
 
     Raises :class:`PlanError`.
     """
     job = read_job(data).resolved()
     refuse_unplanned(job)
-    if gpu is None:
-        gpu = job.gpu if isinstance(job.gpu, OwnGpu) else find_gpu(job.gpu or "h100-80gb")
-    config, _ = config_of(job)
+    config, source = config_of(job)
+    model = source["id"] if source["kind"] == "catalogue" else None
     job = job.model_copy(update={"model": None, "config": config, "gpu": gpu.key if isinstance(gpu, Gpu) else gpu})
+    from app.dryrun import stored
     from app.dryrun.model import read_config, task_of
 
     task = job.task or task_of(read_config(config, job.attention))
+    settings = stored.settings_of(config)
+    if settings is not None:
+        job, _ = stored.as_loaded(job, settings, _bare(json.dumps(config), task, job.dtype, job.attention))
     books = books_of(key_of(job, config, gpu)) if layers is None else _books_of_layers(job, config, task, gpu, layers)
-    return Planned(job, config, task, gpu, books, read(books, settings_of(job)))
+    return Planned(job, model, config, task, gpu, books, read(books, settings_of(job)))
+
+
+@lru_cache(maxsize=8)
+def _bare(config: str, task: str, dtype: str, attention: str | None):
+    """The bare model on the meta device, for its depth and its shorter copies."""
+    import torch
+
+    from app.dryrun.model import build_base, read_config
+
+    return build_base(read_config(json.loads(config), attention), task, getattr(torch, dtype))
+
+
+def depth_of_plan(planned: Planned) -> int:
+    from app.probe.layers import depth_of
+
+    job = planned.job
+    return depth_of(_bare(json.dumps(planned.config), planned.task, job.dtype, job.attention))
 
 
 def _books_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Books:
-    import torch
-
     from app.dryrun.cuda import Card
-    from app.dryrun.model import build_base, read_config
     from app.dryrun.step import dry_run
     from app.probe.layers import with_layers
 
-    base = build_base(read_config(config, job.attention), task, getattr(torch, job.dtype))
+    base = _bare(json.dumps(config), task, job.dtype, job.attention)
     return dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)))
 
 
-def gpu_of(name: str, total: int) -> Gpu | OwnGpu:
-    """The catalogue's card of NVML's ``name``: by its name, else the one whose name it begins with and whose memory is
-    nearest; a card of one's own where there is none."""
+def gpu_of(name: str, total: int, capability: tuple[int, int]) -> Gpu | OwnGpu:
+    """The catalogue's card of NVML's ``name``; else a card of one's own, with the kernels of one of its capability."""
     try:
         return find_gpu(name)
     except PlanError:
-        words = set(name.lower().replace("-", " ").split())
-        near = [g for g in all_gpus() if _letters(g.key) and _letters(g.key) & words]
-        near = [g for g in near if abs(g.total_memory / total - 1) < 0.1]
-        if near:
-            return min(near, key=lambda g: abs(g.total_memory - total))
-        return OwnGpu(name=name, memory_bytes=total)
+        return OwnGpu(name=name, memory_bytes=total, like=like(name, capability))
 
 
-def _letters(key: str) -> set[str]:
-    return {word for word in key.split("-") if any(c.isdigit() for c in word) and not word.endswith("gb")}
-
-
-def request_for(planned: Planned, cap: int, layers: int | None, snapshot: str | None = None) -> dict:
+def request_for(planned: Planned, cap: int, layers: int | None, snapshot: str | None, calibrate: bool) -> dict:
     """What a measuring process is asked to do."""
     allocator = planned.job.allocator
     settings = [f"expandable_segments:{allocator.expandable_segments}"]
@@ -111,165 +95,136 @@ def request_for(planned: Planned, cap: int, layers: int | None, snapshot: str | 
         "cap": cap,
         "allocator": ",".join(settings),
         "snapshot": snapshot,
+        "calibrate": calibrate,
     }
 
 
 def room_on(state: card.CardState, planned: Planned) -> int:
     """Bytes that the probe's allocator may take: what is free, less the context and what is left to others."""
-    return state.free - context(kernels_of(planned.gpu)[0]).high - SPARE
+    return state.free - outside_of(planned.gpu).high - SPARE
 
 
-def probe(
-    data: Any,
-    *,
-    layers: int | None = None,
-    yes: bool = False,
-    ask: Callable[[str], bool] | None = None,
-    seconds: float = SECONDS,
-    snapshot: str | None = None,
-    tell: Callable[[str, int], None] = lambda *_: None,
-    child: Callable[[], Child] = Child,
-    look: Callable[[], card.CardState] = card.look,
-) -> Probed:
-    """Measure a job on this machine's card beside its plan.
+@dataclass
+class Bench:
+    """Where jobs are measured, one after the other: the card, and how a measuring process is started.
 
-    A job that is predicted not to fit what is free is tried only if ``yes``, or if ``ask`` says so. Raises
-    :class:`PlanError`: no card, too little memory, a process that died or took longer than ``seconds``.
+    ``yes`` tries what is predicted not to fit, ``ask`` is asked about it; ``seconds`` is the time limit of one job.
+    ``ahead`` processes import while another measures.
     """
-    state = look()
-    planned = plan_for(data, gpu_of(state.name, state.total), layers)
-    cap = room_on(state, planned)
-    if cap <= 0:
-        raise PlanError(_crowded(state), "free the card first; nvidia-smi lists who holds it")
-    needed = max(planned.reading.reserved, planned.reading.phases[0].reserved)
-    if needed > cap and not yes:
+
+    yes: bool = False
+    ask: Callable[[str], bool] | None = None
+    seconds: float = 600.0
+    tell: Callable[[str, int], None] = lambda *_: None
+    start: Callable[[], Child] = Child
+    look: Callable[[], card.CardState] = card.look
+    ahead: int = 0
+    _waiting: list[Child] = field(default_factory=list)
+
+    def probe(self, data: Any, layers: int | None = None, snapshot: str | None = None) -> Probed:
+        """Measure a job on this machine's card beside its plan.
+
+        Raises :class:`PlanError`: no card, too little memory, a process that died or took too long.
+        """
+        state = self.look()
+        child = self._child()
+        try:
+            return self._measure(child, state, data, layers, snapshot)
+        finally:
+            child.end()
+
+    def _measure(self, child: Child, state: card.CardState, data: Any, layers: int | None, snapshot: str | None):
+        planned = plan_for(data, gpu_of(state.name, state.total, state.capability), layers)
+        cap = room_on(state, planned)
+        if cap <= 0:
+            raise PlanError(
+                f"{state.name} has {_gib(state.free)} of {_gib(state.total)} free{_shared(state)}: too little to probe",
+                "free the card first; nvidia-smi lists who holds it",
+            )
+        self._agree(planned, cap, state)
+        calibrate = known(name_of(planned.gpu)) is None
+        request = request_for(planned, cap, layers, snapshot, calibrate)
+        recording = child.run(request, self.seconds, self.tell)
+        if recording.outcome == FAILED:
+            raise PlanError(f"the job failed on the card: {recording.reason}", "the stack itself says so")
+        if recording.outcome == OK:
+            _calibrate(planned.gpu, recording)
+        return Probed(planned, recording, compare(planned.books, recording.books))
+
+    def _agree(self, planned: Planned, cap: int, state: card.CardState) -> None:
+        needed = max(planned.reading.reserved, planned.reading.phases[0].reserved)
+        if needed <= cap or self.yes:
+            return
         question = (
             f"predicted are {_gib(needed)} for the allocator, and {_gib(cap)} are free for it on {state.name}"
             f"{_shared(state)}: it would run out of memory"
         )
-        if ask is None or not ask(question):
+        if self.ask is None or not self.ask(question):
             raise PlanError(question, "--yes tries it all the same; --layers N measures a shorter model")
-    recording = child().run(request_for(planned, cap, layers, snapshot), seconds, tell)
-    if recording.outcome == FAILED:
-        raise PlanError(f"the job failed on the card: {recording.reason}", "the stack itself says so; change the job")
-    return Probed(planned, recording, compare(planned.books, recording.books))
 
+    def _child(self) -> Child:
+        child = self._waiting.pop(0) if self._waiting else self.start()
+        while len(self._waiting) < self.ahead:
+            self._waiting.append(self.start())
+        return child
 
-def _crowded(state: card.CardState) -> str:
-    return f"{state.name} has {_gib(state.free)} free of {_gib(state.total)}{_shared(state)}: too little to measure"
+    def close(self) -> None:
+        """End the processes that wait."""
+        while self._waiting:
+            self._waiting.pop().end()
 
 
 def _shared(state: card.CardState) -> str:
-    return f", the rest being held by {state.others} other processes" if state.others else ""
+    if not state.others:
+        return ""
+    return " beside another process" if state.others == 1 else f" beside {state.others} other processes"
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-# --- the answer ---------------------------------------------------------------------------------------------
+def _calibrate(gpu: Gpu | OwnGpu, recording: Recording) -> None:
+    facts = recording.card
+    if facts["context"] is not None:
+        held = facts["context"]
+        date = time.strftime("%Y-%m-%d")
+        torch = recording.stack["torch"]
+        store(Facts(name_of(gpu), facts["driver"], torch, date, held, held, held, facts.get("kernels", [])))
 
 
-def answer_of(probed: Probed) -> dict:
-    """The answer as every interface gives it. Bytes are ``int``, ``percent`` is the plan's error of what was measured."""
-    planned, recording, match = probed.planned, probed.recording, probed.match
-    reading = planned.reading
-    figures = [
-        _figure("placed", reading.placed, recording.placed),
-        _figure("allocated", reading.peak.peak, recording.peak("peak_allocated")),
-        _figure("reserved", reading.reserved, recording.peak("peak_reserved")),
-        _figure("process", planned.process, recording.peak("process")),
-    ]
-    return {
-        "outcome": recording.outcome,
-        "reason": recording.reason,
-        "broke_in": _broke_in(recording),
-        "job": planned.job.model_dump(mode="json", exclude={"config"}),
-        "layers": recording.layers,
-        "card": recording.card,
-        "stack": recording.stack,
-        "figures": figures,
-        "phases": _phases(reading, recording),
-        "match": as_dict(match),
-        "seconds": recording.seconds,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def measured(bench: Bench, data: Any, layers: int | None = None, snapshot: str | None = None) -> tuple[dict, Probed]:
+    """The answer to a job, and what it was made from; of a model shortened to ``layers``, with what follows for all
+    of its layers. Raises :class:`PlanError`."""
+    if layers is None:
+        probed = bench.probe(data, snapshot=snapshot)
+        return answer_of(probed), probed
+    from app.probe.layers import depths_for, extrapolate
+
+    depths = depths_for(layers)
+    short, probed = (bench.probe(data, depth, snapshot) for depth in depths)
+    whole = plan_for(data, probed.planned.gpu)
+    answer = answer_of(probed)
+    if answer["outcome"] == OK == short.recording.outcome:
+        planned = short.planned.reading.peak.peak, probed.planned.reading.peak.peak
+        found = short.recording.peak("peak_allocated"), probed.recording.peak("peak_allocated")
+        count = depth_of_plan(whole)
+        beside = probed.recording.peak("peak_reserved") - probed.planned.reading.reserved
+        answer["extrapolated"] = {
+            "layers": count,
+            "measured_layers": list(depths),
+            "allocated": extrapolate(depths, planned, found, count, whole.reading.peak.peak),
+            "reserved": whole.reading.reserved + beside,
+            "growth_planned": planned[1] - planned[0],
+            "growth_measured": found[1] - found[0],
+        }
+    return answer, probed
 
 
-def _figure(name: str, planned: int, measured: int | None) -> dict:
-    out: dict[str, Any] = {"figure": name, "planned": planned, "measured": measured}
-    if measured:
-        out |= {"difference": planned - measured, "percent": round((planned / measured - 1) * 100, 4)}
-    return out
-
-
-def _phases(reading: Reading, recording: Recording) -> list[dict]:
-    """Each phase of the first and of a steady step: the plan's peak and end, and the card's."""
-    planned = [phase for phase in reading.phases if phase.step > 0]
-    measured = [phase for phase in recording.steps if phase["step"] <= 2]
-    out = []
-    for phase, real in zip(planned, measured):
-        if (phase.step, phase.name) != (real["step"], real["name"]):
-            break
-        out.append(
-            {
-                "step": phase.step,
-                "name": phase.name,
-                "peak": _figure("peak", phase.peak, real["peak_allocated"]),
-                "end": _figure("end", phase.end, real["allocated_end"]),
-            }
-        )
-    return out
-
-
-def _broke_in(recording: Recording) -> dict | None:
-    if recording.outcome != OUT_OF_MEMORY or not recording.phases:
-        return None
-    last = recording.phases[-1]
-    return {"step": last["step"], "phase": last["name"]}
-
-
-def row_of(probed: Probed, identity: str) -> dict:
-    """One line for the accuracy table (tests/measured): the job, the stack, the card and its figures; nobody's paths."""
-    recording = probed.recording
-    steps: dict[int, dict] = {}
-    for phase in recording.steps:
-        step = steps.setdefault(phase["step"], {})
-        name = phase["name"]
-        if name == "forward":
-            step.setdefault("start_alloc", phase["allocated_start"])
-        end, peak = _ROW[name]
-        step |= {key: phase[field] for key, field in ((end, "allocated_end"), (peak, "peak_allocated")) if key}
-    plain = recording.job["trainer"] == "pytorch" and recording.job["method"] != "inference"
-    config = {key: value for key, value in recording.job["config"].items() if key not in ("_name_or_path",)}
-    return {
-        "id": identity,
-        "job": {**recording.job, "model": None, "config": config, "gpu": _key(probed.planned.gpu)},
-        "layers": recording.layers,
-        "stack": recording.stack,
-        "gpu": {key: recording.card[key] for key in ("name", "total_memory", "driver", "cuda", "cudnn")},
-        "measured": {
-            "placed_allocated": recording.placed,
-            "peak_allocated": recording.peak("peak_allocated"),
-            "peak_reserved": recording.peak("peak_reserved"),
-            "peak_process": recording.peak("process"),
-            "optimizer_state": recording.optimizer_state,
-            "trainable_parameters": recording.trainable_parameters,
-            "steps": list(steps.values()) if plain else [],
-        },
-        "matched": round(probed.match.share, 6),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-_ROW = {
-    "forward": ("after_forward", "peak_forward"),
-    "backward": ("after_backward", "peak_backward"),
-    "optimizer": (None, "peak_optim"),
-    "end": ("end_alloc", None),
-    "generate": (None, None),
-}
-
-
-def _key(gpu: Gpu | OwnGpu):
-    return gpu.key if isinstance(gpu, Gpu) else asdict(gpu)
+def from_recording(recording: Recording) -> tuple[dict, Probed]:
+    """The answer to a measurement that was recorded elsewhere, beside the plan that is made here."""
+    card = recording.card
+    gpu = gpu_of(card["name"], card["total_memory"], tuple(card["capability"]))
+    planned = plan_for(recording.job, gpu, recording.layers)
+    probed = Probed(planned, recording, compare(planned.books, recording.books))
+    return answer_of(probed), probed

@@ -128,7 +128,7 @@ class Recorder:
         self._vocabulary = min(getattr(text, "vocab_size", None) or 1000, 30000)
 
     def arrived(self, batch: dict[str, torch.Tensor]) -> None:
-        """Fill a batch, in place: random ids and pixels, labels that the model knows, the mask that the job asks for."""
+        """Fill a batch in place: random ids and pixels, labels that the model knows, the job's mask."""
         for name, tensor in batch.items():
             if tensor.is_floating_point():
                 tensor.normal_()

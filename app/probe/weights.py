@@ -5,7 +5,7 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import torch
 
-from app.dryrun.model import Weightless, adapt
+from app.dryrun.model import Weightless, adapt, shape_of
 from app.job import Job
 
 SPREAD = 0.02
@@ -20,7 +20,7 @@ class OnCard(Weightless):
 
     def quantized(self, linear: torch.nn.Linear, job: Job, path: str, ledger) -> torch.nn.Module:
         """``linear`` with random weights, quantised by bitsandbytes on the card."""
-        quantization, (rows, columns) = job.quantization, linear.weight.shape
+        quantization, (rows, columns) = job.quantization, shape_of(linear)
         bias = linear.bias is not None
         arriving = torch.empty(rows, columns, dtype=getattr(torch, job.dtype), device=self.device).normal_(0, SPREAD)
         if quantization.type == "int8":

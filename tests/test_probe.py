@@ -1,0 +1,565 @@
+"""The probe without a card: all is real but CUDA itself, whose counters and history are fed from planned books."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pynvml
+import pytest
+import torch
+from tiny import LLAMA
+
+from app import calibration
+from app.catalog.gpus import find_gpu
+from app.errors import PlanError
+from app.job import read_job
+from app.memory.allocator import CachingAllocator
+from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
+from app.probe import card
+from app.probe.answer import Probed, answer_of, row_of
+from app.probe.card import CardState
+from app.probe.compare import compare, labelled
+from app.probe.history import books_of
+from app.probe.layers import depths_for, extrapolate
+from app.probe.measure import SPARE, Bench, depth_of_plan, from_recording, gpu_of, measured, plan_for
+from app.probe.process import Child
+from app.probe.recording import FAILED, OUT_OF_MEMORY, Recording, read_recording
+from app.probe.suite import SUITES, suite
+
+ROOT = Path(__file__).parents[1]
+MEASURED = Path(__file__).parent / "measured"
+REAL = MEASURED / "h100-llama-lora.recording.json.gz"
+"""``vramplan probe llama-3.2-1b -m lora --save`` on an H100, 2026-11-25."""
+H100 = find_gpu("h100")
+GIB = 1 << 30
+
+
+def job(**fields) -> dict:
+    return {"config": LLAMA, "method": "lora", "sequence_length": 64, **fields}
+
+
+@pytest.fixture(autouse=True)
+def own_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "folder", lambda: tmp_path / "cards")
+
+
+class FakeMeter:
+    """A card's counters and history, as the planned ``books`` would have them; phase by phase."""
+
+    device = "cpu"
+    context = 700 << 20
+
+    def __init__(self, books: Books, breaks_in: tuple[int, str] | None = None):
+        self.books, self.breaks_in = books, breaks_in
+        self.allocator = CachingAllocator()
+        self.taken = self.given = self.at = 0
+
+    def enter(self, phase: str, step: int) -> None:
+        """Run the books to where ``phase`` begins."""
+        if (step, phase) == self.breaks_in:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        for mark in self.books.marks:
+            if mark.at >= self.at and mark.name == phase and mark.step == step:
+                self.run_to(mark.at)
+                return
+
+    def run_to(self, end: int) -> None:
+        for event in self.books.events[self.at : end]:
+            if event >= 0:
+                self.allocator.malloc(event, self.books.allocations[event].size)
+                self.taken += 1
+            else:
+                self.allocator.free(~event)
+                self.given += 1
+        self.at = max(self.at, end)
+
+    def warm_up(self) -> None: ...
+
+    def record(self) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def counts(self) -> tuple[int, int]:
+        return self.taken, self.given
+
+    def read(self) -> tuple[int, int, int, int]:
+        a = self.allocator
+        return a.allocated, a.peak_allocated, a.reserved, a.peak_reserved
+
+    def reset_peaks(self) -> None:
+        self.allocator.reset_peaks()
+
+    def process_bytes(self) -> int:
+        return self.allocator.reserved + self.context
+
+    def device_bytes(self) -> int:
+        return self.process_bytes()
+
+    def facts(self) -> dict:
+        return {
+            "name": "NVIDIA H100 80GB HBM3",
+            "capability": [9, 0],
+            "multiprocessors": 132,
+            "total_memory": H100.total_memory,
+            "driver": "580.1",
+            "cuda": "13.0",
+            "cudnn": 91900,
+        }
+
+    def history(self) -> list[dict]:
+        """As ``device_traces`` of a snapshot, with what happens on a card between the events."""
+        out = []
+        for event in self.books.events:
+            key = event if event >= 0 else ~event
+            entry = {"addr": key, "size": self.books.allocations[key].size, "frames": []}
+            if event >= 0:
+                out += [{**entry, "action": "alloc"}]
+            else:
+                out += [{**entry, "action": "free_requested"}, {**entry, "action": "free_completed"}]
+        return [{"action": "segment_alloc", "addr": 0, "size": 2 << 20, "frames": []}, *out]
+
+
+def measure(data: dict, monkeypatch, breaks_in=None, books=None, layers=None):
+    """A job planned, and really built and run on the CPU under the fake card."""
+    from app.probe import child
+
+    planned = plan_for(data, H100, layers)
+    meter = FakeMeter(books or planned.books, breaks_in)
+    mark = child.Recorder.mark
+
+    def marked(self, phase, step, kind=""):
+        meter.enter(phase, step)
+        mark(self, phase, step, kind)
+
+    monkeypatch.setattr(child.Recorder, "mark", marked)
+    return planned, child.measure(planned.job, planned.task, meter, layers, steps=2)
+
+
+JOBS = {
+    "full": job(method="full", mixed_precision="bf16", dtype="float32"),
+    "qlora": job(method="qlora", optimizer="adamw_8bit", gradient_accumulation_steps=3),
+    "trainer": job(trainer="transformers", gradient_accumulation_steps=2),
+    "trl": job(method="qlora", trainer="trl", lora={"target_modules": "all-linear"}),
+    "inference": job(method="inference", new_tokens=4),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_real_job_runs_and_its_phases_are_the_plans(name, monkeypatch):
+    """The same builders and steps, or the Trainers' own, run for real on the CPU; their marks are the dry run's."""
+    planned, recording = measure(JOBS[name], monkeypatch)
+    assert (recording.outcome, recording.reason) == ("ok", "")
+    steps = [(mark.step, mark.name) for mark in planned.books.marks if mark.step > 0]
+    assert [(phase["step"], phase["name"]) for phase in recording.steps] == steps
+    answer = answer_of(Probed(planned, recording, compare(planned.books, recording.books)))
+    rows = {row["figure"]: row for row in answer["figures"]}
+    assert rows["allocated"]["difference"] == rows["reserved"]["difference"] == 0
+    assert answer["match"]["share"] == 1 and not answer["match"]["differences"]
+    trains = name != "inference"
+    assert bool(recording.trainable_parameters) == bool(recording.optimizer_state) == trains
+
+
+def test_a_shorter_model_is_built_and_measured(monkeypatch):
+    deep = job(config={**LLAMA, "num_hidden_layers": 6})
+    planned, recording = measure(deep, monkeypatch, layers=2)
+    assert recording.outcome == "ok" and recording.layers == 2
+    whole = plan_for(deep, H100)
+    assert planned.reading.peak.peak < whole.reading.peak.peak
+    modules = {a.module for a in planned.books.allocations}
+    assert "model.layers.1" in modules and "model.layers.2" not in modules
+
+
+def test_out_of_memory_is_a_finding_with_its_phase(monkeypatch):
+    planned, recording = measure(job(), monkeypatch, breaks_in=(1, "backward"))
+    assert recording.outcome == OUT_OF_MEMORY and "2.00 GiB" in recording.reason
+    answer = answer_of(Probed(planned, recording, compare(planned.books, recording.books)))
+    assert answer["broke_in"] == {"step": 1, "phase": "forward"}
+
+
+def test_what_else_fails_is_told_in_the_stacks_words(monkeypatch):
+    from app.probe import child
+
+    monkeypatch.setattr(child, "run_plain", lambda *_: 1 / 0)
+    _, recording = measure(job(), monkeypatch)
+    assert recording.outcome == FAILED and recording.reason == "ZeroDivisionError: division by zero"
+
+
+# --- both books ---------------------------------------------------------------------------------------------
+
+
+def books(*sizes: int, module: str = "layer", free=()) -> Books:
+    allocations = [Allocation(size, f"{module}.{i}", "activations", "forward", "mm") for i, size in enumerate(sizes)]
+    events = []
+    for i in range(len(sizes)):
+        events += [i] + ([~i] if i in free else [])
+    return Books(allocations, events, [""] * len(events), [Mark(0, "load", 0), Mark(0, "forward", 1)])
+
+
+def test_equal_books_match_whole():
+    match = compare(books(1024, 2048, 4096), books(1024, 2048, 4096))
+    assert match.share == 1 and match.pairs == {0: 0, 1: 1, 2: 2} and not match.differences
+
+
+def test_another_size_in_the_same_place_is_named_with_its_bytes():
+    match = compare(books(1024, 1 << 20, 4096), books(1024, 3 << 20, 4096))
+    (found,) = match.differences
+    assert (found.module, found.kind, found.phase) == ("layer.1", "activations", "forward")
+    assert (found.planned, found.measured) == (1 << 20, 3 << 20)
+    assert match.share == pytest.approx((1024 + 4096) / (1024 + 4096 + (3 << 20)))
+
+
+def test_what_one_has_alone_is_named():
+    plan, real = books(1024, 2048), books(1024, 2048, 8192)
+    more = compare(plan, real)
+    assert [(d.planned, d.measured) for d in more.differences] == [(0, 8192)] and more.measured_only == 1
+    less = compare(real, plan)
+    assert [(d.planned, d.measured) for d in less.differences] == [] and less.planned_only == 1
+
+
+def test_what_the_plan_gave_back_before_is_no_match():
+    match = compare(books(1 << 20, 2048, free=(0,)), books(1 << 20, 2048))
+    assert match.share < 0.01 and match.differences[0].measured == 1 << 20
+
+
+def test_kinds_and_modules_come_from_the_plan():
+    real = books(1024, 2048)
+    real.allocations = [a._replace(module="", kind="temporaries") for a in real.allocations]
+    real.marks = plan_marks = [Mark(0, "load", 0), Mark(0, "backward", 1)]
+    plan = books(1024, 2048)
+    plan.marks = plan_marks
+    named = labelled(plan, real, compare(plan, real))
+    assert [(a.kind, a.module) for a in named.allocations] == [("activations", "layer.0"), ("activations", "layer.1")]
+
+
+def test_a_history_is_read_with_its_places():
+    site = "/home/someone/env/lib/python3.12/site-packages/"
+    frames = [
+        {"filename": site + "torch/nn/functional.py", "line": 1, "name": "linear"},
+        {"filename": site + "peft/tuners/lora/layer.py", "line": 777, "name": "forward"},
+    ]
+    trace = [
+        {"action": "segment_alloc", "addr": 7, "size": 2 << 20, "frames": []},
+        {"action": "alloc", "addr": 7, "size": 100, "frames": []},
+        {"action": "alloc", "addr": 9, "size": 200, "frames": frames},
+        {"action": "free_requested", "addr": 7, "size": 100, "frames": []},
+        {"action": "free_completed", "addr": 7, "size": 100, "frames": []},
+        {"action": "alloc", "addr": 7, "size": 300, "frames": []},
+        {"action": "free_completed", "addr": 12345, "size": 1, "frames": []},
+    ]
+    read = books_of(trace, [(0, "load", 0), (1, EMPTY_CACHE, 0), (1, "forward", 1)], [(1, "layers.0"), (2, "")])
+    assert read.events == [0, 1, ~0, 2]
+    assert [(a.size, a.module, a.phase) for a in read.allocations] == [
+        (100, "", "load"),
+        (200, "layers.0", "forward"),
+        (300, "", "forward"),
+    ]
+    assert read.allocations[1].op == "peft/tuners/lora/layer.py:777 forward"
+    assert [tuple(mark) for mark in read.marks] == [(0, "load", 0), (1, EMPTY_CACHE, 0), (1, "forward", 1)]
+
+
+# --- a real recording ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[dict, Probed]:
+    return from_recording(read_recording(REAL))
+
+
+def test_a_real_run_is_the_plan(real):
+    answer, _ = real
+    rows = {row["figure"]: row for row in answer["figures"]}
+    assert rows["allocated"]["difference"] == rows["reserved"]["difference"] == rows["placed"]["difference"] == 0
+    assert abs(rows["process"]["percent"]) < 2
+    assert answer["match"]["share"] == 1 and answer["match"]["events"] > 4000
+
+
+def test_a_recording_is_kept_whole(tmp_path, real):
+    recording = real[1].recording
+    recording.save(tmp_path / "again.json.gz")
+    assert read_recording(tmp_path / "again.json.gz") == recording
+    (tmp_path / "broken.gz").write_bytes(b"no")
+    with pytest.raises(PlanError, match="no recording"):
+        read_recording(tmp_path / "broken.gz")
+
+
+def test_files_are_left_where_they_are_asked_for(tmp_path, real):
+    from app.probe.keep import Keep
+
+    answer, probed = real
+    keep = Keep(str(tmp_path / "all"), str(tmp_path / "both.png"), str(tmp_path / "rows.jsonl"))
+    keep.all(answer, probed)
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "all" / "probe.timelines.html").read_text()
+    assert "<svg" in page and "100.000 %" in page and "http" not in page.split("<svg", 1)[0]
+    assert read_recording(tmp_path / "all" / "probe.recording.json.gz") == probed.recording
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert row["measured"]["peak_allocated"] == 5653968896
+    with pytest.raises(PlanError, match="no picture"):
+        Keep(picture="both.txt")
+
+
+def test_a_row_names_no_person_and_no_path(real):
+    probed = real[1]
+    probed.recording.job["config"]["_name_or_path"] = "/home/someone/model"
+    text = json.dumps(row_of(probed, "mine"))
+    assert "/home" not in text and "someone" not in text
+    del probed.recording.job["config"]["_name_or_path"]
+
+
+def test_the_command_line_compares_a_recording(tmp_path):
+    done = run("probe", "--recording", str(REAL), "--report", str(tmp_path / "rows.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert "off by 0.000 %" in done.stdout and "Nothing: every allocation alive there" in done.stdout
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 1
+
+
+# --- the card -----------------------------------------------------------------------------------------------
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "app", *command], capture_output=True, text=True, cwd=ROOT, timeout=120, **options
+    )
+
+
+def test_a_cpu_build_is_told_in_one_sentence():
+    done = run("probe", "qwen2.5-0.5b", "--json")
+    assert done.returncode == 2 and "is a CPU build: it cannot use a GPU" in json.loads(done.stdout)["error"]["message"]
+    assert len(done.stderr.strip().splitlines()) == 2
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+
+def nvml(monkeypatch, **functions):
+    for name, value in {"nvmlInit": None, "nvmlShutdown": None, **functions}.items():
+        answer = value if callable(value) else lambda *_, value=value: value
+        monkeypatch.setattr(pynvml, name, answer)
+
+
+def raising(code: int):
+    def refuse(*_):
+        raise pynvml.NVMLError(code)
+
+    return refuse
+
+
+def test_no_driver(monkeypatch, cuda_build):
+    nvml(monkeypatch, nvmlInit=raising(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
+    with pytest.raises(PlanError, match="no NVIDIA driver answers here"):
+        card.look()
+
+
+def test_an_old_driver(monkeypatch, cuda_build):
+    nvml(monkeypatch, nvmlSystemGetCudaDriverVersion_v2=12040)
+    with pytest.raises(PlanError, match=r"too old: it serves CUDA 12\.4, torch was built for 13\.0"):
+        card.look()
+
+
+@pytest.mark.parametrize("count, visible", [(0, None), (1, "3"), (1, "")])
+def test_no_card_is_visible(monkeypatch, cuda_build, count, visible):
+    nvml(monkeypatch, nvmlSystemGetCudaDriverVersion_v2=13000, nvmlDeviceGetCount=count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(PlanError, match="no NVIDIA GPU is visible here"):
+        card.look()
+
+
+def test_rocm_is_not_modelled():
+    with pytest.raises(PlanError, match="ROCm"):
+        card._check_torch("2.13.0+rocm7", None, "7.0")
+
+
+def test_the_card_is_found_in_the_catalogue():
+    assert gpu_of("NVIDIA H100 80GB HBM3", 80 * GIB, (9, 0)) == H100
+    assert gpu_of("NVIDIA GeForce RTX 4090", 24 * GIB, (8, 9)).key == "rtx-4090"
+    unheard = gpu_of("NVIDIA Unheard 9000", 24 * GIB, (8, 9))
+    assert unheard.name == "NVIDIA Unheard 9000" and find_gpu(unheard.like).compute_capability == (8, 9)
+
+
+def test_a_server_probes_only_where_it_was_told_to():
+    from fastapi.testclient import TestClient
+
+    from app import web
+
+    with TestClient(web.create_app()) as client:
+        refused = client.post("/probe", json=job())
+        assert refused.status_code == 403 and "--allow-probe" in refused.json()["error"]["hint"]
+    with TestClient(web.create_app(allow_probe=True)) as client:
+        no_card = client.post("/probe", json=job())
+        assert no_card.status_code == 422 and "is a CPU build" in no_card.json()["error"]["message"]
+        assert client.post("/probe", json={"model": "/etc/passwd"}).json()["error"]["field"] == "model"
+        assert "/probe" in client.get("/openapi.json").json()["paths"]
+
+
+def test_the_answer_is_the_documented_one(real):
+    from app.answer import Probe
+
+    assert Probe.model_validate(real[0]).match.share == 1
+
+
+class FakeChild:
+    """A process that has measured already."""
+
+    def __init__(self, recording: Recording | None = None):
+        self.recording, self.request, self.ended = recording, None, False
+
+    def run(self, request, seconds, tell):
+        self.request = request
+        return self.recording
+
+    def end(self):
+        self.ended = True
+
+
+def state(free: int, others: int = 0) -> CardState:
+    return CardState("NVIDIA H100 80GB HBM3", (9, 0), "580.1", 80 * GIB, free, others, False)
+
+
+def bench(free: int, child=None, **options) -> Bench:
+    child = child or FakeChild()
+    return Bench(start=lambda: child, look=lambda: state(free, options.pop("others", 0)), **options)
+
+
+def test_a_full_card_is_left_alone():
+    child = FakeChild()
+    with pytest.raises(PlanError, match="has 1.0 GiB of 80.0 GiB free beside 2 other processes: too little to probe"):
+        Bench(start=lambda: child, look=lambda: state(GIB, 2)).probe(job())
+    assert child.request is None and child.ended
+
+
+def test_what_would_not_fit_is_asked_about_first():
+    big = {"model": "llama-3.1-8b", "method": "full"}
+    with pytest.raises(PlanError, match="it would run out of memory") as refused:
+        bench(24 * GIB).probe(big)
+    assert "--yes" in refused.value.hint
+    questions = []
+    with pytest.raises(PlanError):
+        bench(24 * GIB, ask=lambda question: questions.append(question) or False).probe(big)
+    assert len(questions) == 1 and "predicted are" in questions[0]
+
+
+def test_the_cap_leaves_something_to_others_and_the_card_is_remembered(monkeypatch):
+    planned, recording = measure(job(), monkeypatch)
+    child = FakeChild(recording)
+    answer, probed = measured(bench(24 * GIB, child), job())
+    assert child.request["cap"] <= 24 * GIB - SPARE - (700 << 20) and child.request["calibrate"]
+    facts = calibration.known("h100")
+    assert facts.driver == "580.1" and facts.context == FakeMeter.context
+    measured(bench(24 * GIB, child), job())
+    assert not child.request["calibrate"]
+
+
+def test_a_failure_on_the_card_is_no_measurement(monkeypatch):
+    _, recording = measure(job(), monkeypatch)
+    recording.outcome, recording.reason = FAILED, "RuntimeError: no kernel image"
+    with pytest.raises(PlanError, match="the job failed on the card: RuntimeError: no kernel image"):
+        bench(24 * GIB, FakeChild(recording)).probe(job())
+
+
+SCRIPTS = {
+    "killed": ("import os; {ready}; input(); {say}; os.kill(os.getpid(), 9)", "was killed (SIGKILL), in backward of"),
+    "dies": ("{ready}; input(); raise SystemExit('no such device')", "failed, during start: no such device"),
+    "hangs": ("import time; {ready}; input(); {say}; time.sleep(60)", "was stopped after 1 s, in backward of step 2"),
+    "never starts": ("raise SystemExit('no module named torch')", "failed, during start: no module named torch"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_process_that_does_not_live_to_tell(name):
+    script, message = SCRIPTS[name]
+    said = {"ready": '{"ready": true}', "say": '{"phase": "backward", "step": 2}'}
+    script = script.format(**{key: f"print({text!r}, flush=True)" for key, text in said.items()})
+    child = Child((sys.executable, "-c", script))
+    with pytest.raises(PlanError) as told:
+        child.run({}, 1)
+    assert message in told.value.message
+    assert child._process.poll() is not None
+
+
+# --- layers, calibration, suites ----------------------------------------------------------------------------
+
+
+def test_extrapolation_is_the_plan_where_they_agree_and_carries_what_they_do_not():
+    assert depths_for(8) == (4, 8) and depths_for(2) == (2, 4)
+    assert extrapolate((4, 8), (100, 180), (100, 180), 32, 660) == 660
+    assert extrapolate((4, 8), (100, 180), (107, 187), 32, 660) == 667
+    assert extrapolate((4, 8), (100, 180), (104, 188), 32, 660) == 660 + 8 + 24
+
+
+def test_facts_of_a_card_are_used_by_later_plans_and_said():
+    from app.service import estimate
+
+    before = estimate(job(gpu="h100"))
+    row = {"name": "attention of heads", "planned": "cudnn", "measured": "flash"}
+    calibration.store(calibration.Facts("h100", "580.1", "2.13.0+cu130", "2026-11-25", 500, 500, 500, [row]))
+    calibration.store(calibration.Facts("h100", "580.1", "2.13.0+cu130", "2026-11-26", 600, 600, 600))
+    facts = calibration.known("h100")
+    assert (facts.lowest, facts.context, facts.highest, facts.kernels) == (500, 600, 600, [row])
+    after = estimate(job(gpu="h100"))
+    assert after["peak"]["process"] == after["peak"]["reserved"] + 600 != before["peak"]["process"]
+    assert any("measured by a probe of this card, 2026-11-26, driver 580.1" in text for text in after["warnings"])
+    assert any("measured as flash, and is planned as cudnn" in text for text in after["warnings"])
+    assert "probe" not in estimate(job(gpu="a100-80gb"))["fits"][0]["margin_source"]
+
+
+def test_kernels_are_planned_as_an_h100_ran_them():
+    """The rows that a probe stored on an H100 with torch 2.11.0+cu130, 2026-11-25."""
+    from app.dryrun.cuda import Card
+    from app.probe.kernels import OPERATIONS, planned_peak
+
+    measured = [33570816, 34619392, 125835776, 33559040, 10552832, 18941440, 21005824, 11077120, 18972672]
+    assert [planned_peak(operation, Card()) for _, operation in OPERATIONS] == measured
+
+
+def rows() -> list[dict]:
+    return [json.loads(line) for path in MEASURED.glob("*probe*.jsonl") for line in path.read_text().splitlines()]
+
+
+def test_rows_of_probes_are_accepted():
+    """What ``--report`` writes and somebody adds under tests/measured: a job, a stack, a card, figures; no path."""
+    for row in rows():
+        assert read_job(row["job"]).resolved() and row["stack"]["torch"] and row["gpu"]["driver"], row["id"]
+        assert row["measured"]["peak_allocated"] > 0 and row["measured"]["peak_process"] > 0 and row["matched"] >= 0.99
+        assert "/home" not in json.dumps(row) and "/root" not in json.dumps(row)
+
+
+def test_extrapolation_against_the_whole_depth():
+    """Three models measured at two depths and whole on an H100: at most 0.5 % off."""
+    found = {(row["id"].partition(" @")[0], row["layers"]): row for row in rows()}
+    short = {name for name, layers in found if layers is not None}
+    assert len(short) == 3
+    for name in short:
+        depths = sorted(layers for other, layers in found if other == name and layers)
+        data = {**found[name, None]["job"], "gpu": None}
+        planned = tuple(plan_for(data, H100, depth).reading.peak.peak for depth in depths)
+        truth = tuple(found[name, depth]["measured"]["peak_allocated"] for depth in (*depths, None))
+        whole = plan_for(data, H100)
+        guess = extrapolate(tuple(depths), planned, truth[:2], depth_of_plan(whole), whole.reading.peak.peak)
+        assert abs(guess / truth[2] - 1) <= 0.005, name
+
+
+def test_suites_are_named():
+    with pytest.raises(PlanError, match="no suite 'all'"):
+        suite("all")
+    assert len(SUITES["full"]) >= 30 and len({name for name, _ in SUITES["full"]}) == len(SUITES["full"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, one", SUITES["full"])
+def test_every_job_of_the_suite_is_planned(name, one):
+    assert plan_for(one, H100).reading.peak.peak > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card here")
+def test_a_real_card():
+    done = run("probe", "qwen2.5-0.5b", "-m", "lora", "--json")
+    answer = json.loads(done.stdout)
+    assert answer["match"]["share"] >= 0.99 and abs(answer["figures"][1]["percent"]) <= 1
