@@ -385,7 +385,7 @@ def _add_probe(app: FastAPI, desk: Desk, allowed: bool) -> None:
     ) -> Response:
         if not allowed:
             raise Forbidden
-        desk._refuse_local(job)
+        desk.refuse_local(job)
         if slot.statistics().tasks_waiting >= PROBES_WAITING:
             raise Busy
         command = [sys.executable, "-m", "app", "probe", "--job", "-", "--json"]
