@@ -12,7 +12,7 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	touch $@
 
 test: venv
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 demo: venv
 	$(VENV)/bin/vramplan demo
