@@ -434,6 +434,12 @@ def test_a_full_card_is_left_alone():
     assert child.request is None and child.ended
 
 
+def test_a_card_for_one_process_alone():
+    alone = CardState("NVIDIA H100 80GB HBM3", (9, 0), "580.1", 80 * GIB, 79 * GIB, 1, True)
+    with pytest.raises(PlanError, match="is in use, and set to serve one process alone"):
+        Bench(start=lambda: pytest.fail("started"), look=lambda: alone).probe(job())
+
+
 def test_what_would_not_fit_is_asked_about_first():
     big = {"model": "llama-3.1-8b", "method": "full"}
     with pytest.raises(PlanError, match="it would run out of memory") as refused:

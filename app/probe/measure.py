@@ -127,6 +127,11 @@ class Bench:
         Raises :class:`PlanError`: no card, too little memory, a process that died or took too long.
         """
         state = self.look()
+        if state.exclusive and state.others:
+            raise PlanError(
+                f"{state.name} is in use, and set to serve one process alone",
+                "wait for the other, or nvidia-smi --compute-mode=DEFAULT",
+            )
         child = self._child()
         try:
             return self._measure(child, state, data, layers, snapshot)
