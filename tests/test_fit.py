@@ -30,7 +30,7 @@ SHARED = Path(os.environ.get("VRAMPLAN_SHARED", Path(__file__).parents[2] / "sha
 OWN = Path(__file__).parent / "measured"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the measured rows are not beside the repository")
 
-WIDE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "vocab_size": 32000,
+WIDE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "vocab_size": 32000,
         "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}  # fmt: skip
 JOB = {
     "config": WIDE,
@@ -82,8 +82,8 @@ def check_caps(rows: list[dict]) -> Counter:
 @needs_shared
 def test_no_measured_step_is_said_to_fit_where_it_does_not():
     rows = rows_of(SHARED / "h200-steps.jsonl")
-    words = check_caps(rows[::8])
-    assert words[1.1, "fits"] >= 9 and words[0.9, "does_not_fit"] >= 9
+    words = check_caps(rows[::13])
+    assert words[1.1, "fits"] >= 5 and words[0.9, "does_not_fit"] >= 5
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_merging_takes_the_base_in_16_bit_and_the_product_of_the_factors_twice()
     job = {"config": {**config, "num_key_value_heads": 16}, "method": "qlora", "sequence_length": 64,
            "lora": {"r": 8, "target_modules": ["down_proj"]}}  # fmt: skip
     weighing = weigh(read_job(with_limit(job, 1 << 30)))
-    base = 2 * (2 * 2048 * 1024 + 4 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 9 * 1024)
+    base = 2 * (2 * 2048 * 1024 + 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 5 * 1024)
     product = 4 * 1024 * 4096
     need = after(weighing).merge
     assert base + 2 * product <= need <= base + 2 * product + 48 * MIB  # and cuBLAS' workspace
@@ -268,7 +268,7 @@ def test_measured_frontiers():
 def test_measured_edges():
     """The same without the search: of most rows the replay passes at the measured edge and not beyond it."""
     sides = {}
-    for row in frontiers()[::2]:
+    for row in frontiers()[1::3]:
         sides[row["id"]] = tuple(
             passes_under(weigh(read_job(value_at(row, value))), row["cap_bytes"])
             for value in (row["largest"], row["largest"] + 1)
@@ -342,7 +342,7 @@ def test_bad_questions_are_refused_with_what_is_near():
 # --- advice -------------------------------------------------------------------------------------------------
 
 FULL = {"config": WIDE, "method": "full", "sequence_length": 512, "batch_size": 4}
-BIG = {**WIDE, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+BIG = {**WIDE, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 16,
        "num_key_value_heads": 16}  # fmt: skip
 REFUSED = {
     "full": FULL,
@@ -396,7 +396,7 @@ def test_every_suggestion_fits_when_it_is_planned_again(name):
 
 
 def test_what_a_change_costs_is_read_off_the_plans():
-    job = {**JOB, "config": {**BIG, "vocab_size": 2048}}
+    job = {**JOB, "config": {**BIG, "vocab_size": 2048, "num_hidden_layers": 8}}
     job = with_limit(job, weigh(read_job(job)).reading.reserved // 2)
     found = {option["title"]: option for option in advise(job)["suggestions"]}
     again = found["gradient checkpointing"]
