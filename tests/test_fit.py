@@ -397,7 +397,7 @@ def test_every_suggestion_fits_when_it_is_planned_again(name):
 
 def test_what_a_change_costs_is_read_off_the_plans():
     job = {**JOB, "config": {**BIG, "vocab_size": 2048, "num_hidden_layers": 8}}
-    job = with_limit(job, weigh(read_job(job)).reading.reserved // 2)
+    job = with_limit(job, 3 * weigh(read_job(job)).reading.reserved // 4)
     found = {option["title"]: option for option in advise(job)["suggestions"]}
     again = found["gradient checkpointing"]
     assert again["flops_added"] == 0.5 and again["bytes_written_added"] > 0 and again["seconds_at_least"] > 0

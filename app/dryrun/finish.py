@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from app.dryrun import cuda
 from app.dryrun.fold import folded_books
-from app.dryrun.model import build_base, load, read_config, task_of
+from app.dryrun.model import Weightless, build_base, load, read_config, task_of
 from app.dryrun.trace import Ledger
 from app.errors import PlanError
 from app.job import Job
@@ -32,7 +32,7 @@ def finish_books(job: Job, config: dict, capability: tuple[int, int], multiproce
     def run(model) -> Books:
         ledger = Ledger(card)
         with cuda.as_if_cuda(card):
-            model = load(model, job, task, ledger)
+            model = load(model, job, task, ledger, Weightless())
             with ledger.watching(model), torch.no_grad():
                 if job.lora is not None:
                     ledger.mark("load", 0, "adapters")  # load_peft_weights: the file's tensors, on the card
@@ -68,7 +68,7 @@ def load_books(job: Job, config: dict, capability: tuple[int, int], multiprocess
     def run(model) -> Books:
         ledger = Ledger(card)
         with cuda.as_if_cuda(card):
-            load(model, job, task, ledger)
+            load(model, job, task, ledger, Weightless())
         return ledger.close()
 
     return folded_books(build_base(configuration, task, getattr(torch, job.dtype)), run)
