@@ -52,7 +52,7 @@ class Quantization(_Strict):
     type: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Data type of the stored weights.")
     double_quant: bool = Field(True, description="Quantise the quantisation constants too (4-bit types).")
     compute_dtype: Dtype = Field("bfloat16", description="Dtype of the matrix products (bnb_4bit_compute_dtype).")
-    skip_modules: tuple[str, ...] = Field(
+    skip_modules: tuple[Annotated[str, Field(pattern=r"^[\w.]+$", max_length=200)], ...] = Field(
         (),
         description="Modules left as they are (llm_int8_skip_modules); none: the output head, else in its place.",
     )

@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from app.catalog.gpus import Gpu, find_gpu
 from app.catalog.models import find_model
+from app.config import refuse_impossible
 from app.errors import PlanError
 from app.job import Job, OwnGpu
 from app.memory.allocator import MIB, Settings
@@ -55,6 +56,12 @@ def kernels_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
 
 def config_of(job: Job) -> tuple[dict, dict]:
     """config.json's object, and where it came from."""
+    config, source = _config_of(job)
+    refuse_impossible(config)
+    return config, source
+
+
+def _config_of(job: Job) -> tuple[dict, dict]:
     if job.config is not None:
         return job.config, {"kind": "inline", "id": None}
     name = job.model

@@ -11,6 +11,7 @@ import pytest
 APP = Path(__file__).parent.parent / "app"
 ORDER = [
     "errors",
+    "config",
     "job",
     "catalog",
     "memory",

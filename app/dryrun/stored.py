@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from pydantic import ValidationError
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from app.dryrun.layers import nf4_bytes
@@ -51,7 +52,13 @@ def as_loaded(job: Job, settings: dict, model: transformers.PreTrainedModel) -> 
         return PlanError(message, hint, "model", stored_weights(model, settings))
 
     if name.startswith("bitsandbytes"):
-        stored = _bitsandbytes(settings)
+        try:
+            stored = _bitsandbytes(settings)
+        except ValidationError as error:
+            raise refuse(
+                f"the checkpoint's quantization_config is none of bitsandbytes: {error.errors()[0]['msg']}",
+                "send the model's own config.json",
+            ) from None
         if job.method in ("full", "lora"):
             reason = "weights stored by bitsandbytes are trained through adapters only"
             raise refuse(f"{reason}: this checkpoint is {name}", "use method qlora: its adapters over these weights")
@@ -143,7 +150,7 @@ def stored_weights(model: transformers.PreTrainedModel, settings: dict) -> dict:
     for path, n, k, count in _linear(model):
         try:
             code = _code_of(path, settings)
-        except (TypeError, ValueError, KeyError, AttributeError):
+        except (TypeError, ValueError, KeyError, AttributeError, re.error):
             return out
         if code is not None:
             bytes += count * (
@@ -202,6 +209,8 @@ def _code_of(path: str, settings: dict) -> Code | None:
 def _names(pattern: str, path: str) -> bool:
     """Whether a checkpoint's list of modules names ``path``: a regular expression, a wildcard, a path or its end."""
     if pattern.startswith("re:"):
+        if re.search(r"[)\]][*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+            raise ValueError(f"{pattern[:50]} could take for ever to match")
         return re.match(pattern[3:], path) is not None
     parts = f".{path}."
     return fnmatch.fnmatch(path, pattern) or f".{pattern.removesuffix('.weight')}." in parts
