@@ -8,7 +8,7 @@ from typing import Any
 
 from app.errors import PlanError
 
-MAX_LAYERS = 1024
+MAX_LAYERS = 512
 """Deeper than any published language model; the deepest, Llama 3.1 405B, has 126."""
 MAX_CLASSES = 1_000_000
 """transformers writes a name for each class into the config."""

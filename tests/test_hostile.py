@@ -42,7 +42,7 @@ CONFIGS = {
     "nested lists": llama(layer_types=nested(400, "list")),
     "10^18 layers": llama(num_hidden_layers=10**18),
     "an integer of 4000 digits": llama(hidden_size=10**4000),
-    "1024 layers": llama(num_hidden_layers=1024),
+    "512 layers": llama(num_hidden_layers=512),
     "2^40 words": llama(vocab_size=1 << 40),
     "width 2^40": llama(hidden_size=1 << 40, intermediate_size=1 << 40),
     "beyond 64 bits": llama(vocab_size=1 << 40, hidden_size=1 << 40),
@@ -126,7 +126,7 @@ CONFIGS = {
     "dropout of a thousand": llama(attention_dropout=1000.0),
 }
 PLANNED = {
-    "1024 layers",
+    "512 layers",
     "2^40 words",
     "10^9 fused experts",
     "10^9 listed experts",
