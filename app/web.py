@@ -17,9 +17,10 @@ import anyio
 import anyio.to_thread
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field, WrapValidator
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
@@ -44,6 +45,8 @@ PROBES_WAITING = 2
 BATCH_LIMIT = 1000
 HUB_LIMIT = 20
 """Models that the Hub's search is asked for."""
+ADDRESS_LIMIT = 8000
+"""Characters of a page's address: browsers, proxies and chats take that much. A form that is longer is posted."""
 STATIC = Path(__file__).parents[1] / "static"
 POLICY = "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'self'; frame-ancestors 'none'"
 HEADERS = {
@@ -402,46 +405,76 @@ def _add_probe(app: FastAPI, desk: Desk, allowed: bool) -> None:
 
 
 def _add_page(app: FastAPI, desk: Desk) -> None:
-    async def respond(request: Request, pairs: list[tuple[str, str]], template: str, advised: bool = False) -> Response:
+    async def respond(request: Request, pairs: list[tuple[str, str]], advised: bool = False) -> Response:
         """Plan what the form holds and render it; an error is rendered at its field, the rest of the form kept."""
         values = {key: text for key, text in pairs if text.strip()}
-        answer, advice, problem, status, headers = None, None, None, 200, {}
+        if "config" in values:
+            pairs = [pair for pair in pairs if pair[0] != "model"]
+        address, posted = _address(values)
+        if request.method == "POST" and not posted:
+            return RedirectResponse(f"/?{address}", 303)
+        headers = {"hx-replace-url": "false"} if posted else {}
+        answer, more, problem, status = None, {}, None, 200
         try:
-            if "config" in values:
-                pairs = [pair for pair in pairs if pair[0] != "model"]
             job = to_job(pairs)
             desk.admit()
             answer = await desk.plan(job, request)
             if advised:
-                advice = await desk.run(advise, job, request)
+                more = await _advise(desk, job, answer, request)
         except PlanError as error:
             problem = error
-            status, headers = _status(error)
-        address = urlencode([pair for pair in values.items() if pair[0] != "config"])
-        view = html.View(values, answer, advice, problem, address, str(request.base_url), "config" in values)
-        return HTMLResponse(html.render(template, view), status, headers)
+            status, said = _status(error)
+            headers |= said
+        view = html.View(values, answer, problem, address, str(request.base_url), posted, **more)
+        return HTMLResponse(html.page(view, live="hx-request" in request.headers), status, headers)
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        return await respond(request, request.query_params.multi_items() or list(html.FIRST_VISIT.items()), "page.html")
-
-    @app.get("/advice", include_in_schema=False)
-    async def page_with_advice(request: Request) -> Response:
-        return await respond(request, request.query_params.multi_items(), "page.html", advised=True)
-
-    @app.get("/result", include_in_schema=False)
-    async def result(request: Request) -> Response:
-        return await respond(request, request.query_params.multi_items(), "result.html")
+        return await respond(request, request.query_params.multi_items() or list(html.FIRST_VISIT.items()))
 
     @app.post("/", include_in_schema=False)
     async def page_of_config(request: Request) -> Response:
-        return await respond(request, await _posted(request), "page.html")
+        return await respond(request, await _posted(request))
 
-    @app.post("/result", include_in_schema=False)
-    async def result_of_config(request: Request) -> Response:
-        return await respond(request, await _posted(request), "result.html")
+    @app.get("/advice", include_in_schema=False)
+    async def page_with_advice(request: Request) -> Response:
+        return await respond(request, request.query_params.multi_items(), advised=True)
+
+
+def _address(values: dict[str, str]) -> tuple[str, bool]:
+    """The form as a query string; and whether it is too long for one, which then lacks the config."""
+    address = urlencode({key: _compact(text) if key == "config" else text for key, text in values.items()})
+    if len(address) <= ADDRESS_LIMIT:
+        return address, False
+    return urlencode({key: text for key, text in values.items() if key != "config"}), "config" in values
+
+
+def _compact(config: str) -> str:
+    """JSON without the blanks between its parts; what is no JSON as it is."""
+    try:
+        return json.dumps(json.loads(config), separators=(",", ":"), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return config
+
+
+async def _advise(desk: Desk, job: dict, answer: dict, request: Request) -> dict:
+    """What would make a job fit, and how far it goes on its card: the fields of a view."""
+    limit = {"memory_limit_bytes": answer["fits"][0]["limit"]}
+    fields = ["batch_size", "sequence_length"][: 2 if answer["job"]["sequence_length"] else 1]
+    return {
+        "advice": await desk.run(advise, job, request),
+        "largest": {
+            field: (await desk.run(partial(solve, target=field), {**job, **limit}, request))[field] for field in fields
+        },
+    }
 
 
 async def _posted(request: Request) -> list[tuple[str, str]]:
-    form = await request.form(max_files=0)
-    return [(key, value) for key, value in form.multi_items() if isinstance(value, str)]
+    """The form as it was sent. A file is the config."""
+    form = await request.form(max_files=1)
+    pairs = [(key, value) for key, value in form.multi_items() if isinstance(value, str)]
+    for value in form.values():
+        if isinstance(value, UploadFile) and value.size:
+            text = (await value.read()).decode("utf-8", "replace")
+            pairs = [*(pair for pair in pairs if pair[0] != "config"), ("config", text)]
+    return pairs

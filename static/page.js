@@ -1,122 +1,212 @@
-// The page works without this file. With it, the answer follows what is typed, and the address follows the answer.
+// The page works without this file. With it the answer follows what is typed (htmx merges it into the page), names are
+// completed, and the timeline says what is alive under the cursor.
 "use strict";
 (() => {
   const form = document.getElementById("job");
-  const result = document.getElementById("result");
-  const announce = document.getElementById("announce");
-  const WAIT = 350;
-  let timer, controller;
+  if (!form) return;
+  const byId = (id) => document.getElementById(id);
+  const announce = (text) => (byId("announce").textContent = text);
+  const ask = (how) => form.dispatchEvent(new Event(how));
 
-  const filled = () => [...new FormData(form)].filter(([, value]) => value.trim());
-
-  async function plan() {
-    clearTimeout(timer);
-    controller?.abort();
-    const mine = (controller = new AbortController());
-    const pairs = filled();
-    const posted = pairs.some(([name]) => name === "config");
-    const query = new URLSearchParams(pairs).toString();
-    result.setAttribute("aria-busy", "true");
-    try {
-      const response = posted
-        ? await fetch("/result", { method: "POST", body: new URLSearchParams(pairs), signal: mine.signal })
-        : await fetch(`/result?${query}`, { signal: mine.signal });
-      const text = await response.text();
-      if (mine !== controller) return;
-      result.innerHTML = text;
-      if (!posted) history.replaceState(null, "", `/?${query}`);
-      told();
-    } catch (error) {
-      if (error.name !== "AbortError") announce.textContent = "The server does not answer.";
-    } finally {
-      if (mine === controller) result.removeAttribute("aria-busy");
+  // The form asks: at once when something is chosen, after a breath while something is typed. A name is asked for when
+  // it is whole. Every field that is changed is a step of the browser's history.
+  let field, last;
+  const changed = (event) => {
+    field = event.target.name;
+    if (event.target.type === "file") return read(event.target);
+    const chosen = event.target.matches("select, [type=radio]");
+    if (event.target.role === "combobox" ? event.type === "change" : chosen === (event.type === "change")) {
+      ask(chosen ? "chosen" : "typed");
     }
+  };
+  form.addEventListener("input", changed);
+  form.addEventListener("change", changed);
+
+  async function read(input) {
+    const [file] = input.files;
+    if (!file) return;
+    byId("f-config").value = await file.text();
+    input.value = "";
+    ask("chosen");
   }
 
-  // What a new answer means for the rest of the page: the title, the fields, the timeline.
-  function told() {
-    const verdict = result.querySelector("h1")?.textContent ?? "";
-    announce.textContent = verdict;
-    document.title = `${verdict} · vramplan`;
-    for (const field of form.querySelectorAll(".wrong")) {
-      field.classList.remove("wrong");
-      field.querySelector(".error").textContent = "";
-      field.querySelector("[aria-invalid]")?.removeAttribute("aria-invalid");
+  for (const how of ["typed", "chosen", "submit"]) {
+    form.addEventListener(how, () => form.setAttribute("hx-method", byId("f-config").value.trim() ? "post" : "get"), true);
+  }
+
+  form.addEventListener("htmx:config:request", (event) => {
+    const { ctx } = event.detail;
+    if (ctx.sourceElement !== form) return;
+    for (const [name, value] of [...ctx.request.body]) {
+      if (typeof value !== "string" || !value.trim()) ctx.request.body.delete(name);
     }
-    const problem = result.querySelector("[data-field]");
-    const input = problem?.dataset.field && form.elements[problem.dataset.field];
-    if (input) {
-      input.setAttribute("aria-invalid", "true");
-      input.closest(".field").classList.add("wrong");
-      document.getElementById(`e-${input.name}`).textContent = problem.dataset.message;
-      input.closest("details")?.setAttribute("open", "");
-    }
+    ctx[field === last ? "replace" : "push"] = "true";
+    last = field;
+  });
+
+  // While a step runs: how long it has, and a way out. What was typed stays.
+  let clock;
+  form.addEventListener("htmx:before:request", (event) => {
+    if (event.detail.ctx.sourceElement !== form) return;
+    clearInterval(clock);
+    const start = performance.now();
+    const say = () => (byId("elapsed").textContent = `${((performance.now() - start) / 1000).toFixed(1)} s`);
+    say();
+    clock = setInterval(say, 100);
+    byId("result").setAttribute("aria-busy", "true");
+  });
+  document.addEventListener("htmx:finally:request", () => {
+    if (document.querySelector("#progress.htmx-request")) return;
+    clearInterval(clock);
+    byId("result").removeAttribute("aria-busy");
+  });
+  byId("cancel").addEventListener("click", () => {
+    form.dispatchEvent(new Event("htmx:abort"));
+    announce("Cancelled. The answer is that of the job before.");
+  });
+  document.addEventListener("htmx:error", () => announce("The server does not answer."));
+
+  // What a new answer means for the rest of the page.
+  document.addEventListener("htmx:after:swap", () => {
+    announce(byId("result").querySelector("h1, h2")?.textContent ?? "");
+    form.querySelector("[aria-invalid]")?.closest("details")?.setAttribute("open", "");
     timeline();
+  });
+
+  // Names are completed from a list: the keys of https://www.w3.org/WAI/ARIA/apg/patterns/combobox/
+  const sources = {
+    "/models": async (q) =>
+      (await (await fetch(`/models?limit=12&q=${encodeURIComponent(q)}`)).json()).map((model) => [
+        model.id,
+        [model.parameters && `${(model.parameters / 1e9).toPrecision(3)} B`, model.source === "hub" && "on the Hub"]
+          .filter(Boolean).join(", "),
+      ]),
+    "/gpus": async (q) => {
+      sources.gpus ??= await (await fetch("/gpus")).json();
+      const words = q.toLowerCase().split(/[\s-]+/).filter(Boolean);
+      return sources.gpus
+        .filter((gpu) => words.every((word) => [gpu.key, gpu.name, ...gpu.aliases].join(" ").toLowerCase().includes(word)))
+        .map((gpu) => [gpu.key, `${gpu.name}, ${(gpu.total_memory / 2 ** 30).toFixed(1)} GiB`]);
+    },
+  };
+
+  function combobox(input) {
+    const list = byId(input.getAttribute("aria-controls"));
+    const options = () => [...list.children];
+    let asked = 0;
+
+    function close() {
+      asked += 1;
+      list.hidden = true;
+      input.setAttribute("aria-expanded", "false");
+      input.removeAttribute("aria-activedescendant");
+    }
+
+    function choose(option) {
+      input.value = option.dataset.value;
+      close();
+      input.dispatchEvent(new Event("change", { bubbles: true }));
+    }
+
+    function mark(option) {
+      options().forEach((other) => other.setAttribute("aria-selected", String(other === option)));
+      if (!option) return input.removeAttribute("aria-activedescendant");
+      input.setAttribute("aria-activedescendant", option.id);
+      option.scrollIntoView({ block: "nearest" });
+    }
+
+    async function open(query) {
+      const mine = (asked += 1);
+      const found = await sources[input.dataset.source](query).catch(() => []);
+      if (mine !== asked || document.activeElement !== input) return;
+      list.replaceChildren(...found.map(([value, note], i) => {
+        const option = document.createElement("li");
+        Object.assign(option, { id: `${list.id}-${i}`, role: "option", ariaSelected: "false" });
+        option.dataset.value = value;
+        const said = document.createElement("span");
+        said.textContent = note;
+        option.append(value, " ", said);
+        return option;
+      }));
+      list.hidden = !found.length;
+      input.setAttribute("aria-expanded", String(found.length > 0));
+      input.removeAttribute("aria-activedescendant");
+    }
+
+    input.addEventListener("input", () => open(input.value));
+    input.addEventListener("pointerdown", () => list.hidden && setTimeout(() => (input.select(), open("")), 0));
+    input.addEventListener("blur", close);
+    list.addEventListener("pointerdown", (event) => {
+      event.preventDefault();
+      const option = event.target.closest("[role=option]");
+      if (option) choose(option);
+    });
+    input.addEventListener("keydown", (event) => {
+      const all = options();
+      const at = all.findIndex((option) => option.ariaSelected === "true");
+      if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+        event.preventDefault();
+        if (list.hidden) return open("");
+        mark(all[(at + (event.key === "ArrowDown" ? 1 : at < 0 ? 0 : -1) + all.length) % all.length]);
+      } else if (event.key === "Enter" && !list.hidden && at >= 0) {
+        event.preventDefault();
+        choose(all[at]);
+      } else if (event.key === "Escape" && !list.hidden) {
+        close();
+      }
+    });
   }
 
   // Under the cursor, or under the slider, what is alive.
   function timeline() {
-    const plot = result.querySelector(".time");
-    if (!plot) return;
-    const scrub = result.querySelector(".scrub");
-    const readout = result.querySelector(".readout");
+    const plot = byId("result").querySelector("svg.time");
+    if (!plot || plot.told === plot.dataset.moments) return;
+    plot.told = plot.dataset.moments;
+    const scrub = byId("result").querySelector(".scrub");
+    const readout = byId("result").querySelector(".readout");
     const cursor = plot.querySelector(".cursor");
-    const peak = [cursor.getAttribute("x1"), readout.textContent];
-    const names = [...result.querySelectorAll(".moments thead th")].slice(4).map((cell) => cell.textContent);
-    const rows = [...result.querySelectorAll(".moments tbody tr")];
-    const xs = rows.map((row) => Number(row.dataset.x));
+    const { kinds, rows } = JSON.parse(plot.dataset.moments);
+    const peak = cursor.getAttribute("x1");
+    const atPeak = [...readout.childNodes];
 
-    function move(x, text) {
+    function move(x, ...said) {
       cursor.setAttribute("x1", x);
       cursor.setAttribute("x2", x);
-      readout.textContent = text;
+      readout.replaceChildren(...said);
     }
 
     function show(index) {
-      const [step, phase, module, allocated, ...parts] = [...rows[index].cells].map((cell) => cell.textContent);
-      const alive = parts.map((size, i) => [names[i], size]).filter(([, size]) => size !== "0");
-      const text = `${allocated} in the ${step === "1" ? "first" : "steady"} step, ${phase}${module && `, ${module}`}: ` +
-        alive.map(([name, size]) => `${name.toLowerCase()} ${size}`).join(", ");
-      move(`${xs[index]}%`, text);
-      scrub.setAttribute("aria-valuetext", text);
+      const [x, when, module, allocated, sizes] = rows[index];
+      const line = document.createElement("p");
+      line.textContent = `${allocated}: ${when}${module && `, in ${module}`}.`;
+      const alive = document.createElement("ul");
+      sizes.forEach((size, i) => {
+        if (!size) return;
+        const item = document.createElement("li");
+        const amount = document.createElement("b");
+        amount.textContent = size;
+        item.append(amount, ` ${kinds[i]}`);
+        alive.append(item);
+      });
+      move(`${x}%`, line, alive);
+      scrub.setAttribute("aria-valuetext", readout.innerText);
     }
 
-    const nearest = (x) => xs.reduce((best, at, i) => (Math.abs(at - x) < Math.abs(xs[best] - x) ? i : best), 0);
+    const nearest = (x) => rows.reduce((best, [at], i) => (Math.abs(at - x) < Math.abs(rows[best][0] - x) ? i : best), 0);
     scrub.hidden = false;
-    scrub.value = nearest(parseFloat(peak[0]));
-    scrub.addEventListener("input", () => show(Number(scrub.value)));
-    plot.addEventListener("pointermove", (event) => {
+    scrub.value = nearest(parseFloat(peak));
+    scrub.oninput = () => show(Number(scrub.value));
+    plot.onpointermove = (event) => {
       const box = plot.getBoundingClientRect();
       scrub.value = nearest((100 * (event.clientX - box.left)) / box.width);
       show(Number(scrub.value));
-    });
-    plot.addEventListener("pointerleave", () => move(...peak));
+    };
+    plot.onpointerleave = () => {
+      scrub.value = nearest(parseFloat(peak));
+      move(peak, ...atPeak);
+    };
   }
 
-  // Advice is asked for in place.
-  result.addEventListener("click", async (event) => {
-    const link = event.target.closest("a.ask");
-    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
-    event.preventDefault();
-    const section = link.closest("section");
-    section.setAttribute("aria-busy", "true");
-    link.parentElement.textContent = "Planning every change …";
-    try {
-      const page = new DOMParser().parseFromString(await (await fetch(link.href)).text(), "text/html");
-      section.replaceWith(page.getElementById("advice"));
-      announce.textContent = "The changes that make it fit are listed.";
-    } catch {
-      location.assign(link.href);
-    }
-  });
-
-  form.addEventListener("input", () => {
-    clearTimeout(timer);
-    timer = setTimeout(plan, WAIT);
-  });
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    plan();
-  });
+  form.querySelectorAll("[role=combobox]").forEach(combobox);
   timeline();
 })();

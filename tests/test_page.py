@@ -44,7 +44,7 @@ def answer():
 class Tags(HTMLParser):
     """Every start tag of a document with its attributes; and whether the tags nest."""
 
-    VOID = {"meta", "link", "input", "option"}
+    VOID = {"meta", "link", "input", "option", "br"}
 
     def __init__(self, text):
         super().__init__()
@@ -68,8 +68,8 @@ class Tags(HTMLParser):
 
 
 def test_the_address_is_the_answer(page):
-    assert re.search(r"<h1>Fits a Tesla T4 with [\d.]+\sGiB to spare</h1>", page)
-    for word in ("EleutherAI/pythia-70m", "Phases", "Cards that fit", "Layers", "Steady step", "curl -s http"):
+    assert re.search(r"</svg>Fits a Tesla T4 with [\d.]+\sGiB to spare</h1>", page)
+    for word in ("EleutherAI/pythia-70m", "phases", "Cards that fit", "Layer by layer", "Steady step", "curl -s http"):
         assert word in page, word
 
 
@@ -78,11 +78,11 @@ def test_the_document_nests_and_every_control_has_a_label_and_every_reference_a_
     assert tags.open == []
     ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
     assert len(ids) == len(set(ids))
-    labels = {label["for"] for label in tags.all("label")}
+    labels = {label["for"] for label in tags.all("label") if "for" in label}
     for control in tags.all("input", "select", "textarea"):
-        assert control.get("id") in labels or control.get("aria-label"), control
+        assert control.get("id") in labels or control.get("aria-label") or control["class"] == "unfold", control
     for attributes in (attributes for _, attributes in tags.found):
-        for key in ("aria-describedby", "aria-labelledby", "list"):
+        for key in ("aria-describedby", "aria-labelledby", "aria-controls", "list"):
             assert set((attributes.get(key) or "").split()) <= set(ids)
 
 
@@ -101,7 +101,7 @@ def test_the_form_keeps_what_was_asked(page):
     assert {key: inputs[key] for key in ("model", "gpu", "batch_size", "sequence_length")} == {
         key: ADDRESS[key] for key in ("model", "gpu", "batch_size", "sequence_length")
     }
-    assert "<option selected>lora</option>" in page
+    assert [control["value"] for control in tags.all("input") if "checked" in control] == ["lora"]
 
 
 def test_every_field_of_the_form_is_one_of_the_job():
@@ -129,7 +129,7 @@ def test_the_first_visit_shows_a_real_answer(client, monkeypatch):
     real = web.plan
     monkeypatch.setattr(web, "plan", lambda job, **k: asked.append(job) or real({**JOB, "gpu": job["gpu"]}, **k))
     response = client.get("/")
-    assert "<h1>Fits a GeForce RTX 4090 with" in response.text
+    assert "</svg>Fits an A100-SXM4-80GB with" in response.text
     assert asked[0]["model"] == html.FIRST_VISIT["model"]
 
 
@@ -157,34 +157,55 @@ def test_an_error_stands_at_its_field_and_the_rest_of_the_form_is_kept(client, c
         assert message in response.text[at : at + 600].replace("&#39;", "'")
 
 
-def test_a_config_is_planned_when_it_is_posted(client):
-    form = {"model": "left over", "method": "lora", "sequence_length": "64", "config": json.dumps(LLAMA)}
+def test_a_config_is_planned_and_its_address_holds_it(client):
+    form = {"model": "left over", "method": "lora", "sequence_length": "64", "config": json.dumps(LLAMA, indent=4)}
     response = client.post("/", data=form)
     assert response.status_code == 200 and "LlamaForCausalLM" in response.text
-    assert "&#34;hidden_size&#34;: 64" in response.text and "/estimate.json?" not in response.text
+    assert "&#34;hidden_size&#34;: 64" in response.text
+    assert json.loads(parse_qs(urlsplit(str(response.url)).query)["config"][0]) == LLAMA
+    uploaded = client.post("/", data={**form, "config": ""}, files={"file": ("config.json", form["config"].encode())})
+    assert uploaded.url == response.url and uploaded.text == response.text
     broken = client.post("/", data={**form, "config": "{"})
     assert broken.status_code == 422 and "the config is not JSON" in broken.text
+
+
+def test_a_config_that_is_too_long_for_an_address_is_planned_where_it_was_sent(client):
+    config = json.dumps({**LLAMA, "id2label": {str(i): f"label {i}" for i in range(2000)}})
+    response = client.post("/", data={"method": "lora", "sequence_length": "64", "config": config})
+    assert response.status_code == 200 and urlsplit(str(response.url)).query == ""
+    assert "LlamaForCausalLM" in response.text and "no link holds this result" in response.text
+    assert "/estimate.json?" not in response.text and response.headers["hx-replace-url"] == "false"
 
 
 def test_changes_that_make_it_fit_are_one_click_each(client):
     small = {**ADDRESS, "gpu": "1GiB", "batch_size": "16", "sequence_length": "512"}
     page = client.get("/", params=small)
-    assert "<h1>Does not fit a card of 1\u00a0GiB" in page.text
+    assert "</svg>Does not fit a card of 1\u00a0GiB" in page.text
     ask = next(link["href"] for link in Tags(page.text).all("a") if link.get("class") == "ask")
     advised = client.get(ask)
     at = advised.text.index('id="advice"')
-    changes = re.findall(r'<th scope="row"><a href="([^"]+)">', advised.text[at : advised.text.index("</section>", at)])
+    section = advised.text[at : advised.text.index("</section>", at)]
+    changes = re.findall(r'<li><a href="([^"]+)">[^<]+</a><strong>', section)
     assert changes
     for change in changes:
-        assert re.search("<h1>(Fits|Tight)", client.get(change.replace("&amp;", "&")).text)
+        assert re.search("</svg>(Fits|Tight)", client.get(change.replace("&amp;", "&")).text)
     assert "What would make it fit" not in client.get("/", params=ADDRESS).text
 
 
+def test_the_largest_batch_and_length_are_links(client):
+    advised = client.get("/advice", params={**ADDRESS, "gpu": "1GiB"}).text
+    section = advised[advised.index('id="advice"') :]
+    largest = re.findall(r'<li><a href="([^"]+)">(\d+)</a> (is the largest batch|tokens are the longest)', section)
+    assert [what[:2] for _, _, what in largest] == ["is", "to"]
+    batch = parse_qs(urlsplit(largest[0][0].replace("&amp;", "&")).query)["batch_size"]
+    assert batch == [largest[0][1]] and int(batch[0]) > 1
+
+
 def test_a_change_keeps_the_rest_of_the_job():
-    view = html.View({**ADDRESS, "lora.r": "8", "config": "{}"}, None, None, None, "", "", False)
+    view = html.View({**ADDRESS, "lora.r": "8", "config": "{}"}, None, None, "", "")
     kept = dict(parse_qs(html.with_change(view, {"lora": {"r": 4, "use_dora": True, "modules_to_save": ()}})))
     assert kept["lora.r"] == ["4"] and kept["lora.use_dora"] == ["true"] and kept["gpu"] == ["t4"]
-    assert "config" not in kept and "lora.modules_to_save" not in kept
+    assert "config" in kept and "lora.modules_to_save" not in kept
 
 
 def test_what_is_typed_is_never_markup(client):
@@ -220,8 +241,8 @@ def test_the_timeline_is_highest_at_the_peak(answer):
 @pytest.mark.parametrize("job", [{"method": "inference"}, {"method": "full", "gradient_checkpointing": True}])
 def test_every_kind_of_job_has_a_page(client, job):
     pairs = {**{key: str(value) for key, value in job.items()}, "sequence_length": "32", "config": json.dumps(LLAMA)}
-    response = client.post("/result", data=pairs)
-    assert response.status_code == 200 and "<h1>Needs " in response.text
+    response = client.post("/", data=pairs, headers={"hx-request": "true"})
+    assert response.status_code == 200 and "</svg>Needs " in response.text and "<html" not in response.text
     assert Tags(response.text).open == []
 
 
@@ -326,10 +347,15 @@ def test_typing_replaces_the_answer_and_the_address(tab):
     page.wait_for_url("**batch_size=3**")
     page.locator(".job", has_text="batch 3 × 64").wait_for()
     assert page.locator(".peaks").inner_text() != before
-    assert page.locator("h1").inner_text() in page.title()
+    assert page.locator("h1").inner_text().replace("\u00a0", " ") in page.title()
     shown = page.locator("#result").inner_text()
     page.reload()
     assert page.locator("#result").inner_text() == shown
+    page.locator("label", has_text="QLoRA").click()
+    page.locator(".job", has_text="qlora").wait_for()
+    page.go_back()
+    page.locator(".job", has_text="lora · LoRA").wait_for()
+    assert page.locator("#result").inner_text() == shown and page.get_by_label("Batch size").input_value() == "3"
 
 
 def test_the_last_thing_typed_wins(tab):
@@ -338,7 +364,7 @@ def test_the_last_thing_typed_wins(tab):
     page = tab()
     page.goto(address())
     held = []
-    page.route("**/result?*batch_size=5*", lambda route: held.append(route))
+    page.route("**/?*batch_size=5*", lambda route: held.append(route))
     page.get_by_label("Batch size").fill("5")
     while not held:
         page.wait_for_timeout(50)
@@ -370,14 +396,22 @@ def test_a_pasted_config_is_planned_as_one_types(tab):
     page.get_by_text("A model of your own").click()
     page.get_by_label("config.json").fill(json.dumps(LLAMA))
     page.locator(".job", has_text="LlamaForCausalLM").wait_for()
-    assert "config" not in page.url
+    assert "config=%7B%22" in page.url
+    page.get_by_label("or a file").set_input_files(
+        {"name": "config.json", "mimeType": "application/json", "buffer": b"{"}
+    )
+    page.locator("#e-config", has_text="not JSON").wait_for()
+    assert (
+        page.get_by_label("config.json").input_value() == "{"
+        and page.get_by_label("Length", exact=True).input_value() == "64"
+    )
 
 
 def test_advice_is_listed_in_place(tab):
     page = tab()
     page.goto(address(gpu="1GiB", batch_size="16", sequence_length="512"))
     page.locator("a.ask").click()
-    page.locator("#advice tbody tr").first.wait_for()
+    page.locator("#advice .changes li").first.wait_for()
     assert page.url.endswith("sequence_length=512")
 
 
@@ -388,7 +422,7 @@ def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
     slider.focus()
     page.keyboard.press("Home")
     said = page.locator(".readout").inner_text()
-    assert "in the first step, forward" in said and "weights" in said
+    assert "First step, forward" in said and "weights" in said
     assert slider.get_attribute("aria-valuetext") == said
     page.locator("svg.time").hover(position={"x": 300, "y": 100})
     assert page.locator(".readout").inner_text() not in ("", said)

@@ -7,6 +7,7 @@ attributes, colours are classes.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,24 +25,23 @@ from app.render import words
 from app.render.words import GIB
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
+WHAT = "Will it fit? The GPU memory of one training step, planned from config.json alone."
 FIRST_VISIT = {
-    "model": "llama-3.1-8b",
+    "model": "llama-3.1-70b",
     "method": "qlora",
-    "gpu": "rtx-4090",
+    "gpu": "a100-80gb",
     "batch_size": "1",
     "sequence_length": "2048",
 }
 EXAMPLES = {
-    "70B, QLoRA, one A100": {
-        "model": "llama-3.1-70b",
+    "8B with QLoRA on a 4090": {
+        "model": "llama-3.1-8b",
         "method": "qlora",
-        "gpu": "a100-80gb",
+        "gpu": "rtx-4090",
         "batch_size": "1",
         "sequence_length": "2048",
-        "lora.r": "16",
-        "lora.target_modules": "q_proj,k_proj,v_proj,o_proj",
     },
-    "8B, LoRA, one H100": {
+    "8B with LoRA on an H100": {
         "model": "llama-3.1-8b",
         "method": "lora",
         "gpu": "h100",
@@ -49,7 +49,7 @@ EXAMPLES = {
         "sequence_length": "2048",
         "gradient_checkpointing": "true",
     },
-    "0.6B in full, a 16 GB card": {
+    "0.6B in full on a T4": {
         "model": "qwen3-0.6b",
         "method": "full",
         "gpu": "t4",
@@ -96,6 +96,8 @@ FOLDED = {
 }
 LABELS = {
     "gpu": "GPU",
+    "batch_size": "Batch size",
+    "sequence_length": "Length",
     "lora.r": "Rank",
     "lora.use_dora": "DoRA",
     "lora.use_rslora": "Rank-stabilised",
@@ -106,28 +108,33 @@ LABELS = {
     "gradient_accumulation_steps": "Accumulation steps",
 }
 HELP = {
-    "gpu": "A card of the catalogue, or the memory of another: 24GiB.",
-    "model": "A Hub id, or a name of the list.",
+    "gpu": "A card of the list, or the memory of another: 24GiB.",
+    "model": "A name of the list, or any model of the Hub.",
     "method": "",
+    "batch_size": "Sequences a step.",
+    "sequence_length": "Tokens of one.",
     "attention": "Which attention is run (attn_implementation).",
 }
+TITLES = {"full": "Full", "lora": "LoRA", "qlora": "QLoRA", "inference": "Generate"}
 LISTS = {"model": "models", "gpu": "gpus"}
 
 
 @dataclass(frozen=True)
 class View:
-    """What a page is made of: the form's ``values``, and either an ``answer`` (with ``advice``) or a ``problem``.
+    """What a page is made of: the form's ``values``, and either an ``answer`` or a ``problem``.
 
-    ``address`` is the job as a query string; ``posted`` tells that a config came with the form, which no address holds.
+    ``advice`` is what :func:`app.service.advise` says, ``largest`` what fits by field. ``address`` is the job as a
+    query string; ``posted`` tells that the form holds a config that is too long for one.
     """
 
     values: dict[str, str]
     answer: dict | None
-    advice: dict | None
     problem: PlanError | None
     address: str
     base_url: str
-    posted: bool
+    posted: bool = False
+    advice: dict | None = None
+    largest: dict[str, int] | None = None
 
 
 class Control(NamedTuple):
@@ -184,9 +191,39 @@ class Timeline(NamedTuple):
     kinds: list[tuple[str, str]]
 
 
-def render(template: str, view: View) -> str:
-    """The page, or the result alone."""
-    return _templates().get_template(template).render(view=view, **_context(view))
+class Row(NamedTuple):
+    """A line of the layers' table: bytes (and ``parameters``) of all the modules that it stands for."""
+
+    name: str
+    note: str
+    totals: dict[str, int]
+
+
+class Block(NamedTuple):
+    """``count`` layers that lie in one list, and their modules; without ``path``: what lies outside of lists."""
+
+    path: str
+    count: int
+    totals: dict[str, int]
+    rows: list[Row]
+
+
+class Tree(NamedTuple):
+    """The layers' table: from the model to its repeated blocks to their modules."""
+
+    blocks: list[Block]
+    totals: dict[str, int]
+
+
+def page(view: View, live: bool = False) -> str:
+    """The page; ``live``: the part of it that follows the form."""
+    said = words.verdict(view.answer) if view.answer else f"Cannot say: {view.problem.message}"
+    about = f"{words.model_name(view.answer)}: {words.settings(view.answer)}" if view.answer else WHAT
+    return (
+        _templates()
+        .get_template("live.html" if live else "page.html")
+        .render(view=view, title=said, what=about, **_controls(view))
+    )
 
 
 @lru_cache(maxsize=1)
@@ -198,13 +235,18 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     templates.filters |= {"size": words.size, "number": words.number, "glued": _glued}
     templates.globals |= {
         "version": __version__,
         "words": words,
-        "bar": bar,
+        "titles": TITLES,
+        "bar_of": bar,
         "timeline": timeline,
+        "kinds_at": kinds_at,
+        "moments": moments,
         "layer_columns": layer_columns,
+        "layer_tree": layer_tree,
         "with_gpu": with_gpu,
         "with_change": with_change,
         "curl": curl,
@@ -220,7 +262,7 @@ def _glued(text: str) -> str:
     return text.replace(" GiB", "\u00a0GiB")
 
 
-def _context(view: View) -> dict[str, Any]:
+def _controls(view: View) -> dict[str, Any]:
     controls = {name: _control(name, view) for names in (MAIN, *FOLDED.values()) for name in names}
     at = _control_of(view.problem, controls)
     if at:
@@ -331,6 +373,27 @@ def timeline(answer: dict) -> Timeline:
     )
 
 
+def kinds_at(timeline: Timeline, phase: dict) -> list[int]:
+    """What is alive at a phase's peak, in the order of ``timeline.kinds``; the load has no moments."""
+    rows = [row for row in timeline.rows if (row["step"], row["phase"]) == (phase["step"], phase["name"])]
+    return max(rows, key=lambda row: row["allocated"])["kinds"] if rows else [0] * len(timeline.kinds)
+
+
+def moments(timeline: Timeline) -> dict:
+    """The moments for the cursor: the names of ``kinds`` and, a moment each, where it is, when, and what is alive."""
+    rows = [
+        [
+            row["x"],
+            f"{words.step_title(row['step'], row['phase'])}, {row['phase']}",
+            row["module"],
+            words.size(row["allocated"]),
+            [words.size(count) if count else "" for count in row["kinds"]],
+        ]
+        for row in timeline.rows
+    ]
+    return {"kinds": [name.lower() for _, name in timeline.kinds], "rows": rows}
+
+
 def _down(count: int, top: float) -> int:
     """A height as SVG counts: from the top, in thousandths."""
     return round(1000 - 1000 * count / top)
@@ -367,33 +430,63 @@ def _ticks(top: float) -> list[int]:
         scale *= 10
 
 
+LAYER_COLUMNS = {
+    "base": "Weights",
+    "nf4": "Weights as NF4",
+    "nf4_double_quant": "as NF4, double",
+    "adapters": "Adapters",
+    "gradients": "Gradients",
+    "optimizer_state": "Optimizer",
+    "activations": "Activations",
+    "activations_checkpointed": "Activations, checkpointed",
+}
+
+
 def layer_columns(answer: dict) -> list[tuple[str, str]]:
     """The columns of bytes of the layers' table as (field, name); those without a number are left out."""
-    columns = {
-        "base": answer["job"]["dtype"],
-        "nf4": "NF4",
-        "nf4_double_quant": "NF4 double",
-        "adapters": "Adapters",
-        "gradients": "Gradients",
-        "optimizer_state": "State",
-        "activations": "Activations",
-        "activations_checkpointed": "… checkpointed",
-    }
-    return [(field, name) for field, name in columns.items() if any(layer[field] for layer in answer["layers"])]
+    return [(field, name) for field, name in LAYER_COLUMNS.items() if any(layer[field] for layer in answer["layers"])]
+
+
+def layer_tree(answer: dict) -> Tree:
+    """The layers, gathered by the list that they lie in."""
+    lists: list[tuple[str, list[tuple[str, str, dict]]]] = []
+    for layer in answer["layers"]:
+        found = _IN_LIST.fullmatch(layer["path"])
+        path, index, name = (found[1], found[2], found[3]) if found else ("", "", layer["path"])
+        rows = next((rows for known, rows in lists if path and known == path), None)
+        if rows is None and not (lists and lists[-1][0] == path):
+            lists.append((path, []))
+        (lists[-1][1] if rows is None else rows).append((index, name or "(itself)", layer))
+    blocks = []
+    for path, found in lists:
+        count = 1 + max((int(n) for index, _, _ in found for n in re.findall(r"\d+", index)), default=0)
+        rows = []
+        for index, name, layer in found:
+            indexes = index.strip("{}").replace("..", "–")
+            note = f"in {indexes}" if path and indexes != f"0–{count - 1}" and count > 1 else ""
+            rows.append(Row(name or "(the whole)", note, _totals([layer])))
+        blocks.append(Block(path, count, _totals([layer for _, _, layer in found]), rows))
+    return Tree(blocks, _totals(answer["layers"]))
+
+
+_IN_LIST = re.compile(r"(.*?)\.(\d+|\{[^}]*\})(?:\.(.+))?")
+
+
+def _totals(layers: list[dict]) -> dict[str, int]:
+    return {field: sum(layer[field] * layer["count"] for layer in layers) for field in ("parameters", *LAYER_COLUMNS)}
 
 
 def with_gpu(view: View, gpu: str) -> str:
     """The address of the same job on a card of the catalogue; a card of one's own is in the address already."""
     if gpu not in {card.key for card in all_gpus()}:
         return view.address
-    kept = {key: text for key, text in view.values.items() if not key.startswith("gpu.") and key != "config"}
+    kept = {key: text for key, text in view.values.items() if not key.startswith("gpu.")}
     return urlencode({**kept, "gpu": gpu})
 
 
 def with_change(view: View, change: dict[str, Any]) -> str:
     """The address of the same job with some of its fields set anew."""
-    replaced = {*change, "config"}
-    kept = {key: text for key, text in view.values.items() if key.partition(".")[0] not in replaced}
+    kept = {key: text for key, text in view.values.items() if key.partition(".")[0] not in change}
     return urlencode({**kept, **to_pairs(change)})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from app.catalog.gpus import all_gpus
+from app.catalog.gpus import all_gpus, find_gpu
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FITTING = ("fits", "tight")
@@ -191,6 +191,32 @@ def peak_place(answer: dict) -> str:
     step = {1: "the first step", 2: "a steady step"}.get(peak["step"], "the step")
     place = f"{during(peak['phase'])} of {step}" if peak["phase"] != "generate" else during("generate")
     return f"{place}, at {operator(peak['module'], peak['op'])}"
+
+
+def holders(answer: dict) -> list[dict]:
+    """The largest of what is alive at the peak, by module and kind, with what it is called; repeated modules as one."""
+    together: dict[tuple[str, str], int] = {}
+    for holder in answer["holders"]:
+        key = (re.sub(r"\.\d+(?=\.|$)", ".*", holder["module"]), holder["kind"])
+        together[key] = together.get(key, 0) + holder["bytes"]
+    largest = sorted(together.items(), key=lambda pair: -pair[1])[:6]
+    return [
+        {"name": f"{KINDS.get(kind, kind).lower()} of {module or 'the loop'}", "bytes": count}
+        for (module, kind), count in largest
+    ]
+
+
+def card_name(key: str) -> str:
+    """A card of the catalogue with its article, as a sentence begins."""
+    name = with_article(find_gpu(key).name)
+    return name[:1].upper() + name[1:]
+
+
+def largest(field: str, value: int) -> str:
+    """What the largest value of a field that fits is."""
+    if field == "batch_size":
+        return "is the largest batch at this length" if value else "no batch fits at this length"
+    return "tokens are the longest sequence at this batch size" if value else "no length fits at this batch size"
 
 
 def operator(module: str, op: str) -> str:
