@@ -80,7 +80,7 @@ def _varied(job: Any, values: dict[str, Any]) -> dict:
 
 def _row(varied: dict, data: Any) -> dict:
     try:
-        weighing = weigh(read_job(data), tables=True)
+        weighing = weigh(read_job(data))
         found = summary(weighing)
     except PlanError as error:
         return {"varied": varied, "error": error.as_dict()}

@@ -176,6 +176,11 @@ class Job(_Strict):
         return self.model_copy(update=fill)
 
 
+def point_of(job: Job) -> tuple[int, int]:
+    """The batch and the length of a job: sequences, and tokens of one (0 for a job that has no tokens)."""
+    return job.batch_size, job.sequence_length or 0
+
+
 def read_job(data: Any) -> Job:
     """A Job from what a person sent. Raises :class:`PlanError` that says what is wrong and what to write instead."""
     if isinstance(data, Job):

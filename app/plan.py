@@ -1,10 +1,10 @@
-"""From a job to its books: the card, the config, and the dry run, kept by everything that shapes it."""
+"""From a job to its profile: the card, the config, and the dry run, kept by everything that shapes it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections import OrderedDict
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -12,9 +12,10 @@ from app.catalog.gpus import Gpu, find_gpu
 from app.catalog.models import find_model
 from app.config import refuse_impossible
 from app.errors import PlanError
-from app.job import Job, OwnGpu
+from app.job import Job, OwnGpu, point_of
 from app.memory.allocator import MIB, Settings
-from app.memory.event import Books
+from app.memory.profile import Profile
+from app.memory.script import Script, Stream
 
 DEFAULT_GPU = "a100-80gb"
 """The card whose kernels are meant when a job names none."""
@@ -108,48 +109,75 @@ def _read_file(path: str) -> dict:
     return data
 
 
-def key_of(job: Job, config: dict, gpu) -> str:
-    """Everything that shapes a trace, as one string: the job without what only reads it, the config, the kernels."""
-    shape = job.model_dump(exclude={"model", "config", "revision", "gpu", "reserve", "allocator"})
-    return json.dumps([shape, config, kernels_of(gpu)], sort_keys=True, default=str)
+KEPT = 128
+"""Kinds of jobs whose profiles are kept in memory, of each at most ``REGIONS``."""
+REGIONS = 16
+_profiles: OrderedDict[str, list[Profile]] = OrderedDict()
 
 
-@lru_cache(maxsize=64)
-def trace_of(key: str):
-    """The dry run for a key; the last few are kept."""
+def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
+    """A profile that holds for the job (resolved). One of its own is traced the first time somebody asks for its like;
+    the second time one for all of them. Raises :class:`PlanError`."""
+    key = key_of(job, config, card)
+    known = _profiles.setdefault(key, [])
+    _profiles.move_to_end(key)
+    while len(_profiles) > KEPT:
+        _profiles.popitem(last=False)
+    for profile in known:
+        if profile.script.holds(*point_of(job)):
+            return profile
     from app.dryrun.run import trace
 
-    return _run(trace, key)
+    try:
+        profile = trace(job, config, *kernels_of(card), general=bool(known))
+    except PlanError:
+        if not known:
+            raise
+        profile = trace(job, config, *kernels_of(card))
+    known.insert(0, profile)
+    del known[REGIONS:]
+    return profile
 
 
-@lru_cache(maxsize=128)
-def books_of(key: str) -> Books:
-    """The books alone for a key, without the tables."""
-    from app.dryrun.run import books_of
-
-    return _run(books_of, key)
-
-
-@lru_cache(maxsize=128)
-def finish_of(key: str) -> Books:
-    """The books of merging and writing what the job of a key trained."""
-    from app.dryrun.finish import finish_books
-
-    return _run(finish_books, key)
+def key_of(job: Job, config: dict, card: Gpu | OwnGpu) -> str:
+    """Everything that shapes a profile, as one string: the job without its batch and length and without what only
+    reads a profile, the config, the kernels. More than two accumulated passes are like the second."""
+    shape = job.model_dump(
+        exclude={"model", "config", "revision", "gpu", "reserve", "allocator", "batch_size", "sequence_length"}
+    )
+    shape["gradient_accumulation_steps"] = min(job.gradient_accumulation_steps, 2)
+    return json.dumps([shape, config, kernels_of(card)], sort_keys=True, default=str)
 
 
-@lru_cache(maxsize=512)
-def load_of(key: str) -> Books:
-    """The books of placing the model of a key alone."""
-    from app.dryrun.finish import load_books
-
-    return _run(load_books, key)
+_streams: OrderedDict[tuple[str, str], Stream | PlanError] = OrderedDict()
 
 
-def _run(dry_run: Callable, key: str):
-    shape, config, (capability, multiprocessors) = json.loads(key)
-    job = Job.model_validate({**shape, "config": config})
-    return dry_run(job, config, tuple(capability), multiprocessors)
+def finish_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
+    """Merging and writing what the job trained. Raises :class:`PlanError`."""
+    return _stream_of("finish", job, config, card)
+
+
+def load_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
+    """Placing the job's model alone. Raises :class:`PlanError`."""
+    return _stream_of("load", job, config, card)
+
+
+def _stream_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
+    key = (part, key_of(job, config, card))
+    if key not in _streams:
+        from app.dryrun import finish
+
+        run = {"finish": finish.finish_books, "load": finish.load_books}[part]
+        try:
+            _streams[key] = Script.of(run(job, config, *kernels_of(card)), []).at(1, 1)
+        except PlanError as error:
+            _streams[key] = error
+        while len(_streams) > 4 * KEPT:
+            _streams.popitem(last=False)
+    found = _streams[key]
+    if isinstance(found, PlanError):
+        raise found
+    return found
 
 
 def settings_of(job: Job) -> Settings:

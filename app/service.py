@@ -8,17 +8,17 @@ from typing import Any
 from app.calibration import warnings_of
 from app.cards import every_card, outside_of
 from app.errors import PlanError
-from app.job import read_job
+from app.job import point_of, read_job
 from app.memory.event import KINDS
-from app.plan import stack, trace_of
+from app.plan import stack
 from app.weigh import after, card_warnings, fit_on, weigh
 
 
 def estimate(data: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job: a dict of the fields of the wire format. Raises :class:`PlanError`."""
-    weighing = weigh(read_job(data), tables=True)
+    weighing = weigh(read_job(data))
     job, card, reading = weighing.job, weighing.card, weighing.reading
-    traced = trace_of(weighing.key)
+    facts = weighing.facts
     outside = outside_of(card)
     others = [other for other in every_card() if other != card]
     fits = [fit_on(weighing, other) for other in (card, *others)]
@@ -27,11 +27,11 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         following = after(weighing)
     except PlanError as error:
         unknown = [error.message]
-    layers = traced.layers if all_layers else traced.layer_groups
+    layers = weighing.profile.table.at(*point_of(job), all_layers)
     load = reading.phases[0]
     return {
-        "job": {**job.model_dump(exclude={"config"}, mode="json"), "attention": traced.facts["attention"]},
-        "model": {**weighing.source, **{key: fact for key, fact in traced.facts.items() if key != "optimizer_state"}},
+        "job": {**job.model_dump(exclude={"config"}, mode="json"), "attention": facts["attention"]},
+        "model": {**weighing.source, **{key: fact for key, fact in facts.items() if key != "optimizer_state"}},
         "peak": {
             "allocated": reading.peak.peak,
             "reserved": reading.reserved,
@@ -43,7 +43,7 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
             "op": reading.peak_op,
         },
         "load": {"placed_allocated": reading.placed, "peak_allocated": load.peak, "peak_reserved": load.reserved},
-        "optimizer_state": traced.facts["optimizer_state"],
+        "optimizer_state": facts["optimizer_state"],
         "phases": [
             {
                 "step": phase.step,
@@ -64,9 +64,9 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
                 for point in reading.timeline
             ],
         },
-        "layers": [asdict(layer) for layer in layers],
+        "layers": [vars(layer) for layer in layers],
         "fits": fits,
         "after": asdict(following) if following else None,
-        "warnings": [*traced.warnings, *card_warnings(card), *warnings_of(card), *unknown],
+        "warnings": [*weighing.profile.warnings, *card_warnings(card), *warnings_of(card), *unknown],
         "stack": stack(),
     }

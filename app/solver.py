@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from app.cards import check_prices, every_card, room
+from app.catalog.gpus import Gpu
 from app.catalog.models import MODELS
 from app.errors import PlanError, near
-from app.job import Job, read_job
-from app.memory.allocator import Settings
+from app.job import Job, OwnGpu, read_job
 from app.memory.fit import Verdict, passes
-from app.plan import card_of, config_of, key_of, load_of, settings_of
+from app.plan import card_of, config_of, load_of, settings_of
 from app.weigh import FITTING, Weighing, passes_under, summary, verdict_on, weigh
 
 LARGEST = {"batch_size": 1 << 16, "sequence_length": 1 << 22, "r": 1 << 12, "accumulation_free_batch": 1 << 16}
@@ -264,11 +263,10 @@ def smallest_card(job: Job, prices: dict[str, float] | None = None) -> dict:
     return {"gpu": cards[at].key if at < len(cards) else None, "cards": rows}
 
 
-@lru_cache(maxsize=1024)
-def _loads(key: str, settings: Settings) -> bool | None:
-    """Whether the model of a key alone is placed within the limit; None: the key's job is not for it."""
+def _loads(job: Job, card: Gpu | OwnGpu, limit: int) -> bool | None:
+    """Whether the job's model alone is placed within ``limit`` bytes; None: the job is not for it."""
     try:
-        return passes(load_of(key), settings)[0]
+        return passes(load_of(job, config_of(job)[0], card), replace(settings_of(job), limit=limit))[0]
     except PlanError:
         return None
 
@@ -294,7 +292,7 @@ def largest_model(data: dict) -> dict:
             continue
         last = model.facts
         mine = job.model_copy(update={"model": model.id})
-        loads = _loads(key_of(mine, config_of(mine)[0], card), replace(settings_of(mine), limit=limit))
+        loads = _loads(mine, card, limit)
         refused += loads is None
         if not loads:
             continue

@@ -8,93 +8,80 @@ from functools import lru_cache
 from app.cards import MEASURED_KERNELS, id_of, known, room, usable
 from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
-from app.job import Job, OwnGpu
+from app.job import Job, OwnGpu, point_of
 from app.memory.allocator import Settings
 from app.memory.breakdown import Phase, Reading, read
-from app.memory.event import Books
 from app.memory.fit import Room, Verdict, judge, passes
+from app.memory.profile import Profile
+from app.memory.script import Stream
 from app.plan import (
     DEFAULT_GPU,
-    books_of,
     card_of,
     config_of,
     finish_of,
     kernels_of,
-    key_of,
+    profile_of,
     refuse_unplanned,
     settings_of,
-    trace_of,
     with_weights,
 )
 
 FITTING = ("fits", "tight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weighing:
-    """A job (resolved) with its card, its books and their reading without a limit."""
+    """A job (resolved) with its card, and the profile that holds for it."""
 
     job: Job
     card: Gpu | OwnGpu
     config: dict
     source: dict
-    key: str
-    settings: Settings
-    tables: bool
+    profile: Profile
 
     @property
-    def books(self) -> Books:
-        return _books(self.key, self.tables)
+    def settings(self) -> Settings:
+        return settings_of(self.job)
 
     @property
     def facts(self) -> dict:
-        """The model's facts, where it was planned with its tables."""
-        return trace_of(self.key).facts
+        return self.profile.facts
+
+    @property
+    def stream(self) -> Stream:
+        return _stream(self.profile, point_of(self.job))
 
     @property
     def reading(self) -> Reading:
-        return _reading(self.key, self.settings, self.tables)
+        """The stream without a limit."""
+        return _reading(self.profile, point_of(self.job), self.settings)
 
 
-def _books(key: str, tables: bool) -> Books:
-    return trace_of(key).books if tables else books_of(key)
+@lru_cache(maxsize=64)
+def _stream(profile: Profile, point: tuple[int, int]) -> Stream:
+    return profile.script.at(*point)
 
 
 @lru_cache(maxsize=256)
-def _reading(key: str, settings: Settings, tables: bool) -> Reading:
-    return read(_books(key, tables), settings)
+def _reading(profile: Profile, point: tuple[int, int], settings: Settings) -> Reading:
+    return read(_stream(profile, point), settings)
 
 
-def weigh(job: Job, tables: bool = False) -> Weighing:
-    """``job`` planned; ``tables``: with the tables of its layers. Raises :class:`PlanError`."""
+def weigh(job: Job) -> Weighing:
+    """``job`` planned. Raises :class:`PlanError`."""
     job = job.resolved()
     refuse_unplanned(job)
     card = card_of(job)
     config, source = config_of(job)
-    weighing = Weighing(job, card, config, source, key_of(job, config, card), settings_of(job), tables)
     try:
-        weighing.books
+        return Weighing(job, card, config, source, profile_of(job, config, card))
     except PlanError as error:
-        raise (with_weights(error, job, source) if tables else error) from None
-    return weighing
+        raise with_weights(error, job, source) from None
 
 
 def passes_under(weighing: Weighing, limit: int) -> bool:
     """Whether the step passes the replayed allocator under ``limit`` bytes, the model being there already."""
-    return passes(weighing.books, replace(weighing.settings, limit=limit), placed=True)[0]
-
-
-@lru_cache(maxsize=256)
-def _written(key: str, tables: bool) -> dict[str, int]:
-    books = _books(key, tables)
-    last = max(mark.step for mark in books.marks)
-    ends = [mark.at for mark in books.marks[1:]] + [len(books.events)]
-    out: dict[str, int] = {}
-    for mark, end in zip(books.marks, ends):
-        if mark.step == last:
-            sizes = (books.allocations[event].size for event in books.events[mark.at : end] if event >= 0)
-            out[mark.name] = out.get(mark.name, 0) + sum(sizes)
-    return out
+    return passes(weighing.stream, replace(weighing.settings, limit=limit), placed=True)[0]
 
 
 def written(weighing: Weighing) -> int:
@@ -102,7 +89,14 @@ def written(weighing: Weighing) -> int:
 
     Of accumulated batches the books hold two at most, for a third is like the second.
     """
-    by_phase = _written(weighing.key, weighing.tables)
+    stream, marks = weighing.stream, weighing.stream.script.marks
+    last = max(mark.step for mark in marks)
+    ends = [mark.at for mark in marks[1:]] + [stream.script.events.size]
+    by_phase: dict[str, int] = {}
+    for mark, end in zip(marks, ends):
+        if mark.step == last:
+            events = stream.script.events[mark.at : end]
+            by_phase[mark.name] = by_phase.get(mark.name, 0) + int(stream.sizes[events[events >= 0]].sum())
     batches = weighing.job.gradient_accumulation_steps
     passes = sum(size for name, size in by_phase.items() if name in ("forward", "backward"))
     return sum(by_phase.values()) - passes + passes * batches // min(batches, 2)
@@ -116,12 +110,12 @@ def kind_of(job: Job) -> str:
 def verdict_on(weighing: Weighing, card: Gpu | OwnGpu) -> Verdict:
     """The verdict on a card, by the books of the job's own card."""
     space = room(card, weighing.job.reserve, weighing.reading.parts.get("kernel_workspace", 0))
-    return _verdict(weighing.key, weighing.settings, weighing.tables, space, kind_of(weighing.job))
+    return _verdict(weighing.profile, point_of(weighing.job), weighing.settings, space, kind_of(weighing.job))
 
 
 @lru_cache(maxsize=8192)
-def _verdict(key: str, settings: Settings, tables: bool, space: Room, kind: str) -> Verdict:
-    return judge(_books(key, tables), _reading(key, settings, tables), space, kind, settings)
+def _verdict(profile: Profile, point: tuple[int, int], settings: Settings, space: Room, kind: str) -> Verdict:
+    return judge(_stream(profile, point), _reading(profile, point, settings), space, kind, settings)
 
 
 @dataclass(frozen=True)
@@ -138,10 +132,9 @@ def after(weighing: Weighing) -> After | None:
     job = weighing.job
     if job.method == "inference":
         return None
-    found = _finish(_bare(weighing), weighing.settings)
-    if isinstance(found, PlanError):
-        raise found
-    phases = {phase.name: phase for phase in found}
+    method = "full" if job.method == "full" else "lora"
+    stream = finish_of(job.model_copy(update={**_BARE, "method": method}), weighing.config, weighing.card)
+    phases = {phase.name: phase for phase in _finish(stream, weighing.settings)}
     save, end = phases["save"], weighing.reading.phases[-1].end
     if job.lora is None:
         return After(None, end + save.peak - save.start)
@@ -162,19 +155,9 @@ _BARE = {
 """What does not matter to merging and writing, or is not there any more: the base is merged in its load dtype."""
 
 
-def _bare(weighing: Weighing) -> str:
-    method = "full" if weighing.job.method == "full" else "lora"
-    job = weighing.job.model_copy(update={**_BARE, "method": method})
-    return key_of(job, weighing.config, weighing.card)
-
-
 @lru_cache(maxsize=256)
-def _finish(key: str, settings: Settings) -> list[Phase] | PlanError:
-    """The phases of merging and writing, or why they cannot be planned."""
-    try:
-        return read(finish_of(key), settings).phases
-    except PlanError as error:
-        return error
+def _finish(stream: Stream, settings: Settings) -> list[Phase]:
+    return read(stream, settings).phases
 
 
 def cannot(weighing: Weighing, verdict: Verdict) -> list[str]:

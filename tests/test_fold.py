@@ -13,9 +13,10 @@ from app.dryrun import cuda, fold
 from app.dryrun.model import build_base, read_config, task_of
 from app.dryrun.step import dry_run
 from app.job import read_job
-from app.memory.allocator import CachingAllocator, replay
+from app.memory.allocator import Settings, replay
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
+from app.memory.script import Script
 
 # --- a made-up step -----------------------------------------------------------------------------------------
 
@@ -127,9 +128,9 @@ def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps
             live.add(event)
         else:
             live.remove(~event)
-    allocator = CachingAllocator()
-    replay(out.events, [entry.size for entry in out.allocations], allocator)
-    assert allocator.allocated == 512 * len(live) == 512 * len(types)
+    stream = Script.of(out, []).at(1, 1)
+    run = replay(stream.script.events, stream.sizes, Settings())
+    assert run.allocated[-1] == 512 * len(live) == 512 * len(types)
 
 
 @given(TYPES, st.integers(1, 3), st.integers(1, 2))

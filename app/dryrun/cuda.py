@@ -404,7 +404,7 @@ def _efficient_workspace(card: Card, query, key) -> int:
     tiles = -(-length // rows) * -(-size // columns)
     elements = tiles * (4 + rows * columns)  # a lock, a counter, padding, and the tile
     if half and largest > rows:  # not kOutputInRF: gK and gV are summed in fp32 too
-        splits = max(1, min(-(-key.shape[2] // columns), 200 // (batch * heads)))
+        splits = torch.sym_max(1, torch.sym_min(-(-key.shape[2] // columns), 200 // (batch * heads)))
         elements += 2 * splits * columns * (-(-size // rows) * rows)
     return batch * heads * -(-elements // 4) * 4 * 4
 
@@ -448,7 +448,7 @@ def _embedding_backward(ledger, func, args, kwargs, place):
     keys = [ledger.take(8 * count, place, "kernel_workspace", "embedding_sort") for _ in range(2)]
     out = func(*args, **kwargs)
     ledger.enter(out, func, args, place)
-    segments = min(count, args[2])
+    segments = torch.sym_min(count, args[2])
     partials = [(8 * count, "kernel_workspace")] * 2
     partials.append((segments * grad.shape[-1] * 4, "kernel_workspace"))
     ledger.transient(partials, place, "embedding_backward_cuda_kernel")
@@ -605,7 +605,7 @@ def reduction_scratch(source, dims: list[int], card: Card) -> int:
                     vector //= 2
             width //= vector
     threads = 512 // vector
-    power = lambda n: min(1 << (max(n, 1).bit_length() - 1), threads)  # noqa: E731
+    power = functools.partial(_power_of_two, most=threads)
     block_x = min(power(width), 32)
     block_y = min(power(height), threads // block_x)
     block_x = min(power(width), threads // block_y)
@@ -625,11 +625,19 @@ def reduction_scratch(source, dims: list[int], card: Card) -> int:
     grid = -(-(outputs // vector) // step_out)
     if not split_rows or values < 256 or grid > target:
         return 0
-    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
+    blocks = torch.sym_max(torch.sym_min(-(-target // grid), -(-values // 16)), -(-values // 256))
     if blocks <= 1:
         return 0
     size = 4 * outputs * blocks
     return size if along else size * block_x * vector
+
+
+def _power_of_two(n: int, most: int) -> int:
+    """The largest power of two up to ``n`` and ``most`` (``last_pow2``)."""
+    power = 1
+    while power < most and power * 2 <= n:
+        power *= 2
+    return power
 
 
 # --- bitsandbytes -------------------------------------------------------------------------------------------

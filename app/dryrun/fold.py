@@ -25,6 +25,7 @@ import transformers
 
 from app.memory.event import Books
 from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
+from app.memory.sizes import Number, whole
 
 log = logging.getLogger(__name__)
 
@@ -46,23 +47,30 @@ class Layers(NamedTuple):
     numbers: tuple[tuple[str, str, str], ...]
 
 
-def folded_books(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], names: Iterable[str] = ()) -> Books:
+Trace = Callable[[torch.nn.Module], Books]
+
+
+def folded_books(
+    model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None
+) -> Books:
     """The books of ``trace(model)``, without running more layers than it takes to know them.
 
     ``trace`` may change the model it is given: it is always a copy, ``model`` itself stays as it is. ``names`` are the
     module names that the job spells out: one with a layer's number in it makes that layer unlike the others.
+    ``general`` runs the same with sizes that are functions: then the books are its.
     """
     try:
-        return fold(model, trace, names)
+        return fold(model, trace, names, general)
     except Unfoldable as reason:
         log.info("not folded: %s", reason)
-    return trace(shortened(model, [], []))
+    return (general or trace)(shortened(model, [], []))
 
 
-def fold(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], names: Iterable[str] = ()) -> Books:
+def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None) -> Books:
     """The books of ``trace(model)`` from two shorter runs. Raises :class:`Unfoldable` where they do not prove it.
 
-    Tried with layers alike if their next neighbours are, then with two neighbours on either side.
+    Tried with layers alike if their next neighbours are, then with two neighbours on either side. With ``general``,
+    which is slow, the proof is ``trace``'s as long as no allocation grows with the depth.
     """
     for name in names:
         if re.search(r"(^|\.)\d+(\.|$)", name):
@@ -73,10 +81,10 @@ def fold(model: torch.nn.Module, trace: Callable[[torch.nn.Module], Books], name
     with _without_collector():
         try:
             try:
-                return _Fold(model, groups, trace, 1).books()
+                return _Fold(model, groups, trace, 1, general).books()
             except Unfoldable as reason:
                 log.info("not folded by next neighbours: %s", reason)
-                return _Fold(model, groups, trace, 2).books()
+                return _Fold(model, groups, trace, 2, general).books()
         except Unfoldable:
             raise
         except Exception as error:
@@ -98,8 +106,8 @@ def _without_collector():
 class _Fold:
     """One model's short runs. A depth is, for each group, the layers that are kept."""
 
-    def __init__(self, model, groups: list[Layers], trace: Callable[[torch.nn.Module], Books], radius: int):
-        self.model, self.groups, self.trace, self.radius = model, groups, trace, radius
+    def __init__(self, model, groups: list[Layers], trace: Trace, radius: int, general: Trace | None = None):
+        self.model, self.groups, self.trace, self.radius, self.general = model, groups, trace, radius, general
         self.whole = [range(len(group.types)) for group in groups]
         self.once = self._depth(1)
 
@@ -109,11 +117,24 @@ class _Fold:
             raise Unfoldable("too few layers repeat")
         short = self._run(self.once)
         growth = growth_of(short, self._stacks(twice), self._run(twice))
+        if growth and self.general is not None:
+            return _Fold(self.model, self.groups, self.general, self.radius).books()
         if growth:
             growth = self._growth(short, twice, growth)
+        if self.general is not None:
+            short = self._generalised(short)
         return expand(short, self._stacks(self.whole), growth)
 
-    def _growth(self, short: Books, twice: list, growth: dict[int, int]) -> dict[int, int]:
+    def _generalised(self, short: Books) -> Books:
+        books = self.general(shortened(self.model, self.groups, self.once))
+        told = [(entry[1:], entry.size) for entry in short.allocations]
+        if books.events != short.events or len(told) != len(books.allocations):
+            raise Unfoldable("with sizes that are functions the events are others")
+        if any(mine[1:] != theirs for mine, (theirs, _) in zip(books.allocations, told)):
+            raise Unfoldable("with sizes that are functions the entries are others")
+        return books
+
+    def _growth(self, short: Books, twice: list, growth: dict[int, Number]) -> dict[int, Number]:
         """By how many bytes allocations are larger in the whole, if that is a linear function of the numbers of layers
         of each type: observed in as many directions as it takes, and then foretold for one more run."""
         seen = [(self._counts(twice), growth)]
@@ -136,17 +157,17 @@ class _Fold:
             raise Unfoldable("memory does not grow in proportion to depth")
         return self._scaled(seen, self.whole)
 
-    def _scaled(self, seen: list[tuple[list[int], dict[int, int]]], depth) -> dict[int, int]:
+    def _scaled(self, seen: list[tuple[list[int], dict[int, Number]]], depth) -> dict[int, Number]:
         factors = combination(self._counts(depth), [counts for counts, _ in seen])
         if factors is None:
             raise Unfoldable("memory grows with the depths of several types of layers")
-        total: dict[int, Fraction] = defaultdict(Fraction)
+        total: dict[int, Number | Fraction] = defaultdict(Fraction)
         for factor, (_, growth) in zip(factors, seen):
             for key, size in growth.items():
                 total[key] += factor * size
         if any(size.denominator != 1 for size in total.values()):
             raise Unfoldable("memory grows by parts of bytes")
-        return {key: int(size) for key, size in total.items()}
+        return {key: whole(size) for key, size in total.items()}
 
     def _depth(self, repeats: int, more: Sequence[set[tuple]] | None = None) -> list[list[int]]:
         extra = more or [set()] * len(self.groups)

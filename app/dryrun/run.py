@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,27 +13,15 @@ from app.dryrun import cuda, layers, stored
 from app.dryrun.fold import folded_books
 from app.dryrun.model import build_base, equal_type, quantizable, read_config, task_of
 from app.dryrun.step import dry_run
+from app.dryrun.symbols import symbol, understood
 from app.dryrun.trace import DataDependent, canonical
 from app.errors import PlanError
-from app.job import Job
+from app.job import Job, point_of
 from app.memory.event import Books
-
-
-@dataclass(frozen=True)
-class Traced:
-    """What a dry run leaves: books, the model's facts, the per-layer table (whole and grouped) and warnings."""
-
-    books: Books
-    facts: dict
-    layers: list[layers.Layer]
-    layer_groups: list[layers.Layer]
-    warnings: list[str]
-
-
-def books_of(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
-    """The books of ``job`` (resolved) alone, as a card of this capability keeps them. Raises :class:`PlanError`."""
-    job, base, task, _ = _base(job, config)
-    return _books(base, job, task, cuda.Card(capability, multiprocessors))
+from app.memory.profile import Profile
+from app.memory.script import Script
+from app.memory.sizes import SYMBOLS
+from app.memory.table import Table, with_costs
 
 
 def _base(job: Job, config: dict):
@@ -83,10 +70,11 @@ def weighed(base):
         raise
 
 
-def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Traced:
+def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, general: bool = False) -> Profile:
     """Run ``job`` (resolved) on the meta device as a card of this capability would, and describe the model.
 
-    Raises :class:`PlanError`.
+    The profile holds for the job's own batch and length; ``general``: for all for which the software does the same,
+    which takes a few times as long. Raises :class:`PlanError`.
     """
     card = cuda.Card(capability, multiprocessors)
     job, base, task, said = _base(job, config)
@@ -102,28 +90,49 @@ def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: 
     }
     warnings = [*said, *_weight_warnings(job, base)]
     spare = copy.deepcopy(base) if job.method != "inference" and base.supports_gradient_checkpointing else None
-    books = _books(base, job, task, card)
+    conditions: dict[str, None] = {}
+    symbols = _symbols(job, conditions) if general else {}
+    if general:
+        _check_length(job.model_copy(update=symbols), base.config, task)
+    books = _books(base, job, task, card, symbols)
     warnings += _kernel_warnings(job, task, facts["attention"], books)
     checkpointed = job.gradient_checkpointing != "off"
     other = None
     if spare is not None:
         flipped = job.model_copy(update={"gradient_checkpointing": "off" if checkpointed else "non_reentrant"})
-        other = _books(spare, flipped, task, card, forward_only=True)
+        other = _books(spare, flipped, task, card, symbols, forward_only=True)
     facts["trainable_parameters"] = _trainable(books, job)
     facts["optimizer_state"] = _state_bytes(books)
-    table = layers.with_costs(rows, books, other, checkpointed)
-    return Traced(books, facts, table, layers.group(table), warnings)
+    if not general:
+        conditions = {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
+    table = Table.of(with_costs(rows, books, other, checkpointed))
+    return Profile(Script.of(books, conditions), facts, table, warnings)
 
 
-def _books(model, job: Job, task: str, card: cuda.Card, forward_only: bool = False) -> Books:
-    """The books of ``job`` on the bare ``model``, folded; what the stack itself refuses is told as such."""
+def _symbols(job: Job, conditions: dict[str, None]) -> dict[str, torch.SymInt]:
+    """The job's batch and length as symbols; what generates asks transformers, which wants the length as a number."""
+    named = {"batch_size": job.batch_size, "sequence_length": job.sequence_length}
+    if job.method == "inference" or job.sequence_length is None:
+        named.pop("sequence_length")
+        conditions[f"s == {job.sequence_length or 0}"] = None
+    return {field: symbol(SYMBOLS[field == "sequence_length"], value, conditions) for field, value in named.items()}
+
+
+def _books(model, job: Job, task: str, card: cuda.Card, symbols: dict, forward_only: bool = False) -> Books:
+    """The books of ``job`` on the bare ``model``, folded, with ``symbols`` for fields of the job if there are any;
+    what the stack itself refuses is told as such."""
     names = (
         *(job.lora.target_modules or () if job.lora and job.lora.target_modules != "all-linear" else ()),
         *(job.lora.modules_to_save if job.lora else ()),
         *(job.quantization.skip_modules if job.quantization else ()),
     )
-    with weighed(model), _told(model, job):
-        return folded_books(model, lambda m: dry_run(m, job, task, card, 2, forward_only), names)
+
+    def run(what: Job) -> Callable[[torch.nn.Module], Books]:
+        return lambda short: dry_run(short, what, task, card, 2, forward_only)
+
+    general = run(job.model_copy(update=symbols)) if symbols else None
+    with weighed(model), _told(model, job), understood():
+        return folded_books(model, run(job), names, general)
 
 
 @contextmanager

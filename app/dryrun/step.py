@@ -180,7 +180,8 @@ def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward
     """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; or its first forward pass."""
     from app.dryrun.trainers import run_trainer
 
-    ledger = Ledger(card, job.attention_mask == "padded", job.sequence_length or 0)
+    symbolic = isinstance(job.batch_size, torch.SymInt)
+    ledger = Ledger(card, job.attention_mask == "padded", job.sequence_length or 0, symbolic)
     if job.mixed_precision != "no":
         ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
     run = run_generate if job.method == "inference" else run_plain if job.trainer == "pytorch" else run_trainer

@@ -16,10 +16,12 @@ from bisect import bisect_right
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from app.dryrun import cuda, native  # noqa: F401  (native: shape functions in C++)
+from app.dryrun.symbols import size_of
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 
 _current_node = torch._C._current_autograd_node
@@ -50,13 +52,15 @@ class Ledger(TorchDispatchMode):
     """Keeps :class:`~app.memory.event.Books` of what runs under it.
 
     ``card`` is the :class:`~app.dryrun.cuda.Card` whose kernels are meant; ``padded`` is the answer to a program
-    that asks whether its attention mask hides anything, ``length`` to one that asks how long a sequence is.
+    that asks whether its attention mask hides anything, ``length`` to one that asks how long a sequence is; where that
+    is a symbol, shapes are computed by PyTorch's functions in Python.
     """
 
     device = "meta"
 
-    def __init__(self, card: cuda.Card, padded: bool = False, length: int = 0):
+    def __init__(self, card: cuda.Card, padded: bool = False, length: int = 0, symbolic: bool = False):
         super().__init__()
+        self.symbolic = symbolic
         self.card = card
         self.padded = padded
         self.length = length
@@ -137,7 +141,7 @@ class Ledger(TorchDispatchMode):
         """Enter ``size`` bytes taken; returns the key under which they are given back."""
         books = self.books
         key = len(books.allocations)
-        books.allocations.append(Allocation(size, module, kind, self.phase, op))
+        books.allocations.append(Allocation(size_of(size), module, kind, self.phase, op))
         books.events.append(key)
         books.sites.append(module)
         return key
@@ -203,7 +207,12 @@ class Ledger(TorchDispatchMode):
     # --- the dispatcher -------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        if self.symbolic:
+            with enable_python_dispatcher():
+                return self._run(func, args, kwargs or {})
+        return self._run(func, args, kwargs or {})
+
+    def _run(self, func, args, kwargs):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return self._value(args[0])
         place = self._place()

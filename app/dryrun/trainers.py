@@ -16,6 +16,7 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import PeftModel
 
 from app.dryrun.step import make_batch, make_optimizer, settle
+from app.dryrun.symbols import stepped
 from app.dryrun.trace import Ledger
 from app.job import Job
 
@@ -138,15 +139,18 @@ def _fused_head(model):
         (kernels, "_backward_kernel"): _NoKernel(),
         (kernels, "_use_triton"): lambda device: True,
         (kernels, "_addmm_fp32"): lambda acc, a, b: None,
+        (kernels, "range"): stepped,
         (kernels, "triton"): type("triton", (), {"cdiv": staticmethod(lambda a, b: -(-a // b))}),
         (utils, "_use_triton"): lambda device: True,
     }
-    saved = {(module, name): getattr(module, name, None) for module, name in replaced}
+    saved = {(module, name): getattr(module, name) for module, name in replaced if hasattr(module, name)}
     for (module, name), value in replaced.items():
         setattr(module, name, value)
     try:
         utils.add_fused_lm_head(_base(model), outputs=("log_probs", "entropy", "is_top1"))
         yield
     finally:
+        for module, name in replaced:
+            delattr(module, name)
         for (module, name), value in saved.items():
             setattr(module, name, value)

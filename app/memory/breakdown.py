@@ -1,4 +1,4 @@
-"""What is alive and why: phases, the peak, its parts, and the timeline, read off the books.
+"""What is alive and why: phases, the peak, its parts, and the timeline, read off a stream.
 
 Bytes are those of blocks, as ``torch.cuda.memory_allocated`` counts them, so parts sum to the peak exactly.
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.memory.allocator import CachingAllocator, Settings
-from app.memory.event import EMPTY_CACHE, KINDS, Books
+import numpy as np
+
+from app.memory.allocator import Settings, replay
+from app.memory.event import KINDS
+from app.memory.script import Stream
 
 POINTS = 240
 """Points of a timeline: enough for a screen; each keeps the largest moment of its stretch."""
+HOLDERS = 24
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Reading:
-    """The books read once through the allocator.
+    """The stream served once.
 
     ``phases`` begin with the load; ``peak`` is the phase with the highest moment of all steps, ``parts`` what is alive
     in it by kind (they sum to ``peak.peak``), ``holders`` the largest by module. ``placed`` is what lies there before
-    the first step, ``reserved`` the most ever reserved.
+    the first step, ``reserved`` the most reserved from then on.
     """
 
     phases: list[Phase]
@@ -60,82 +64,95 @@ class Reading:
     reserved: int
 
 
-def read(books: Books, settings: Settings = Settings(), points: int = POINTS) -> Reading:
-    """Replay ``books``. Raises :class:`~app.memory.allocator.OutOfMemory` under a limit that they do not keep."""
-    allocator = CachingAllocator(settings)
-    allocations, events = books.allocations, books.events
-    blocks = [0] * len(allocations)
-    phases: list[Phase] = []
-    highs: list[tuple[int, int, int, str, int]] = []
-    best = placed = 0
-    peak_event = -1
-    bounds = [mark.at for mark in books.marks[1:]] + [len(events)]
-    stride = max(1, len(events) // points)
-    for mark, end in zip(books.marks, bounds):
-        loading = mark.step == 0
-        if mark.name == EMPTY_CACHE:
-            allocator.empty_cache()
-            placed = allocator.allocated
-        start = allocator.allocated
-        if not loading:
-            allocator.reset_peaks()
-        for low in range(mark.at, end, stride):
-            high, where, held = -1, low, 0
-            for at in range(low, min(low + stride, end)):
-                event = events[at]
-                if event < 0:
-                    allocator.free(~event)
-                    continue
-                before = allocator.allocated
-                allocator.malloc(event, allocations[event].size)
-                now = allocator.allocated
-                blocks[event] = now - before
-                if now > high:
-                    high, where, held = now, at, allocator.reserved
-            if not loading and high >= 0:
-                highs.append((where, high, held, mark.name, mark.step))
-                if high > best:
-                    best, peak_event = high, where
-        ends = (allocator.allocated, allocator.peak_allocated, allocator.peak_reserved)
-        if loading:
-            phases[:1] = [Phase("load", 0, 0, *ends)]
-        else:
-            phases.append(Phase(mark.name, mark.step, start, *ends))
+def read(stream: Stream, settings: Settings = Settings(), points: int = POINTS) -> Reading:
+    """Serve ``stream`` without a limit and say what it showed."""
+    script = stream.script
+    events, marks = script.events, script.marks
+    run = replay(events, stream.sizes, settings, script.empties)
+    after = np.concatenate(([0], run.allocated))
+    held = np.concatenate(([0], run.reserved))
+    bounds = [*(mark.at for mark in marks), events.size]
+    load = script.first_step
+    phases = [Phase("load", 0, 0, int(after[load]), int(after[: load + 1].max()), int(held[: load + 1].max()))]
+    for mark, end in zip(marks, bounds[1:]):
+        if mark.step:
+            span = slice(mark.at, end + 1)
+            peaks = (int(after[span].max()), int(held[span].max()))
+            phases.append(Phase(mark.name, mark.step, int(after[mark.at]), int(after[end]), *peaks))
+    moments = _moments(
+        events, run.allocated, [(mark.at, end) for mark, end in zip(marks, bounds[1:]) if mark.step], points
+    )
     peak = max(phases[1:], key=lambda phase: phase.peak)
-    timeline, parts, holders = _alive_at(books, blocks, highs, peak_event)
-    entry = allocations[events[peak_event]]
+    peak_event = int(moments[np.argmax(run.allocated[moments])])
+    kinds = _kinds_at(stream, run.blocks, moments)
+    steps = np.searchsorted([mark.at for mark in marks], moments, side="right") - 1
+    names = script.module[events[moments]]
+    rows = zip(moments.tolist(), steps.tolist(), names.tolist(), kinds.tolist())
+    timeline = [
+        Point(
+            at,
+            marks[step].name,
+            marks[step].step,
+            int(run.allocated[at]),
+            int(run.reserved[at]),
+            script.modules[name],
+            tuple(row),
+        )
+        for at, step, name, row in rows
+    ]
+    entry = int(events[peak_event])
+    parts = next(point.kinds for point in timeline if point.event == peak_event)
     return Reading(
-        phases, peak, peak_event, entry.module, entry.op, parts, holders, timeline, placed, allocator.peak_reserved
+        phases,
+        peak,
+        peak_event,
+        script.modules[script.module[entry]],
+        script.ops[script.op[entry]],
+        {kind: size for kind, size in zip(KINDS, parts) if size},
+        _holders(stream, run.blocks, peak_event),
+        timeline,
+        int(after[script.empties[-1]] if script.empties.size else after[load]),
+        max(phase.reserved for phase in phases[1:]),
     )
 
 
-def _alive_at(books: Books, blocks: list[int], highs: list[tuple[int, int, int, str, int]], last: int):
-    """The timeline at the events of ``highs``; and after event ``last`` the parts by kind, and the largest holders as
-    (module, kind, bytes). ``blocks`` are the bytes of each allocation's block."""
-    index = {kind: i for i, kind in enumerate(KINDS)}
-    kinds = [index[allocation.kind] for allocation in books.allocations]
-    alive = [0] * len(KINDS)
-    live: set[int] = set()
-    timeline: list[Point] = []
-    parts: dict[str, int] = {}
-    holders: dict[tuple[str, str], int] = {}
-    start = 0
-    for where, allocated, reserved, phase, step in highs:
-        for event in books.events[start : where + 1]:
-            if event >= 0:
-                live.add(event)
-                alive[kinds[event]] += blocks[event]
-            elif ~event in live:
-                live.remove(~event)
-                alive[kinds[~event]] -= blocks[~event]
-        start = where + 1
-        assert sum(alive) == allocated
-        module = books.allocations[books.events[where]].module
-        timeline.append(Point(where, phase, step, allocated, reserved, module, tuple(alive)))
-        if where == last:
-            parts = {kind: size for kind, size in zip(KINDS, alive) if size}
-            for key in live:
-                holder = (books.allocations[key].module, books.allocations[key].kind)
-                holders[holder] = holders.get(holder, 0) + blocks[key]
-    largest = sorted(((module, kind, size) for (module, kind), size in holders.items()), key=lambda h: -h[2])[:24]
-    return timeline, parts, largest
+def _moments(events: np.ndarray, allocated: np.ndarray, spans: list[tuple[int, int]], points: int) -> np.ndarray:
+    """The events to show: of every stretch of a phase the one that takes memory with the most allocated after it."""
+    stride = max(1, events.size // points)
+    starts = np.concatenate([np.arange(start, end, stride) for start, end in spans])
+    ends = np.concatenate([np.minimum(np.arange(start, end, stride) + stride, end) for start, end in spans])
+    heights = np.where(events >= 0, allocated, -1)
+    out = [start + int(heights[start:end].argmax()) for start, end in zip(starts.tolist(), ends.tolist())]
+    return np.array([at for at in out if heights[at] >= 0], np.int64)
+
+
+def _kinds_at(stream: Stream, blocks: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Bytes alive by kind (columns) after each of ``moments`` (rows)."""
+    events = stream.script.events
+    keys = np.where(events >= 0, events, ~events)
+    change = np.where(events >= 0, blocks[keys], -blocks[keys])
+    stretch = np.searchsorted(moments, np.arange(events.size))
+    cells = stretch * len(KINDS) + stream.script.kind[keys]
+    sums = np.bincount(cells, change, (moments.size + 1) * len(KINDS))
+    return sums.reshape(-1, len(KINDS)).cumsum(axis=0)[:-1].astype(np.int64)
+
+
+def alive_after(stream: Stream, event: int) -> np.ndarray:
+    """The allocations that are alive after ``event``."""
+    events = stream.script.events[: event + 1]
+    alive = np.zeros(stream.sizes.size, bool)
+    alive[events[events >= 0]] = True
+    alive[~events[events < 0]] = False
+    return np.flatnonzero(alive)
+
+
+def _holders(stream: Stream, blocks: np.ndarray, event: int) -> list[tuple[str, str, int]]:
+    """Who holds most after ``event``: (module, kind, bytes), the largest first."""
+    script = stream.script
+    alive = alive_after(stream, event)
+    cells = script.module[alive].astype(np.int64) * len(KINDS) + script.kind[alive]
+    kinds, where = np.unique(cells, return_inverse=True)
+    sums = np.bincount(where, blocks[alive], kinds.size).astype(np.int64)
+    order = np.argsort(-sums, kind="stable")[:HOLDERS]
+    pairs = zip(kinds[order].tolist(), sums[order].tolist())
+    return [(script.modules[cell // len(KINDS)], KINDS[cell % len(KINDS)], size) for cell, size in pairs]

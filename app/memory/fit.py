@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 
-from app.memory.allocator import LARGE_BUFFER, CachingAllocator, OutOfMemory, Settings
-from app.memory.breakdown import Reading
-from app.memory.event import EMPTY_CACHE, KINDS, Books
+import numpy as np
+
+from app.memory.allocator import LARGE_BUFFER, Settings, replay
+from app.memory.breakdown import Reading, alive_after
+from app.memory.event import KINDS
+from app.memory.script import Stream
 
 SEGMENT = LARGE_BUFFER
 """The least that an interval is wide: a block that finds its place elsewhere takes or spares one large segment."""
@@ -79,35 +81,24 @@ class Verdict:
     breaks_on: str | None = None
 
 
-def passes(books: Books, settings: Settings, placed: bool = False) -> tuple[bool, str | None]:
-    """Whether every event of ``books`` is served within ``settings.limit``; else the phase that is not.
+def passes(stream: Stream, settings: Settings, placed: bool = False) -> tuple[bool, str | None]:
+    """Whether every event of ``stream`` is served within ``settings.limit``; else the phase that is not.
 
     ``placed``: the model lies there already, the limit holds from the first step on.
     """
-    allocator = CachingAllocator(replace(settings, limit=None) if placed else settings)
-    sizes = [allocation.size for allocation in books.allocations]
-    bounds = [mark.at for mark in books.marks[1:]] + [len(books.events)]
-    for mark, end in zip(books.marks, bounds):
-        if mark.name == EMPTY_CACHE:
-            allocator.empty_cache()
-        elif mark.step:
-            allocator.settings = settings
-        try:
-            for at in range(mark.at, end):
-                event = books.events[at]
-                if event >= 0:
-                    allocator.malloc(event, sizes[event])
-                else:
-                    allocator.free(~event)
-        except OutOfMemory:
-            return False, "load" if mark.step == 0 else mark.name
-    return True, None
+    script = stream.script
+    limited = script.first_step if placed else 0
+    served = replay(script.events, stream.sizes, settings, script.empties, limited).served
+    if served == script.events.size:
+        return True, None
+    mark = [mark for mark in script.marks if mark.at <= served][-1]
+    return False, mark.name if mark.step else "load"
 
 
-def judge(books: Books, reading: Reading, room: Room, kind: str, settings: Settings) -> Verdict:
+def judge(stream: Stream, reading: Reading, room: Room, kind: str, settings: Settings) -> Verdict:
     """The verdict on a job of this ``kind`` (a key of :data:`MEASURED`) for a card with ``room``.
 
-    ``reading`` is that of ``books`` without a limit. The replay under the limit is asked only where it leaves the
+    ``reading`` is that of ``stream`` without a limit. The replay under the limit is asked only where it leaves the
     answer open: between the allocated and the reserved peak.
     """
     load, limit = reading.phases[0], room.limit
@@ -123,25 +114,19 @@ def judge(books: Books, reading: Reading, room: Room, kind: str, settings: Setti
     if needed <= limit:
         return verdict("fits" if needed + margin <= limit else "tight", limit - needed)
     if allocated <= limit:
-        ok, where = passes(books, replace(settings, limit=limit))
+        ok, where = passes(stream, replace(settings, limit=limit))
         if ok:
             return verdict("tight", limit - allocated)
     else:
         where = next(phase.name for phase in reading.phases if phase.peak > limit)
-    return verdict("does_not_fit", limit - needed, where, _largest_part(books, reading, where))
+    return verdict("does_not_fit", limit - needed, where, _largest_part(stream, reading, where))
 
 
-def _largest_part(books: Books, reading: Reading, phase: str) -> str:
+def _largest_part(stream: Stream, reading: Reading, phase: str) -> str:
     """The kind that holds most at the highest moment of ``phase``."""
     moments = [point for point in reading.timeline if point.phase == phase]
     if moments:
         held = max(moments, key=lambda point: point.allocated).kinds
         return KINDS[max(range(len(KINDS)), key=held.__getitem__)]
-    end = next(mark.at for mark in books.marks if mark.step)
-    alive = set()
-    for event in books.events[:end]:
-        alive.add(event) if event >= 0 else alive.discard(~event)
-    held = Counter()
-    for key in alive:
-        held[books.allocations[key].kind] += books.allocations[key].size
-    return held.most_common(1)[0][0]
+    alive = alive_after(stream, stream.script.first_step - 1)
+    return KINDS[int(np.bincount(stream.script.kind[alive], stream.sizes[alive]).argmax())]

@@ -13,10 +13,11 @@ from app.calibration import Facts, known, name_of, store
 from app.cards import like, outside_of
 from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
-from app.job import Job, OwnGpu, read_job
+from app.job import Job, OwnGpu, point_of, read_job
 from app.memory.breakdown import read
 from app.memory.event import Books
-from app.plan import books_of, config_of, kernels_of, key_of, refuse_unplanned, settings_of
+from app.memory.script import Script
+from app.plan import config_of, kernels_of, profile_of, refuse_unplanned, settings_of
 from app.probe import card
 from app.probe.answer import Planned, Probed, answer_of
 from app.probe.compare import compare
@@ -44,8 +45,11 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     settings = stored.settings_of(config)
     if settings is not None:
         job, _ = stored.as_loaded(job, settings, _bare(json.dumps(config), task, job.dtype, job.attention))
-    books = books_of(key_of(job, config, gpu)) if layers is None else _books_of_layers(job, config, task, gpu, layers)
-    return Planned(job, model, config, task, gpu, books, read(books, settings_of(job)))
+    if layers is None:
+        stream = profile_of(job, config, gpu).script.at(*point_of(job))
+    else:
+        stream = Script.of(_books_of_layers(job, config, task, gpu, layers), []).at(*point_of(job))
+    return Planned(job, model, config, task, gpu, stream.books(), read(stream, settings_of(job)))
 
 
 @lru_cache(maxsize=8)

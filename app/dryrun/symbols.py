@@ -1,0 +1,374 @@
+"""Integers that remember what they were computed from: one run for every batch and length of its kind.
+
+PyTorch asks a ``SymInt`` for its arithmetic through its ``node`` (torch/csrc/utils/python_symnode.h); torch.compile
+puts sympy there, which takes minutes for a training step. Here a node is a value and a
+:class:`~app.memory.sizes.Size`. The program runs as it does with the value; wherever it looks at one (a comparison,
+``int()``), what it saw becomes a condition, unless it is so for every batch and length. Where the conditions hold, the
+program does the same again.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import ceil, floor
+
+import sympy
+import torch
+import torch.fx.experimental.symbolic_shapes as symbolic_shapes
+
+from app.memory.sizes import OPPOSITE, Number, Size, decided, divided, function, remainder, text_of
+
+_PYTHON = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_STAND_IN = sympy.Symbol("s0")
+
+
+class Node:
+    """What a ``SymInt``, ``SymFloat`` or ``SymBool`` is made of.
+
+    ``value`` is the number of this run; ``form`` where it is from: a :data:`~app.memory.sizes.Number` for integers,
+    text otherwise (of a bool: (comparison, left, right), or its value alone where it is so everywhere). ``seen``
+    collects the conditions.
+    """
+
+    __slots__ = ("value", "form", "seen")
+    shape_env = None  # "xla symnode path" of symbolic_shapes._guard_or: it asks the node
+    expr = _STAND_IN  # what asks for free symbols finds one, and none that is unbacked
+
+    def __init__(self, value, form, seen: dict[str, None]):
+        self.value, self.form, self.seen = value, form, seen
+
+    def _of(self, value, form) -> Node:
+        return Node(value, form, self.seen)
+
+    @property
+    def pytype(self) -> type:
+        return type(self.value)
+
+    @property
+    def hint(self):
+        return self.value
+
+    _hint = hint
+
+    @property
+    def node(self) -> Node:
+        return self
+
+    def clone(self) -> Node:
+        return self
+
+    def is_int(self) -> bool:
+        return type(self.value) is int
+
+    def is_float(self) -> bool:
+        return type(self.value) is float
+
+    def is_bool(self) -> bool:
+        return type(self.value) is bool
+
+    def is_nested_int(self) -> bool:
+        return False
+
+    def nested_int(self) -> None:
+        return None
+
+    def has_hint(self) -> bool:
+        return True
+
+    def is_constant(self) -> bool:
+        return False
+
+    def is_symbolic(self) -> bool:
+        return True
+
+    def str(self) -> str:
+        return text_of(self.form) if self.is_int() else str(self.form)
+
+    _graph_repr = str
+
+    def maybe_as_int(self) -> int | None:
+        return self.form if type(self.form) is int else None
+
+    constant_int = maybe_as_int
+
+    def maybe_as_float(self) -> None:
+        return None
+
+    def maybe_as_bool(self) -> bool | None:
+        return self.form if type(self.form) is bool else None
+
+    def wrap_int(self, value: int) -> Node:
+        return self._of(int(value), int(value))
+
+    def wrap_float(self, value: float) -> Node:
+        return self._of(float(value), repr(float(value)))
+
+    def wrap_bool(self, value: bool) -> Node:
+        return self._of(value, value)
+
+    # --- what the program sees --------------------------------------------------------------------------------
+
+    def _see(self, comparison: str, left: Number | str, right: Number | str) -> None:
+        self.seen[f"{_text(left)} {comparison} {_text(right)}"] = None
+
+    def guard_int(self, file: str = "", line: int = 0) -> int:
+        if type(self.form) is not int:
+            self._see("==", self.form, self.value)
+        return self.value
+
+    def guard_float(self, file: str = "", line: int = 0) -> float:
+        self._see("==", self.form, repr(self.value))
+        return self.value
+
+    def guard_bool(self, file: str = "", line: int = 0) -> bool:
+        if type(self.form) is not bool:
+            comparison, left, right = self.form
+            self._see(comparison if self.value else OPPOSITE[comparison], left, right)
+            self.form = self.value
+        return self.value
+
+    guard_size_oblivious = guard_or_false = guard_or_true = expect_true = statically_known_true = guard_bool
+
+    def expect_size(self, file: str = "", line: int = 0) -> bool:
+        return True
+
+    def bool_(self) -> bool:
+        return self.guard_bool()
+
+    def int_(self) -> int:
+        return self.guard_int()
+
+    # --- arithmetic -------------------------------------------------------------------------------------------
+
+    def _number(self, other: Node, sign: str, exact: Callable[[Number, Number], Number], value) -> Node:
+        if self.is_int() and other.is_int():
+            return self._of(value, exact(self.form, other.form))
+        return self._of(value, f"({_text(self.form)} {sign} {_text(other.form)})")
+
+    def add(self, other: Node) -> Node:
+        return self._number(other, "+", operator.add, self.value + other.value)
+
+    def sub(self, other: Node) -> Node:
+        return self._number(other, "-", operator.sub, self.value - other.value)
+
+    def mul(self, other: Node) -> Node:
+        return self._number(other, "*", operator.mul, self.value * other.value)
+
+    def floordiv(self, other: Node) -> Node:
+        return self._number(other, "//", divided, self.value // other.value)
+
+    int_floordiv = floordiv
+
+    def mod(self, other: Node) -> Node:
+        return self._number(other, "%", remainder, self.value % other.value)
+
+    def truediv(self, other: Node) -> Node:
+        form = f"({_text(self.form)} / {_text(other.form)})"
+        exact = self.is_int() and other.is_int()
+        return self._of(self.value / other.value, _Quotient(form, self.form, other.form) if exact else form)
+
+    int_truediv = float_truediv = truediv
+
+    def pow(self, other: Node) -> Node:
+        if self.is_int() and type(other.form) is int and other.form >= 0:
+            return self._of(self.value**other.value, functools.reduce(operator.mul, [self.form] * other.form, 1))
+        return self._of(self.value**other.value, f"({_text(self.form)} ** {_text(other.form)})")
+
+    pow_by_natural = float_pow = pow
+
+    def neg(self) -> Node:
+        return self.wrap_int(0).sub(self) if self.is_int() else self._of(-self.value, f"(-{self.form})")
+
+    def sym_max(self, other: Node) -> Node:
+        return self._choice("max", other, max(self.value, other.value))
+
+    def sym_min(self, other: Node) -> Node:
+        return self._choice("min", other, min(self.value, other.value))
+
+    def _choice(self, name: str, other: Node, value) -> Node:
+        if not (self.is_int() and other.is_int()):
+            return self._of(value, f"{name}({_text(self.form)}, {_text(other.form)})")
+        larger = decided(">=", self.form - other.form)
+        if larger is None:
+            return self._of(value, function(name, self.form, other.form))
+        return self if larger == (name == "max") else other
+
+    def sym_sum(self, others: list[Node]) -> Node:
+        return functools.reduce(Node.add, others)
+
+    def sym_float(self) -> Node:
+        return self if self.is_float() else self._of(float(self.value), f"float({_text(self.form)})")
+
+    def ceil(self) -> Node:
+        return self if self.is_int() else self._rounded(ceil)
+
+    def floor(self) -> Node:
+        return self if self.is_int() else self._rounded(floor)
+
+    trunc = round = floor
+
+    def _rounded(self, how: Callable[[float], int]) -> Node:
+        value = how(self.value)
+        if isinstance(self.form, _Quotient):
+            above, below = self.form.above, self.form.below
+            return self._of(value, divided(above, below) if how is floor else 0 - divided(0 - above, below))
+        self._see("==", f"{how.__name__}({self.form})", value)
+        return self.wrap_int(value)
+
+    # --- comparison -------------------------------------------------------------------------------------------
+
+    def _compare(self, comparison: str, other: Node) -> Node:
+        value = _PYTHON[comparison](self.value, other.value)
+        if not (self.is_int() and other.is_int()):
+            return self._of(value, (comparison, self.form, other.form))
+        difference = self.form - other.form
+        always = decided(comparison, difference)
+        return self._of(value, value if always is not None else (comparison, difference, 0))
+
+    def eq(self, other: Node) -> Node:
+        return self._compare("==", other)
+
+    def ne(self, other: Node) -> Node:
+        return self._compare("!=", other)
+
+    def lt(self, other: Node) -> Node:
+        return self._compare("<", other)
+
+    def le(self, other: Node) -> Node:
+        return self._compare("<=", other)
+
+    def gt(self, other: Node) -> Node:
+        return self._compare(">", other)
+
+    def ge(self, other: Node) -> Node:
+        return self._compare(">=", other)
+
+    def sym_and(self, other: Node) -> Node:
+        return self.wrap_bool(self.guard_bool() and other.guard_bool())
+
+    def sym_or(self, other: Node) -> Node:
+        return self.wrap_bool(self.guard_bool() or other.guard_bool())
+
+    and_, or_ = sym_and, sym_or
+
+    def sym_not(self) -> Node:
+        if type(self.form) is bool:
+            return self.wrap_bool(not self.value)
+        return self._of(not self.value, (OPPOSITE[self.form[0]], *self.form[1:]))
+
+    def sym_ite(self, yes: Node, no: Node) -> Node:
+        return yes if self.guard_bool() else no
+
+    # --- shapes (torch/fx/experimental/sym_node.py sizes_strides_methods) -------------------------------------
+
+    def is_contiguous(self, sizes, strides) -> Node:
+        return self.wrap_bool(_follows(sizes, strides, range(len(sizes) - 1, -1, -1)))
+
+    def is_channels_last_contiguous_2d(self, sizes, strides) -> Node:
+        return self.wrap_bool(_follows(sizes, strides, (1, 3, 2, 0)))
+
+    def is_channels_last_contiguous_3d(self, sizes, strides) -> Node:
+        return self.wrap_bool(_follows(sizes, strides, (1, 4, 3, 2, 0)))
+
+    def is_channels_last_strides_2d(self, sizes, strides) -> Node:
+        return self.wrap_bool(_descends(sizes, strides, (1, 3, 2, 0)))
+
+    def is_channels_last_strides_3d(self, sizes, strides) -> Node:
+        return self.wrap_bool(_descends(sizes, strides, (1, 4, 3, 2, 0)))
+
+    def is_non_overlapping_and_dense(self, sizes, strides) -> Node:
+        smaller = functools.cmp_to_key(
+            lambda a, b: 0 if _is(strides[a], strides[b]) else -1 if _below(strides[a], strides[b]) else 1
+        )
+        return self.wrap_bool(_follows(sizes, strides, sorted(range(len(sizes)), key=smaller)))
+
+
+class _Quotient(str):
+    """The text of one integer divided by another, as a float: rounded, it is an integer function of both (as long as
+    they are below 2**53)."""
+
+    def __new__(cls, text: str, above: Number, below: Number):
+        self = super().__new__(cls, text)
+        self.above, self.below = above, below
+        return self
+
+
+def _text(form: Number | str) -> str:
+    return form if isinstance(form, str) else text_of(form)
+
+
+def _is(first: Node, second: Node | int) -> bool:
+    return first.eq(second if isinstance(second, Node) else first.wrap_int(second)).guard_bool()
+
+
+def _below(first: Node, second: Node) -> bool:
+    return first.lt(second).guard_bool()
+
+
+def _follows(sizes: list[Node], strides: list[Node], order) -> bool:
+    """Whether the dimensions lie one within the other in ``order``, the innermost first, without gaps."""
+    if len(sizes) != len(order):
+        return False
+    if any(_is(size, 0) for size in sizes):
+        return True
+    expected = sizes[0].wrap_int(1) if sizes else None
+    for n in order:
+        if _is(sizes[n], 1):
+            continue
+        if not _is(strides[n], expected):
+            return False
+        expected = expected.mul(sizes[n])
+    return True
+
+
+def _descends(sizes: list[Node], strides: list[Node], order) -> bool:
+    """``_eval_is_channels_last_strides``: strides grow in ``order``, and tell it from the usual one."""
+    if len(sizes) != len(order) or _is(strides[1], 0):
+        return False
+    low = sizes[0].wrap_int(0)
+    for n in order:
+        if _is(sizes[n], 0) or _below(strides[n], low):
+            return False
+        if n == 0 and _is(low, strides[1]):
+            return False
+        low = strides[n].mul(sizes[n]) if not _is(sizes[n], 1) else strides[n]
+    return True
+
+
+def symbol(name: str, value: int, seen: dict[str, None]) -> torch.SymInt:
+    """An integer of this ``value`` that stands for all; ``seen`` collects what holds for this one alone."""
+    return torch.SymInt(Node(value, Size.symbol(name), seen))
+
+
+def size_of(number: int | torch.SymInt) -> Number:
+    """What ``number`` is computed from."""
+    return number.node.form if isinstance(number, torch.SymInt) else number
+
+
+def stepped(start, stop=None, step=1):
+    """``range`` that looks at how many steps there are, not at where the last one ends."""
+    start, stop = (0, start) if stop is None else (start, stop)
+    if not any(isinstance(number, torch.SymInt) for number in (start, stop, step)):
+        return range(start, stop, step)
+    return [start + n * step for n in range(-(-(stop - start) // step))]
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Let PyTorch's shape functions in Python, which are those that take symbols, ask these nodes."""
+    original = symbolic_shapes._static_eval_sym_bool
+    symbolic_shapes._static_eval_sym_bool = lambda answer: answer.node.guard_bool()
+    try:
+        yield
+    finally:
+        symbolic_shapes._static_eval_sym_bool = original

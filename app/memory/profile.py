@@ -1,0 +1,36 @@
+"""What a dry run leaves, to be kept: the step for every batch and length of its kind, and what is said of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from app.memory.script import Script, packed, unpacked
+from app.memory.table import Table
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """``facts`` of the model, its ``table`` and ``warnings``, and the ``script`` of the step."""
+
+    script: Script
+    facts: dict[str, Any]
+    table: Table
+    warnings: list[str]
+
+    def dump(self) -> bytes:
+        table = {"rows": self.table.rows, "members": self.table.members}
+        return packed({**self.script.dump(), "facts": self.facts, "table": table, "warnings": self.warnings})
+
+    @staticmethod
+    def load(data: bytes) -> Profile:
+        """What :meth:`dump` wrote. Raises :class:`ValueError` where it is damaged."""
+        told = unpacked(data)
+        script = Script.load(told)
+        try:
+            table = Table(
+                told["table"]["rows"], [[(place, path) for place, path in group] for group in told["table"]["members"]]
+            )
+            return Profile(script, dict(told["facts"]), table, list(told["warnings"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a profile: {error}") from None

@@ -1,0 +1,187 @@
+"""Books in columns: what a step does, for every batch and length for which it does that.
+
+:class:`~app.memory.event.Books` are written entry by entry; a :class:`Script` is what is kept and read, in
+milliseconds: events and entries as arrays, sizes as the few distinct functions of the batch and the length that occur.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from app.memory.event import EMPTY_CACHE, KINDS, Allocation, Books, Mark
+from app.memory.sizes import compiled, text_of
+
+
+@dataclass(frozen=True, eq=False)
+class Script:
+    """``events[i]`` is ``k`` where allocation ``k`` is taken and ``~k`` where it is given back.
+
+    Of each allocation, ``size``, ``module``, ``kind`` and ``op`` are numbers of an entry in ``sizes`` (text of b and
+    s, bytes), ``modules``, ``KINDS`` and ``ops``. ``conditions`` are what batch and length must keep.
+    """
+
+    events: np.ndarray
+    size: np.ndarray
+    module: np.ndarray
+    kind: np.ndarray
+    op: np.ndarray
+    sizes: list[str]
+    modules: list[str]
+    ops: list[str]
+    marks: list[Mark]
+    conditions: list[str]
+    _compiled: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def of(books: Books, conditions: Iterable[str]) -> Script:
+        sizes, modules, kinds, _, ops = zip(*books.allocations) if books.allocations else ((),) * 5
+        size, numbers = _numbered(sizes)
+        module, names = _numbered(modules)
+        op, operators = _numbered(ops)
+        kind = np.fromiter(map(KINDS.index, kinds), np.int8, len(kinds))
+        events = np.array(books.events, np.int32)
+        return Script(
+            events,
+            size,
+            module,
+            kind,
+            op,
+            [*map(text_of, numbers)],
+            names,
+            operators,
+            list(books.marks),
+            list(conditions),
+        )
+
+    def holds(self, batch: int, length: int) -> bool:
+        """Whether the step does this for that batch and length (sequences; tokens, or 0 where there are none)."""
+        if "conditions" not in self._compiled:
+            self._compiled["conditions"] = compiled(self.conditions)
+        try:
+            return all(self._compiled["conditions"](batch, length))
+        except ZeroDivisionError:
+            return False
+
+    def at(self, batch: int, length: int) -> Stream:
+        """The step with that batch and length."""
+        if "sizes" not in self._compiled:
+            self._compiled["sizes"] = compiled(self.sizes)
+        return Stream(self, np.array(self._compiled["sizes"](batch, length), np.int64)[self.size])
+
+    @cached_property
+    def empties(self) -> np.ndarray:
+        """The events before which ``empty_cache`` is called."""
+        return np.array([mark.at for mark in self.marks if mark.name == EMPTY_CACHE], np.int64)
+
+    @cached_property
+    def first_step(self) -> int:
+        """The event with which the first step begins; the number of events where none does."""
+        return next((mark.at for mark in self.marks if mark.step), self.events.size)
+
+    # --- as bytes ---------------------------------------------------------------------------------------------
+
+    def dump(self) -> dict[str, Any]:
+        """As a dict of plain values and ``bytes``, small: what layers have in common is written alike."""
+        takes = self.events >= 0
+        back = np.where(takes, 0, np.cumsum(takes) - ~self.events)
+        columns = {
+            "back": back,
+            "size": self.size,
+            "module": np.diff(self.module, prepend=0),
+            "kind": self.kind,
+            "op": self.op,
+        }
+        return {
+            **{name: column.astype(np.int32).tobytes() for name, column in columns.items()},
+            "sizes": self.sizes,
+            "modules": self.modules,
+            "ops": self.ops,
+            "marks": [list(mark) for mark in self.marks],
+            "conditions": self.conditions,
+        }
+
+    @staticmethod
+    def load(data: dict[str, Any]) -> Script:
+        """What :meth:`dump` wrote. Raises :class:`ValueError` where it is no script."""
+        try:
+            back, size, module, kind, op = (
+                np.frombuffer(data[name], np.int32) for name in ("back", "size", "module", "kind", "op")
+            )
+            takes = back == 0
+            taken = np.cumsum(takes)
+            events = np.where(takes, taken - 1, ~(taken - back)).astype(np.int32)
+            module = np.cumsum(module)
+            count = int(taken[-1]) if taken.size else 0
+            texts = [data["sizes"], data["modules"], data["ops"]]
+            for column, names in zip((size, module, op), texts):
+                if column.size != count or count and not 0 <= column.min() <= column.max() < len(names):
+                    raise ValueError("numbers of nothing")
+            if kind.size != count or count and not 0 <= kind.min() <= kind.max() < len(KINDS):
+                raise ValueError("unknown kinds")
+            if events.size and not -count <= events.min() <= events.max() < count:
+                raise ValueError("events of nothing")
+            marks = [Mark(int(at), str(name), int(step)) for at, name, step in data["marks"]]
+            return Script(events, size, module, kind.astype(np.int8), op, *texts, marks, data["conditions"])
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"not a script: {error}") from None
+
+
+def _numbered(values: tuple) -> tuple[np.ndarray, list]:
+    index: dict[Any, int] = {}
+    for value in values:
+        if value not in index:
+            index[value] = len(index)
+    return np.fromiter(map(index.__getitem__, values), np.int32, len(values)), list(index)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A script with one batch and length: ``sizes`` are the bytes that each allocation asks for."""
+
+    script: Script
+    sizes: np.ndarray
+
+    def books(self) -> Books:
+        """The same, entry by entry; where something was released is not kept."""
+        script = self.script
+        names = [script.modules[n] for n in script.module]
+        kinds = [KINDS[n] for n in script.kind]
+        ops = [script.ops[n] for n in script.op]
+        taken = np.cumsum(script.events >= 0)
+        bounds = [
+            (int(taken[mark.at - 1]) if mark.at else 0, mark.name) for mark in script.marks if mark.name != EMPTY_CACHE
+        ]
+        phases: list[str] = []
+        for (start, name), (end, _) in zip(bounds, [*bounds[1:], (len(names), "")]):
+            phases += [name] * (end - start)
+        entries = map(Allocation, self.sizes.tolist(), names, kinds, phases, ops)
+        return Books(list(entries), script.events.tolist(), [], list(script.marks))
+
+
+def packed(data: dict[str, Any]) -> bytes:
+    """A dict of plain values and ``bytes`` as bytes, compressed, with a checksum (zlib's)."""
+    blobs = {name: value for name, value in data.items() if isinstance(value, bytes)}
+    head = {**{k: v for k, v in data.items() if k not in blobs}, "": {name: len(blob) for name, blob in blobs.items()}}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    return zlib.compress(b"".join([len(text).to_bytes(8, "little"), text, *blobs.values()]), 6)
+
+
+def unpacked(data: bytes) -> dict[str, Any]:
+    """What :func:`packed` was given. Raises :class:`ValueError` where the bytes are damaged."""
+    try:
+        raw = zlib.decompress(data)
+        at = 8 + int.from_bytes(raw[:8], "little")
+        head = json.loads(raw[8:at])
+        for name, length in head.pop("").items():
+            head[name] = raw[at : at + length]
+            at += length
+        return head
+    except (zlib.error, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"damaged: {error}") from None

@@ -1,0 +1,209 @@
+"""Sizes as exact functions of the batch and the length, and the conditions under which they hold.
+
+A :class:`Size` is a polynomial over atoms; an atom is one of :data:`SYMBOLS` or an integer function of sizes, written
+as Python writes it: ``(b*s + 127)//128``. Equal sizes have equal terms, so most questions about them have one answer
+for every batch and length; the others become conditions. Both are kept as text and compiled when they are needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from math import ceil, floor, lcm
+
+SYMBOLS = ("b", "s")
+"""The batch and the length: integers of at least 1."""
+
+_SIGNED: set[str] = set()
+"""Atoms that may be negative; all others are at least 0."""
+
+
+class Size:
+    """A polynomial with integer coefficients (rational ones between the steps of a computation). Bytes, or elements.
+
+    Constants are plain numbers: whatever arithmetic makes constant comes back as ``int``.
+    """
+
+    __slots__ = ("terms", "_hash")
+
+    def __init__(self, terms: dict[tuple[str, ...], int | Fraction]):
+        self.terms = terms
+        self._hash: int | None = None
+
+    @staticmethod
+    def symbol(name: str) -> Size:
+        return Size({(name,): 1})
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(frozenset(self.terms.items()))
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Size) and self.terms == other.terms
+
+    def __repr__(self) -> str:
+        return text_of(self)
+
+    def __add__(self, other: Size | int) -> Size | int:
+        return _sum(self, other, 1)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Size | int) -> Size | int:
+        return _sum(self, other, -1)
+
+    def __rsub__(self, other: Size | int) -> Size | int:
+        return _sum(other, self, -1)
+
+    def __mul__(self, other: Size | int | Fraction) -> Size | int:
+        out: dict[tuple[str, ...], int | Fraction] = {}
+        for mine, a in self.terms.items():
+            for theirs, b in _terms(other).items():
+                atoms = tuple(sorted(mine + theirs)) if mine and theirs else mine or theirs
+                out[atoms] = out.get(atoms, 0) + a * b
+        return _made(out)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Size | int) -> Size | int:
+        return divided(self, other)
+
+    @property
+    def denominator(self) -> int:
+        return lcm(*(Fraction(value).denominator for value in self.terms.values()))
+
+
+Number = Size | int
+
+
+def _terms(size: Number | Fraction) -> dict[tuple[str, ...], int | Fraction]:
+    return size.terms if isinstance(size, Size) else {(): size}
+
+
+def _made(terms: dict[tuple[str, ...], int | Fraction]) -> Number:
+    terms = {atoms: value for atoms, value in terms.items() if value}
+    if not terms:
+        return 0
+    return terms[()] if len(terms) == 1 and () in terms else Size(terms)
+
+
+def _sum(first: Number, second: Number, sign: int) -> Number:
+    out = dict(_terms(first))
+    for atoms, value in _terms(second).items():
+        out[atoms] = out.get(atoms, 0) + sign * value
+    return _made(out)
+
+
+def whole(size: Number | Fraction) -> Number:
+    """``size`` with integer coefficients, where they are whole."""
+    if isinstance(size, Size):
+        return Size({atoms: int(value) for atoms, value in size.terms.items()})
+    return int(size)
+
+
+def least(size: Number) -> int | None:
+    """The smallest value that can be told from the terms alone; None: unknown."""
+    if not isinstance(size, Size):
+        return size
+    low = 0
+    for atoms, value in size.terms.items():
+        if atoms and (value < 0 or not _SIGNED.isdisjoint(atoms)):
+            return None
+        if all(atom in SYMBOLS for atom in atoms):
+            low += value
+    return low
+
+
+def divided(size: Number, by: Number) -> Number:
+    """``size // by``, in one way of writing: what is divisible is divided, a negated size is rounded up."""
+    if not isinstance(size, Size) and not isinstance(by, Size):
+        return size // by
+    exact = _divided_exactly(size, by)
+    if exact is not None:
+        return exact
+    if isinstance(size, Size) and all(value < 0 for value in size.terms.values()) and (least(by) or 0) > 0:
+        return -1 * function("//", -1 * size + by - 1, by)
+    return function("//", size, by)
+
+
+def remainder(size: Number, by: Number) -> Number:
+    """``size % by``."""
+    if not isinstance(size, Size) and not isinstance(by, Size):
+        return size % by
+    return 0 if _divided_exactly(size, by) is not None else function("%", size, by)
+
+
+def _divided_exactly(size: Number, by: Number) -> Number | None:
+    if len(_terms(by)) != 1 or not by:
+        return None
+    ((atoms, value),) = _terms(by).items()
+    out = {}
+    for mine, amount in _terms(size).items():
+        left = list(mine)
+        for atom in atoms:
+            if atom not in left:
+                return None
+            left.remove(atom)
+        if amount % value:
+            return None
+        out[tuple(left)] = amount // value
+    return _made(out)
+
+
+def function(name: str, first: Number, second: Number) -> Size:
+    """The atom ``first // second``, ``first % second``, ``max(first, second)`` or ``min(first, second)``."""
+    left, right = text_of(first), text_of(second)
+    atom = f"({left}){name}({right})" if name in ("//", "%") else f"{name}({left}, {right})"
+    atom = f"({atom})"
+    if (least(first) if least(first) is not None else -1) < 0 or (least(second) or 0) < 0 or least(second) is None:
+        _SIGNED.add(atom)
+    return Size({(atom,): 1})
+
+
+def decided(comparison: str, difference: Number) -> bool | None:
+    """Whether ``difference comparison 0`` for every batch and length; None: it depends."""
+    for sign, low in ((1, least(difference)), (-1, least(-1 * difference))):
+        if low is None:
+            continue
+        if not isinstance(difference, Size) or low > 0:
+            return _COMPARE[comparison](difference if not isinstance(difference, Size) else sign * low)
+        if low == 0 and (comparison, sign) in ((">=", 1), ("<", 1), ("<=", -1), (">", -1)):
+            return comparison in (">=", "<=")
+    return None
+
+
+_COMPARE: dict[str, Callable[[int], bool]] = {
+    "==": lambda d: d == 0,
+    "!=": lambda d: d != 0,
+    "<": lambda d: d < 0,
+    "<=": lambda d: d <= 0,
+    ">": lambda d: d > 0,
+    ">=": lambda d: d >= 0,
+}
+OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
+
+
+def text_of(size: Number) -> str:
+    """``size`` as Python writes it."""
+    if not isinstance(size, Size):
+        return str(size)
+    parts = []
+    for atoms, value in sorted(size.terms.items()):
+        factors = [*atoms] if value == 1 and atoms else [f"({value})" if value < 0 else str(value), *atoms]
+        parts.append("*".join(factors))
+    return " + ".join(parts)
+
+
+_SAFE = re.compile(r"(?:max|min|ceil|floor|float|[bs0-9.e+\-*/%(), <>=!])*")
+
+
+def compiled(texts: Iterable[str]) -> Callable[[int, int], Sequence]:
+    """A function of (b, s) that gives the value of each text. Raises :class:`ValueError` where one is no arithmetic."""
+    texts = list(texts)
+    for text in texts:
+        if not _SAFE.fullmatch(text):
+            raise ValueError(f"not a size: {text[:80]!r}")
+    source = f"lambda b, s: [{', '.join(texts)}]"
+    return eval(source, {"__builtins__": {}, "max": max, "min": min, "ceil": ceil, "floor": floor, "float": float})

@@ -1,0 +1,141 @@
+"""The per-layer table: what each module weighs in each layout, and what it costs to train. Bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from app.memory.event import Books
+from app.memory.sizes import Number, compiled, text_of
+
+_KINDS = {
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer_state",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module with weights, or ``count`` alike. Bytes of one of them; ``parameters`` is a number."""
+
+    path: str
+    type: str
+    count: int
+    parameters: int
+    base: int
+    nf4: int
+    nf4_double_quant: int
+    adapters: Number = 0
+    gradients: Number = 0
+    optimizer_state: Number = 0
+    activations: Number = 0
+    activations_checkpointed: Number = 0
+
+
+_COSTS = ("adapters", "gradients", "optimizer_state", "activations", "activations_checkpointed")
+
+
+def with_costs(rows: list[Layer], books: Books, other: Books | None, checkpointed: bool) -> list[Layer]:
+    """``rows`` with what the books of the job hold for each module, and ``other``'s activations: those of the same
+    job with checkpointing the other way round (None where the model cannot).
+
+    A cost belongs to the module itself or, for what PEFT added, to the one it wraps. Modules that hold nothing are
+    left out.
+    """
+    here, there = saved(books), saved(other) if other else {}
+    plain, packed = (there, here) if checkpointed else (here, there)
+    table: dict[str, dict[str, Any]] = {row.path: {} for row in rows}
+    steps = max((mark.step for mark in books.marks), default=1)
+
+    def add(path: str, field: str, size: Number) -> None:
+        cells = table[_owner(path, table)]
+        cells[field] = cells.get(field, 0) + size
+
+    for allocation in books.allocations:
+        field = _KINDS.get(allocation.kind)
+        if field and allocation.op not in ("to", "load"):
+            add(allocation.module, field, allocation.size)
+    for sizes, field in ((plain, "activations"), (packed, "activations_checkpointed")):
+        for path, size in sizes.items():
+            add(path, field, size)
+    for cells in table.values():
+        if "gradients" in cells:
+            cells["gradients"] //= steps
+    return [replace(row, **table[row.path]) for row in rows if row.base or table[row.path]]
+
+
+def saved(books: Books) -> dict[str, Number]:
+    """Bytes of activations alive at the end of the first forward pass, by module path."""
+    first = next((mark for mark in books.marks if mark.name == "forward"), None)
+    if first is None:
+        return {}
+    end = next((mark.at for mark in books.marks if mark.at > first.at), len(books.events))
+    alive: dict[int, None] = {}
+    for event in books.events[first.at : end]:
+        if event >= 0:
+            alive[event] = None
+        else:
+            alive.pop(~event, None)
+    out: dict[str, Number] = {}
+    for key in alive:
+        entry = books.allocations[key]
+        if entry.kind == "activations":
+            out[entry.module] = out.get(entry.module, 0) + entry.size
+    return out
+
+
+def _owner(path: str, paths: Container[str]) -> str:
+    """The row that a module path belongs to: its own or its nearest ancestor's."""
+    while path and path not in paths:
+        path = path.rpartition(".")[0]
+    return path
+
+
+_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows, those together that differ in a layer's index only: of each group one row, and the place and path of
+    each of its members. Costs are text of b and s."""
+
+    rows: list[dict[str, Any]]
+    members: list[list[tuple[int, str]]]
+
+    @staticmethod
+    def of(layers: Iterable[Layer]) -> Table:
+        groups: dict[tuple, tuple[Layer, list[tuple[int, str]]]] = {}
+        for place, layer in enumerate(layers):
+            key = (_NUMBER.sub(".#", layer.path), *list(vars(layer).values())[1:])
+            groups.setdefault(key, (layer, []))[1].append((place, layer.path))
+        rows = []
+        for layer, members in groups.values():
+            costs = {name: text_of(getattr(layer, name)) for name in _COSTS}
+            rows.append(
+                {**asdict(replace(layer, **costs)), "path": _span([path for _, path in members]), "count": len(members)}
+            )
+        return Table(rows, [members for _, members in groups.values()])
+
+    def at(self, batch: int, length: int, every: bool = False) -> list[Layer]:
+        """The table for one batch and length; ``every``: each layer by itself, in the model's order."""
+        costs = iter(compiled(row[name] for row in self.rows for name in _COSTS)(batch, length))
+        groups = [Layer(**{**row, **{name: next(costs) for name in _COSTS}}) for row in self.rows]
+        if not every:
+            return groups
+        single = {
+            place: replace(layer, path=path, count=1)
+            for layer, members in zip(groups, self.members)
+            for place, path in members
+        }
+        return [single[place] for place in sorted(single)]
+
+
+def _span(paths: list[str]) -> str:
+    """``model.layers.0.mlp`` … ``model.layers.31.mlp`` as one: ``model.layers.{0..31}.mlp``."""
+    numbers = [_NUMBER.findall(path) for path in (paths[0], paths[-1])]
+    parts = re.split(r"\.\d+(?=\.|$)", paths[0])
+    spans = [a if a == b else f"{{{a}..{b}}}" for a, b in zip(*numbers)]
+    return parts[0] + "".join(f".{span}{rest}" for span, rest in zip(spans, parts[1:]))
