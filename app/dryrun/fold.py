@@ -17,6 +17,7 @@ import re
 import types as python
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
 ENOUGH = 0.75
 """Folding is tried where both short runs together have at most this part of the layers."""
+GENERAL_EVENTS = 30000
+"""Runs of more events are not repeated with symbols, half a millisecond each."""
 WORTH = 0.05
 """Lists are shortened where that leaves out at least this part of the model's modules."""
 
@@ -63,7 +66,26 @@ def folded_books(
         return fold(model, trace, names, general)
     except Unfoldable as reason:
         log.info("not folded: %s", reason)
-    return (general or trace)(shortened(model, [], []))
+    books = trace(shortened(model, [], []))
+    return books if general is None else _generalised(books, general, shortened(model, [], []))
+
+
+def _generalised(books: Books, general: Trace, model: torch.nn.Module) -> Books:
+    """``books`` with the sizes that ``general(model)`` gives. Raises :class:`Unfoldable` where it does something else,
+    and where it would take minutes.
+
+    Which operator multiplies is not compared: ``should_fold`` (native/LinearAlgebra.cpp) asks strides that symbols do
+    not tell.
+    """
+    if len(books.events) > GENERAL_EVENTS:
+        raise Unfoldable(f"{len(books.events)} events are too many to be run with symbols")
+    theirs = general(model)
+    if books.events != theirs.events or books.marks != theirs.marks:
+        raise Unfoldable("with sizes that are functions the events are others")
+    pairs = list(zip(books.allocations, theirs.allocations))
+    if any(mine[1:4] != other[1:4] for mine, other in pairs):
+        raise Unfoldable("with sizes that are functions the entries are others")
+    return replace(books, allocations=[mine._replace(size=other.size) for mine, other in pairs])
 
 
 def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None) -> Books:
@@ -122,17 +144,8 @@ class _Fold:
         if growth:
             growth = self._growth(short, twice, growth)
         if self.general is not None:
-            short = self._generalised(short)
+            short = _generalised(short, self.general, shortened(self.model, self.groups, self.once))
         return expand(short, self._stacks(self.whole), growth)
-
-    def _generalised(self, short: Books) -> Books:
-        books = self.general(shortened(self.model, self.groups, self.once))
-        told = [(entry[1:], entry.size) for entry in short.allocations]
-        if books.events != short.events or len(told) != len(books.allocations):
-            raise Unfoldable("with sizes that are functions the events are others")
-        if any(mine[1:] != theirs for mine, (theirs, _) in zip(books.allocations, told)):
-            raise Unfoldable("with sizes that are functions the entries are others")
-        return books
 
     def _growth(self, short: Books, twice: list, growth: dict[int, Number]) -> dict[int, Number]:
         """By how many bytes allocations are larger in the whole, if that is a linear function of the numbers of layers

@@ -1,0 +1,147 @@
+"""One run for every batch and length of its kind: what a profile says of another job is what a run of that job says."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.catalog.gpus import find_gpu
+from app.dryrun.run import trace
+from app.job import point_of, read_job
+from app.memory.profile import Profile
+from app.memory.sizes import Size, compiled, decided, divided, function, remainder, text_of
+from app.plan import config_of, kernels_of
+from tests.tiny import LLAMA
+
+WINDOW = {
+    **LLAMA,
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "sliding_window": 700,
+    "max_position_embeddings": 4096,
+}
+LIMIT = {"gpt2": 1024, "bert-base-uncased": 512, "t5-small": 512}
+JOBS = [
+    {"model": "qwen2.5-0.5b", "method": "full"},
+    {"model": "llama-3.2-1b", "method": "qlora"},
+    {"model": "smollm2-360m", "method": "lora", "trainer": "trl"},
+    {"model": "gemma-2-2b", "method": "lora", "attention": "eager"},
+    {"model": "gpt2", "method": "full", "trainer": "transformers", "optimizer": "adamw_8bit"},
+    {"model": "bert-base-uncased", "method": "full", "dtype": "float32", "attention_mask": "padded"},
+    {"model": "vit-base-patch16-224-in21k", "method": "full", "gpu": "rtx-4090"},
+    {"model": "t5-small", "method": "full", "gpu": "t4"},
+    {"config": WINDOW, "method": "full", "gradient_checkpointing": "reentrant"},
+    {"model": "llama-3.2-1b", "method": "inference", "sequence_length": 100, "new_tokens": 3},
+]
+
+
+def traced(job, general: bool) -> Profile:
+    job = job.resolved()
+    return trace(job, config_of(job)[0], *kernels_of(find_gpu(job.gpu or "h100-80gb")), general=general)
+
+
+@cache
+def points(number: int, count: int) -> list[tuple[int, int]]:
+    dice = random.Random(number)
+    fixed = JOBS[number].get("sequence_length")
+    most = LIMIT.get(JOBS[number].get("model"), 3000)
+    return [(dice.randint(1, 40), fixed or dice.randint(2, most)) for _ in range(count)]
+
+
+def check(number: int, count: int) -> tuple[int, int]:
+    """How many points were right, and how many runs it took to know them."""
+    known: list[Profile] = []
+    for batch, length in points(number, count):
+        task = {"batch_size": batch, "sequence_length": length}
+        if "vit" in JOBS[number].get("model", ""):
+            task.pop("sequence_length")
+        job = read_job({**JOBS[number], **task})
+        point = point_of(job)
+        profile = next((p for p in known if p.script.holds(*point)), None)
+        if profile is None:
+            profile = traced(job, general=True)
+            assert profile.script.holds(*point)
+            known.append(Profile.load(profile.dump()))
+        fresh = traced(job, general=False)
+        mine, theirs = profile.script.at(*point), fresh.script.at(*point)
+        assert (mine.script.events == theirs.script.events).all()
+        assert (mine.sizes == theirs.sizes).all()
+        assert mine.books() == theirs.books()
+        assert profile.table.at(*point, every=True) == fresh.table.at(*point, every=True)
+        assert profile.facts == fresh.facts and profile.warnings == fresh.warnings
+    return count, len(known)
+
+
+@pytest.mark.parametrize(
+    "number", range(len(JOBS)), ids=[f"{job.get('model', 'window')}-{job['method']}" for job in JOBS]
+)
+def test_another_batch_or_length_is_what_a_run_says(number):
+    check(number, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", range(len(JOBS)), ids=[f"{job.get('model', 'window')}-{job['method']}" for job in JOBS]
+)
+def test_twenty_random_points(number):
+    points_right, runs = check(number, 20)
+    print(f"{points_right} points from {runs} runs")
+
+
+NUMBERS = st.recursive(
+    st.one_of(st.integers(0, 3000), st.sampled_from([Size.symbol("b"), Size.symbol("s")])),
+    lambda inner: st.tuples(st.sampled_from("+-*/%Mm"), inner, inner),
+    max_leaves=6,
+)
+
+
+def _computed(tree, symbols):
+    if not isinstance(tree, tuple):
+        return symbols.get(text_of(tree), tree)
+    sign, left, right = tree
+    left, right = _computed(left, symbols), _computed(right, symbols)
+    plain = not isinstance(left, Size) and not isinstance(right, Size)
+    if sign == "+":
+        return left + right
+    if sign == "-":
+        return left - right
+    if sign == "*":
+        return left * right
+    if sign in "/%":
+        right = right * right + 7
+        return (
+            (left // right if sign == "/" else left % right)
+            if plain
+            else (divided if sign == "/" else remainder)(left, right)
+        )
+    return (
+        (max if sign == "M" else min)(left, right) if plain else function("max" if sign == "M" else "min", left, right)
+    )
+
+
+@given(NUMBERS, st.integers(1, 64), st.integers(1, 9000))
+def test_sizes_are_what_integers_are(tree, batch, length):
+    """Any arithmetic with symbols, kept as text and compiled, gives what it gives with numbers; and what is said to
+    hold everywhere holds here."""
+    general = _computed(tree, {})
+    exact = _computed(tree, {"b": batch, "s": length})
+    assert compiled([text_of(general)])(batch, length) == [exact]
+    for comparison in ("==", "!=", "<", "<=", ">", ">="):
+        always = decided(comparison, general)
+        assert always is None or always == eval(f"{exact} {comparison} 0")
+
+
+def test_damaged_bytes_are_no_profile():
+    data = bytearray(traced(read_job({"config": LLAMA, "method": "full", "sequence_length": 64}), general=False).dump())
+    assert Profile.load(bytes(data)).script.events.dtype == np.int32
+    for at in range(0, len(data), max(1, len(data) // 40)):
+        broken = bytes(data[:at]) + bytes([data[at] ^ 0x55]) + bytes(data[at + 1 :])
+        with pytest.raises(ValueError):
+            Profile.load(broken)
+    with pytest.raises(ValueError):
+        compiled(["__import__('os')"])
