@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -111,13 +112,16 @@ def _read_file(path: str) -> dict:
 
 KEPT = 128
 """Kinds of jobs whose profiles are kept in memory, of each at most ``REGIONS``."""
-REGIONS = 16
+REGIONS = 32
+GENERAL = 3
+"""Profiles for all of a kind that are tried."""
 _profiles: OrderedDict[str, list[Profile]] = OrderedDict()
 
 
 def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
-    """A profile that holds for the job (resolved). One of its own is traced the first time somebody asks for its like;
-    the second time one for all of them. Raises :class:`PlanError`."""
+    """A profile that holds for the job (resolved). The first two of a kind get one of their own, the next ones one for
+    all that run alike, which takes as long as five; where that holds for few, there is one each again. Raises
+    :class:`PlanError`."""
     key = key_of(job, config, card)
     known = _profiles.setdefault(key, [])
     _profiles.move_to_end(key)
@@ -128,13 +132,13 @@ def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
             return profile
     from app.dryrun.run import trace
 
-    try:
-        profile = trace(job, config, *kernels_of(card), general=bool(known))
-    except PlanError:
-        if not known:
-            raise
-        profile = trace(job, config, *kernels_of(card))
-    known.insert(0, profile)
+    general = sum(profile.general for profile in known)
+    profile = None
+    if len(known) - general >= 2 and general < GENERAL:
+        with suppress(PlanError):
+            profile = trace(job, config, *kernels_of(card), general=True)
+    known.insert(0, profile or trace(job, config, *kernels_of(card)))
+    profile = known[0]
     del known[REGIONS:]
     return profile
 

@@ -56,7 +56,7 @@ def with_limit(job: dict, limit: int) -> dict:
 
 def verdict_under(weighing, limit: int, unknown: int = 0):
     space = Room(limit, unknown, 0, "a cap")
-    return judge(weighing.books, weighing.reading, space, kind_of(weighing.job), weighing.settings)
+    return judge(weighing.stream, weighing.reading, space, kind_of(weighing.job), weighing.settings)
 
 
 def check_caps(rows: list[dict]) -> Counter:

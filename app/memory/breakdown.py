@@ -123,7 +123,8 @@ def _moments(events: np.ndarray, allocated: np.ndarray, spans: list[tuple[int, i
     ends = np.concatenate([np.minimum(np.arange(start, end, stride) + stride, end) for start, end in spans])
     heights = np.where(events >= 0, allocated, -1)
     out = [start + int(heights[start:end].argmax()) for start, end in zip(starts.tolist(), ends.tolist())]
-    return np.array([at for at in out if heights[at] >= 0], np.int64)
+    out = [at for at in out if heights[at] >= 0]
+    return np.array(out or np.flatnonzero(events >= 0)[-1:], np.int64)  # steps that take nothing: the last of the load
 
 
 def _kinds_at(stream: Stream, blocks: np.ndarray, moments: np.ndarray) -> np.ndarray:

@@ -18,6 +18,11 @@ class Profile:
     table: Table
     warnings: list[str]
 
+    @property
+    def general(self) -> bool:
+        """Whether it holds for more than one batch and length."""
+        return any(not condition.startswith(("b ==", "s ==")) for condition in self.script.conditions)
+
     def dump(self) -> bytes:
         table = {"rows": self.table.rows, "members": self.table.members}
         return packed({**self.script.dump(), "facts": self.facts, "table": table, "warnings": self.warnings})
