@@ -561,12 +561,13 @@ def replay(
 
 
 class CachingAllocator:
-    """One device's allocator, request by request. ``allocated``, ``reserved``: bytes now; ``keys``: how many there
-    may be."""
+    """One device's allocator, request by request. ``allocated``, ``reserved``: bytes now; ``peak_*`` since the last
+    reset; ``keys``: how many there may be."""
 
     def __init__(self, settings: Settings = Settings(), keys: int = 1 << 16):
         self.rules = settings.rules()
         self._state = _state(4 * keys, keys)
+        self.peak_allocated = self.peak_reserved = 0
 
     @property
     def allocated(self) -> int:
@@ -585,6 +586,11 @@ class CachingAllocator:
             raise ValueError(f"made for {self._state.live.size} keys")
         if not _malloc(self._state, self.rules, key, size):
             raise OutOfMemory(int(round_size(size)))
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def reset_peaks(self) -> None:
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
     def free(self, key: int) -> None:
         _free(self._state, key)
