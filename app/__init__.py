@@ -12,10 +12,10 @@ The way of a request, which is also the direction of the imports::
     advice          the changes of a job that make it fit, planned
     compare         jobs side by side
     weigh, cards    a job held against cards; what room a card has
-    plan            a job's books, kept by everything that shapes them
+    plan            a job's profile, kept by everything that shapes it
     hub             config.json from the Hub, at a pinned commit
     dryrun/         the user's own step on the meta device, every allocation written down (needs torch)
-    memory/         the books of that step read back: allocator, peak, parts, verdict (pure integers)
+    memory/         that step for every batch and length of its kind, read back: allocator, peak, parts, verdict
     catalog/        GPUs and models as tables of facts
     job, errors     the one schema of a job; the one error that a user is told
 """

@@ -10,11 +10,14 @@ from app.errors import PlanError
 
 MAX_LAYERS = 512
 """Deeper than any published language model; the deepest, Llama 3.1 405B, has 126."""
+MAX_EXPERTS = 8192
+"""More than any published model has in a layer: 896. Writing a checkpoint makes a tensor of each."""
 MAX_CLASSES = 1_000_000
 """transformers writes a name for each class into the config."""
 MAX_NESTING = 32
 MAX_ENTRIES = 1_000_000
 _DEPTH = re.compile(r"(layers?|depth|blocks)$")
+_EXPERTS = re.compile(r"^(n|num)_.*experts$")
 _OWN = "send the model's own config.json"
 
 
@@ -35,6 +38,9 @@ def _check(value: Any, path: str, nesting: int) -> None:
             if isinstance(entry, int) and not isinstance(entry, bool):
                 if _DEPTH.search(str(key)) and entry > MAX_LAYERS:
                     raise PlanError(f"{here} is {entry:.3g}: no model is that deep", f"at most {MAX_LAYERS}", "config")
+                if _EXPERTS.search(str(key)) and entry > MAX_EXPERTS:
+                    hint = f"at most {MAX_EXPERTS}"
+                    raise PlanError(f"{here} is {entry:.3g}: no model has as many experts", hint, "config")
                 if str(key).endswith("layers") and entry < 0:
                     raise PlanError(f"{here} is {entry}: no model has fewer layers than none", _OWN, "config")
                 if key == "num_labels" and entry > MAX_CLASSES:

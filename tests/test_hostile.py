@@ -128,8 +128,6 @@ CONFIGS = {
 PLANNED = {
     "512 layers",
     "2^40 words",
-    "10^9 fused experts",
-    "10^9 listed experts",
     "no layers",
     "infinity",
     "dtype of dtypes",
