@@ -11,16 +11,7 @@ from tiny import LLAMA
 
 ROOT = Path(__file__).parent.parent
 SECONDS, GIB = 10.0, 1 << 30
-MOE = {
-    "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 512,
-}
+MOE = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 LISTED = {**MOE, "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
 BERT = {**LLAMA, "model_type": "bert", "architectures": ["BertForMaskedLM"]}
 MAMBA = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512}

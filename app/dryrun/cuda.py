@@ -200,6 +200,15 @@ def _bytes(tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+@contextmanager
+def _made_contiguous(ledger, tensors, place, op: str):
+    """While a kernel runs, the copies that it makes of ``tensors`` that are not contiguous."""
+    copied = [ledger.take(_bytes(t), place, "temporaries", op) for t in tensors if not t.is_contiguous()]
+    yield
+    for key in copied:
+        ledger.give(key)
+
+
 def _workspace(ledger, name: str, size: int) -> None:
     thread = "backward" if ledger.in_backward else "forward"
     if (thread, name) not in ledger._workspace_threads:
@@ -293,15 +302,9 @@ def _layer_norm(ledger, func, args, kwargs, place):
     the input, in backward of the gradient first. Measured on an H100: a copy within every call of an encoder whose
     states come transposed from a convolution."""
     backward = func is aten.native_layer_norm_backward.default
-    copied = [
-        ledger.take(_bytes(tensor), place, "temporaries", "expect_contiguous")
-        for tensor in args[: 2 if backward else 1]
-        if not tensor.is_contiguous()
-    ]
-    out = func(*args, **kwargs)
-    ledger.enter(out, func, args, place)
-    for key in copied:
-        ledger.give(key)
+    with _made_contiguous(ledger, args[: 2 if backward else 1], place, "expect_contiguous"):
+        out = func(*args, **kwargs)
+        ledger.enter(out, func, args, place)
     return out
 
 
@@ -529,31 +532,23 @@ def _convolution(ledger, func, args, kwargs, place):
     """
     source, weight = args[0], args[1]
     groups = args[8]
-    copied = [] if source.is_contiguous() else [ledger.take(_bytes(source), place, "temporaries", "contiguous")]
-    out = func(*args, **kwargs)
-    ledger.enter(out, func, args, place)
-    if groups == 1 and source.dtype in (torch.float16, torch.bfloat16) and ledger.card.capability >= (8, 0):
-        if source.dim() == 4 and source.is_contiguous():
+    with _made_contiguous(ledger, [source], place, "contiguous"):
+        out = func(*args, **kwargs)
+        ledger.enter(out, func, args, place)
+        half = source.dtype in (torch.float16, torch.bfloat16) and ledger.card.capability >= (8, 0)
+        if groups == 1 and half and source.dim() == 4 and source.is_contiguous():
             channels = lambda t: _bytes(t) // t.shape[1] * (-(-t.shape[1] // 8) * 8)  # noqa: E731
             size = channels(source) + channels(weight) + _bytes(out) + 512
             ledger.transient([(size, "kernel_workspace")], place, "run_conv_plan")
-    for key in copied:
-        ledger.give(key)
     return out
 
 
 @_kernel(aten.convolution_backward.default)
 def _convolution_backward(ledger, func, args, kwargs, place):
     """``convolution_backward`` (native/Convolution.cpp) makes gradient and input contiguous first."""
-    copied = [
-        ledger.take(_bytes(tensor), place, "temporaries", "contiguous")
-        for tensor in args[:2]
-        if not tensor.is_contiguous()
-    ]
-    out = func(*args, **kwargs)
-    ledger.enter(out, func, args, place)
-    for key in copied:
-        ledger.give(key)
+    with _made_contiguous(ledger, args[:2], place, "contiguous"):
+        out = func(*args, **kwargs)
+        ledger.enter(out, func, args, place)
     return out
 
 

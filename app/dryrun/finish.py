@@ -25,8 +25,7 @@ MERGE, SAVE = "merge", "save"
 def finish_books(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
     """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it. Raises
     :class:`PlanError`."""
-    configuration = read_config(config, job.attention)
-    task = job.task or task_of(configuration)
+    base, task = _bare(job, config)
     card = cuda.Card(capability, multiprocessors)
 
     def run(model) -> Books:
@@ -47,7 +46,6 @@ def finish_books(job: Job, config: dict, capability: tuple[int, int], multiproce
                 ledger.mark("end", 1, "temporaries")
         return ledger.close()
 
-    base = build_base(configuration, task, getattr(torch, job.dtype))
     try:
         return folded_books(base, run)
     except PlanError:
@@ -61,8 +59,7 @@ def finish_books(job: Job, config: dict, capability: tuple[int, int], multiproce
 
 def load_books(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
     """The books of placing the model of ``job`` (resolved) alone."""
-    configuration = read_config(config, job.attention)
-    task = job.task or task_of(configuration)
+    base, task = _bare(job, config)
     card = cuda.Card(capability, multiprocessors)
 
     def run(model) -> Books:
@@ -71,4 +68,10 @@ def load_books(job: Job, config: dict, capability: tuple[int, int], multiprocess
             load(model, job, task, ledger, Weightless())
         return ledger.close()
 
-    return folded_books(build_base(configuration, task, getattr(torch, job.dtype)), run)
+    return folded_books(base, run)
+
+
+def _bare(job: Job, config: dict) -> tuple[torch.nn.Module, str]:
+    configuration = read_config(config, job.attention)
+    task = job.task or task_of(configuration)
+    return build_base(configuration, task, getattr(torch, job.dtype)), task

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,6 @@ class Script:
     ops: list[str]
     marks: list[Mark]
     conditions: list[str]
-    _compiled: dict = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(books: Books, conditions: Iterable[str]) -> Script:
@@ -62,18 +61,22 @@ class Script:
 
     def holds(self, batch: int, length: int) -> bool:
         """Whether the step does this for that batch and length (sequences; tokens, or 0 where there are none)."""
-        if "conditions" not in self._compiled:
-            self._compiled["conditions"] = compiled(self.conditions)
         try:
-            return all(self._compiled["conditions"](batch, length))
+            return all(self._kept(batch, length))
         except ZeroDivisionError:
             return False
 
     def at(self, batch: int, length: int) -> Stream:
         """The step with that batch and length."""
-        if "sizes" not in self._compiled:
-            self._compiled["sizes"] = compiled(self.sizes)
-        return Stream(self, np.array(self._compiled["sizes"](batch, length), np.int64)[self.size])
+        return Stream(self, np.array(self._sized(batch, length), np.int64)[self.size])
+
+    @cached_property
+    def _kept(self) -> Callable[[int, int], Sequence]:
+        return compiled(self.conditions)
+
+    @cached_property
+    def _sized(self) -> Callable[[int, int], Sequence]:
+        return compiled(self.sizes)
 
     @cached_property
     def empties(self) -> np.ndarray:

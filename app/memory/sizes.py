@@ -157,7 +157,8 @@ def function(name: str, first: Number, second: Number) -> Size:
     left, right = text_of(first), text_of(second)
     atom = f"({left}){name}({right})" if name in ("//", "%") else f"{name}({left}, {right})"
     atom = f"({atom})"
-    if (least(first) if least(first) is not None else -1) < 0 or (least(second) or 0) < 0 or least(second) is None:
+    lows = least(first), least(second)
+    if None in lows or min(lows) < 0:
         _SIGNED.add(atom)
     return Size({(atom,): 1})
 
