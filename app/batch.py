@@ -22,10 +22,6 @@ class Unexpected(PlanError):
         )
 
 
-TARGETS = ("batch_size", "sequence_length", "r", "accumulation_free_batch", "gpu", "model")
-"""What :func:`solve` seeks."""
-
-
 def plan(job: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job. Raises :class:`PlanError` and nothing else."""
     from app.service import estimate

@@ -16,8 +16,7 @@ from app.calibration import context_of
 from app.catalog.gpus import MIB, Gpu, all_gpus, find_gpu
 from app.errors import PlanError
 from app.job import OwnGpu
-from app.memory.fit import Room
-from app.memory.overheads import Context
+from app.memory.overheads import Context, Room
 
 MEASURED_KERNELS = (9, 0)
 """The compute capability on which kernels and their workspaces were measured (H100 and H200)."""

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.text import Text
 
-from app.batch import TARGETS, Unexpected, advise, each, failure, plan, recorded, unwrap
+from app.batch import Unexpected, advise, each, failure, plan, recorded, unwrap
 from app.batch import compare as side_by_side
 from app.batch import probe as measure
 from app.batch import solve as largest
@@ -31,6 +31,7 @@ from app.catalog.gpus import all_gpus, parts_of
 from app.catalog.models import MODELS, search_models
 from app.errors import PlanError
 from app.form import fields, read_json, read_object, to_job
+from app.job import TARGETS
 from app.render import probed, terminal, words
 from app.render.table import to_csv
 

@@ -176,6 +176,10 @@ class Job(_Strict):
         return self.model_copy(update=fill)
 
 
+TARGETS = ("batch_size", "sequence_length", "r", "accumulation_free_batch", "gpu", "model")
+"""What of a job the solver seeks."""
+
+
 def point_of(job: Job) -> tuple[int, int]:
     """The batch and the length of a job: sequences, and tokens of one (0 for a job that has no tokens)."""
     return job.batch_size, job.sequence_length or 0

@@ -14,14 +14,13 @@ from app.cards import check_prices, every_card, room
 from app.catalog.gpus import Gpu
 from app.catalog.models import MODELS
 from app.errors import PlanError, near
-from app.job import Job, OwnGpu, read_job
+from app.job import TARGETS, Job, OwnGpu, read_job
 from app.memory.fit import Verdict, passes
 from app.plan import card_of, config_of, load_of, settings_of
 from app.weigh import FITTING, Weighing, passes_under, summary, verdict_on, weigh
 
 LARGEST = {"batch_size": 1 << 16, "sequence_length": 1 << 22, "r": 1 << 12, "accumulation_free_batch": 1 << 16}
 """What the largest is sought of, with where the search ends."""
-TARGETS = (*LARGEST, "gpu", "model")
 BEYOND = (1.25, 1.5, 2)
 """Where beyond the edge it is tried whether memory falls again, as multiples of the edge; and at the next multiples
 of :data:`ALIGNED`."""

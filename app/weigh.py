@@ -11,7 +11,8 @@ from app.errors import PlanError
 from app.job import Job, OwnGpu, point_of
 from app.memory.allocator import Settings
 from app.memory.breakdown import Phase, Reading, read
-from app.memory.fit import Room, Verdict, judge, passes
+from app.memory.fit import Verdict, judge, passes
+from app.memory.overheads import Room
 from app.memory.profile import Profile
 from app.memory.script import Stream
 from app.plan import (

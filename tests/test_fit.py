@@ -18,8 +18,8 @@ from app.catalog.models import MODELS, Model
 from app.compare import compare
 from app.errors import PlanError
 from app.job import OwnGpu, read_job
-from app.memory.fit import ENOUGH, MEASURED, SEGMENT, Room, judge, measured_of
-from app.memory.overheads import MIB, context
+from app.memory.fit import ENOUGH, MEASURED, SEGMENT, judge, measured_of
+from app.memory.overheads import MIB, Room, context
 from app.render import words
 from app.render.table import to_csv
 from app.service import estimate

@@ -9,6 +9,7 @@ import numpy as np
 from app.memory.allocator import LARGE_BUFFER, Settings, replay
 from app.memory.breakdown import Reading, alive_after
 from app.memory.event import KINDS
+from app.memory.overheads import Room
 from app.memory.script import Stream
 
 SEGMENT = LARGE_BUFFER
@@ -47,17 +48,6 @@ def measured_of(kind: str) -> tuple[Measured, str]:
     widest = Measured(sum(m.rows for m in every), max(m.above for m in every), max(m.below for m in every))
     few = f"{known.rows} steps of this kind were" if known.rows else "no step of this kind was"
     return widest, f"{few} measured; the worst of all {widest.rows} took {widest.above:.1%} more than planned"
-
-
-@dataclass(frozen=True)
-class Room:
-    """What the allocator may reserve on a card: ``limit`` bytes, of which up to ``unknown`` may be missing and up to
-    ``spare`` may be there beside them; ``source`` says why."""
-
-    limit: int
-    unknown: int
-    spare: int
-    source: str
 
 
 @dataclass(frozen=True)

@@ -28,3 +28,14 @@ def context(capability: tuple[int, int] | None) -> Context:
     if capability == (9, 0):
         return Context(HOPPER_CONTEXT, HOPPER_CONTEXT - 64 * MIB, HOPPER_CONTEXT + 64 * MIB, "measured on an H200")
     return Context(540 * MIB, 280 * MIB, 800 * MIB, "reports for other cards; none was measured here")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the allocator may reserve on a card: ``limit`` bytes, of which up to ``unknown`` may be missing and up to
+    ``spare`` may be there beside them; ``source`` says why."""
+
+    limit: int
+    unknown: int
+    spare: int
+    source: str
