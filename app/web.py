@@ -38,6 +38,8 @@ from app.render.table import to_csv
 
 BODY_LIMIT = 4 << 20
 """Bytes of a request. A config.json has kilobytes."""
+DRAINED = 16 * BODY_LIMIT
+"""Bytes of a request that is refused which are still read, so that its sender comes to read why."""
 WAITING_LIMIT = 16
 """Jobs in line, beyond which a visitor is asked to come back."""
 PROBES_WAITING = 2
@@ -199,9 +201,12 @@ class Guard:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > BODY_LIMIT:
-                raise HTTPException(413)
-            return message
+            if taken <= BODY_LIMIT:
+                return message
+            while message.get("more_body") and taken < DRAINED:  # a browser that is still sending hears no answer
+                message = await receive()
+                taken += len(message.get("body", b""))
+            raise HTTPException(413)
 
         async def with_headers(message):
             if message["type"] == "http.response.start":
@@ -210,7 +215,7 @@ class Guard:
             await send(message)
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > BODY_LIMIT:
+        if declared.isdigit() and int(declared) > DRAINED:
             return await _refuse(413)(scope, receive, with_headers)
         await self.app(scope, limited, with_headers)
 
@@ -471,7 +476,7 @@ async def _advise(desk: Desk, job: dict, answer: dict, request: Request) -> dict
 
 async def _posted(request: Request) -> list[tuple[str, str]]:
     """The form as it was sent. A file is the config."""
-    form = await request.form(max_files=1)
+    form = await request.form(max_files=1, max_part_size=BODY_LIMIT)
     pairs = [(key, value) for key, value in form.multi_items() if isinstance(value, str)]
     for value in form.values():
         if isinstance(value, UploadFile) and value.size:

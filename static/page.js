@@ -45,10 +45,11 @@
   });
 
   // While a step runs: how long it has, and a way out. What was typed stays.
-  let clock;
+  let clock, again;
   form.addEventListener("htmx:before:request", (event) => {
     if (event.detail.ctx.sourceElement !== form) return;
     clearInterval(clock);
+    clearTimeout(again);
     const start = performance.now();
     const say = () => (byId("elapsed").textContent = `${((performance.now() - start) / 1000).toFixed(1)} s`);
     say();
@@ -63,6 +64,21 @@
   byId("cancel").addEventListener("click", () => {
     form.dispatchEvent(new Event("htmx:abort"));
     announce("Cancelled. The answer is that of the job before.");
+  });
+  // A server with too many visitors is asked again; what it does not take at all can only be the config.
+  form.addEventListener("htmx:before:response", async (event) => {
+    const { ctx } = event.detail;
+    if (ctx.sourceElement !== form || ![413, 503].includes(ctx.response.status)) return;
+    event.preventDefault();
+    if (ctx.response.status === 503) {
+      again = setTimeout(() => ask("chosen"), 1000 * ctx.response.headers.get("retry-after"));
+      return announce("Many are asking. This is asked again in some seconds.");
+    }
+    const { error } = await ctx.response.raw.json();
+    byId("e-config").textContent = error.message;
+    byId("field-config").classList.add("wrong");
+    byId("f-config").ariaInvalid = "true";
+    announce(`Cannot say: ${error.message}`);
   });
   document.addEventListener("htmx:error", () => announce("The server does not answer."));
 
@@ -91,7 +107,10 @@
   };
 
   function combobox(input) {
-    const list = byId(input.getAttribute("aria-controls"));
+    const list = byId(`l-${input.name}`);
+    input.removeAttribute("list"); // the browser's own, for where there is no script
+    Object.assign(input, { role: "combobox", ariaAutoComplete: "list", ariaExpanded: "false" });
+    input.setAttribute("aria-controls", list.id);
     const options = () => [...list.children];
     let asked = 0;
 
@@ -207,6 +226,6 @@
     };
   }
 
-  form.querySelectorAll("[role=combobox]").forEach(combobox);
+  form.querySelectorAll("[data-source]").forEach(combobox);
   timeline();
 })();

@@ -309,6 +309,8 @@ def _default(name: str, answer: dict | None) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return ", ".join(value)
+    if isinstance(value, dict):  # a card of one's own
+        return value["name"]
     return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
 
 

@@ -1,0 +1,359 @@
+"""The page in a real Chromium (/usr/bin/chromium, which .ci/run installs): alive, quick, accessible, and quiet.
+
+What is expected is waited for; a bound of time is one for what never comes, or is measured against the machine's own.
+"""
+
+import json
+import os
+import re
+import statistics
+import threading
+import time
+from urllib.parse import urlencode, urlsplit
+
+import pytest
+import uvicorn
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect, sync_playwright
+from tiny import LLAMA
+
+from app import web
+
+CHROMIUM = "/usr/bin/chromium"
+PATIENCE = 240_000
+"""Milliseconds in which what is expected must have come: a bound for what never comes, not for speed."""
+ADDRESS = {"model": "pythia-70m", "method": "lora", "gpu": "t4", "batch_size": "1", "sequence_length": "64"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    config = uvicorn.Config(web.create_app(), port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        thread.join(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"no {CHROMIUM}: .ci/run installs it")
+    expect.set_options(timeout=PATIENCE)
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=PATIENCE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser, server):
+    """Open a tab with these options; in the end no request left for another host, and nothing was refused or thrown."""
+    contexts, hosts, complaints = [], set(), []
+
+    def open_tab(**options):
+        context = browser.new_context(base_url=server, **options)
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: "Content Security" in said.text and complaints.append(said.text))
+        return page
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    assert hosts <= {urlsplit(server).netloc} and complaints == []
+
+
+def address(**changes):
+    return "/?" + urlencode({**ADDRESS, **changes})
+
+
+def test_without_javascript_the_form_is_sent_and_answered(tab):
+    page = tab(java_script_enabled=False)
+    page.goto(address())
+    page.get_by_label("Batch size").fill("2")
+    page.get_by_role("button", name="Plan", exact=True).click()
+    expect(page.locator(".job").first).to_contain_text("batch 2 × 64")
+    expect(page).to_have_url(re.compile("batch_size=2"))
+    page.get_by_text("A model of your own").click()
+    page.get_by_label("config.json").fill(json.dumps(LLAMA))
+    page.get_by_role("button", name="Plan this config").click()
+    expect(page.locator(".job").first).to_contain_text("LlamaForCausalLM")
+
+
+def test_typing_replaces_the_answer_and_the_address(tab):
+    page = tab()
+    page.goto(address())
+    before = page.locator(".peaks").inner_text()
+    page.get_by_label("Batch size").fill("3")
+    expect(page.locator(".job").first).to_contain_text("batch 3 × 64")
+    expect(page).to_have_url(re.compile("batch_size=3"))
+    expect(page.locator(".peaks")).not_to_have_text(before, use_inner_text=True)
+    expect(page).to_have_title(re.compile("^" + re.escape(page.locator("h1").inner_text().replace("\u00a0", " "))))
+    shown = page.locator("#result").inner_text()
+    page.reload()
+    expect(page.locator("#result")).to_have_text(shown, use_inner_text=True)
+    page.locator("label", has_text="QLoRA").click()
+    expect(page.locator(".job").first).to_contain_text("qlora")
+    expect(page).to_have_url(re.compile("method=qlora"))
+    page.go_back()
+    # The document is loaded anew; until its stylesheet is there, its text is that of what is hidden, too.
+    expect(page.locator("#result")).to_have_text(shown, use_inner_text=True)
+    expect(page.get_by_label("Batch size")).to_have_value("3")
+
+
+def test_the_last_thing_typed_wins(tab):
+    page = tab()
+    page.goto(address())
+    page.route("**/?*batch_size=5*", lambda route: None)  # the answer to this one never comes
+    with page.expect_request("**/?*batch_size=5*"):
+        page.get_by_label("Batch size").fill("5")
+    with page.expect_event("requestfailed", lambda request: "batch_size=5" in request.url):
+        page.get_by_label("Batch size").fill("6")
+    expect(page.locator(".job").first).to_contain_text("batch 6 × 64")
+    expect(page).to_have_url(re.compile("batch_size=6"))
+
+
+def test_an_error_appears_at_its_field_as_one_types_and_goes_again(tab):
+    page = tab()
+    page.goto(address())
+    box = page.get_by_label("Batch size")
+    box.fill("-1")
+    expect(page.locator("#e-batch_size")).to_contain_text("greater than or equal to 1")
+    expect(box).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#announce")).to_contain_text("Cannot say")
+    box.fill("1")
+    expect(page.locator("h1")).to_contain_text("Fits")
+    expect(page.locator("#e-batch_size")).to_be_empty()
+    expect(box).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_pasted_config_is_planned_as_one_types(tab):
+    page = tab()
+    page.goto(address())
+    page.get_by_text("A model of your own").click()
+    page.get_by_label("config.json").fill(json.dumps(LLAMA))
+    expect(page.locator(".job").first).to_contain_text("LlamaForCausalLM")
+    expect(page).to_have_url(re.compile(re.escape("config=%7B%22")))
+    page.get_by_label("or a file").set_input_files(
+        {"name": "config.json", "mimeType": "application/json", "buffer": b"{"}
+    )
+    expect(page.locator("#e-config")).to_contain_text("not JSON")
+    expect(page.get_by_label("config.json")).to_have_value("{")
+    expect(page.get_by_label("Length", exact=True)).to_have_value("64")
+
+
+def test_advice_is_listed_in_place(tab):
+    page = tab()
+    asked = {
+        "config": json.dumps(LLAMA),
+        "method": "full",
+        "gpu": "590MiB",
+        "batch_size": "64",
+        "sequence_length": "64",
+    }
+    page.goto("/?" + urlencode(asked))
+    page.locator("a.ask").click()
+    expect(page.locator("#advice .changes li").first).to_be_visible()
+    expect(page).to_have_url(re.compile("sequence_length=64$"))
+
+
+def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
+    page = tab()
+    page.goto(address())
+    slider, readout = page.get_by_label("Moment of the step"), page.locator(".readout")
+    slider.focus()
+    page.keyboard.press("Home")
+    expect(readout).to_contain_text("First step, forward")
+    said = readout.inner_text()
+    assert "weights" in said
+    expect(slider).to_have_attribute("aria-valuetext", said)
+    page.locator("svg.time").hover(position={"x": 300, "y": 100})
+    expect(readout).not_to_have_text(said, use_inner_text=True)
+    expect(readout).not_to_be_empty()
+
+
+@pytest.mark.parametrize("width", [360, 768, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_its_window_in_either_light(tab, width, scheme):
+    page = tab(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.goto(address())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        ".map(c => c.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 3)"
+    )
+    assert (ink < 80 and paper > 200) if scheme == "light" else (ink > 200 and paper < 80)
+
+
+def test_a_keyboard_reaches_the_answer_first(tab):
+    page = tab()
+    page.goto(address())
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the answer")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#result")).to_be_focused()
+
+
+# Quick.
+
+TO_PAINT = """
+async ([id, value]) => {
+  const box = document.getElementById(id);
+  const swapped = new Promise((done) => document.addEventListener("htmx:after:swap", done, { once: true }));
+  const start = performance.now();
+  box.value = value;
+  box.dispatchEvent(new Event("input", { bubbles: true }));
+  await swapped;
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  return performance.now() - start;
+}
+"""
+"""Type a value; milliseconds until the answer to it is painted."""
+
+
+def slowdown():
+    """How much longer this machine takes now than it works: 1 where nothing else runs."""
+    wall, worked = time.perf_counter(), time.process_time()
+    while time.process_time() - worked < 0.1:
+        pass
+    return (time.perf_counter() - wall) / (time.process_time() - worked)
+
+
+def test_a_warm_change_is_painted_within_150_ms(tab):
+    """Of some rounds the best: each is the median of five changes, in the time of a machine that does nothing else."""
+    page = tab()
+    page.goto(address(gpu="a100-80gb"))
+    sizes = iter(range(2, 200))
+    for _ in range(4):  # until one profile serves all
+        page.evaluate(TO_PAINT, ["f-batch_size", str(next(sizes))])
+    rounds = []
+    for _ in range(12):
+        before = slowdown()
+        took = statistics.median(page.evaluate(TO_PAINT, ["f-batch_size", str(next(sizes))]) for _ in range(5))
+        rounds.append(took / max(1, (before + slowdown()) / 2))
+        if rounds[-1] <= 150:
+            break
+    assert min(rounds) <= 150, rounds
+    expect(page.locator(".job").first).to_contain_text(f"batch {next(sizes) - 1} × 64")
+
+
+CHANGES = """
+async (changes) => {
+  for (const [id, value] of changes) {
+    const field = document.getElementById(id);
+    if (field.type === "radio") field.click();
+    else {
+      field.value = value;
+      field.dispatchEvent(new Event(field.role === "combobox" ? "change" : "input", { bubbles: true }));
+    }
+    await new Promise((next) => setTimeout(next, Math.random() * 40));
+  }
+}
+"""
+
+
+def test_after_two_hundred_quick_changes_the_last_one_s_answer_stands(tab):
+    page = tab()
+    said = []
+    page.on("console", lambda message: message.type == "error" and said.append(message.text))
+    cards = {"a100-80gb": "an A100-SXM4-80GB", "24GiB": "a card of 24\u00a0GiB"}
+    for method in ("full", "lora"):
+        for size in (1, 2, 3, 1):  # until one profile serves all
+            page.goto(address(gpu="a100-80gb", method=method, batch_size=size, sequence_length=32 * size))
+    changes = []
+    for turn in range(40):
+        changes += [
+            ("f-batch_size", str(1 + turn % 7)),
+            ("f-method-full" if turn % 2 else "f-method-lora", None),
+            ("f-sequence_length", str(32 * (1 + turn % 3))),
+            ("f-gpu", [*cards][turn % 2]),
+            ("f-batch_size", str(2 + turn % 5)),
+        ]
+    assert len(changes) == 200
+    page.evaluate(CHANGES, changes)
+    expect(page.locator("h1")).to_contain_text(f"Fits {cards['24GiB']}")
+    expect(page.locator(".job").first).to_contain_text("full · batch 6 × 32")
+    expect(page).to_have_url(re.compile("method=full&gpu=24GiB&batch_size=6&sequence_length=32$"))
+    expect(page.locator("#result")).not_to_have_attribute("aria-busy", "true")
+    assert page.locator(".job").first.inner_text().count("batch 6 × 32") == 1
+    shown = page.locator("#result").inner_text()
+    page.reload()
+    expect(page.locator("#result")).to_have_text(shown, use_inner_text=True)
+    assert [text for text in said if "503" not in text] == []  # a full house is asked again
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_first_screen_is_small_and_does_not_move(tab, width):
+    page = tab(viewport={"width": width, "height": 900})
+    page.add_init_script(
+        "window.shift = 0; new PerformanceObserver((list) => list.getEntries().forEach("
+        "(entry) => { if (!entry.hadRecentInput) window.shift += entry.value; }))"
+        ".observe({ type: 'layout-shift', buffered: true });"
+    )
+    page.goto(address())
+    page.evaluate("document.fonts.ready")
+    sent = page.evaluate(
+        "['navigation', 'resource'].flatMap((kind) => performance.getEntriesByType(kind))"
+        ".map((entry) => [entry.name, entry.transferSize])"
+    )
+    assert all(size for name, size in sent), sent
+    assert sum(size for _, size in sent) <= 250_000, sent
+    page.evaluate(TO_PAINT, ["f-batch_size", "2"])
+    assert page.evaluate("window.shift") < 0.1
+
+
+# For everybody.
+
+PAGES = {
+    "fits": address(),
+    "does not fit": address(gpu="1GiB", batch_size="16", sequence_length="512"),
+    "error": address(batch_size="-1"),
+}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_axe_finds_nothing(tab, name, scheme):
+    page = tab(color_scheme=scheme, reduced_motion="reduce")
+    page.goto(PAGES[name])
+    page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+
+
+HOSTILE = {
+    "broken": ('{"model_type": "llama",', "not JSON"),
+    "no object": ("[1, 2]", "no JSON object"),
+    "deep": ("[" * 50_000 + "]" * 50_000, "nested too deeply"),
+    "endless": (json.dumps({**LLAMA, "num_hidden_layers": 10**12}), "num_hidden_layers"),
+    "markup": (json.dumps({**LLAMA, "model_type": "<img src=x onerror=alert(1)>"}), "<img src=x"),
+    "huge": (json.dumps({**LLAMA, "id2label": {str(i): "x" * 1000 for i in range(5000)}}), "more than"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_config_that_cannot_be_is_an_error_at_its_field(tab, name):
+    text, message = HOSTILE[name]
+    page = tab()
+    page.goto(address(batch_size="3"))
+    page.get_by_text("A model of your own").click()
+    box = page.get_by_label("config.json")
+    box.evaluate("(box, text) => { box.value = text; box.dispatchEvent(new Event('input', {bubbles: true})); }", text)
+    expect(page.locator("#e-config")).to_contain_text(message)
+    expect(box).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#announce")).not_to_be_empty()
+    expect(page.get_by_label("Batch size")).to_have_value("3")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("pythia-70m")
+    assert re.sub(r"\s", "", box.input_value()) == re.sub(r"\s", "", text)
+    box.fill("")
+    expect(page.locator("h1")).to_contain_text("Fits")
+    expect(page.locator("#e-config")).to_be_empty()
