@@ -11,11 +11,22 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.memory.allocator import LARGE_BUFFER, MIB, CachingAllocator, OutOfMemory, Settings, round_size
+from app.memory.allocator import (
+    LARGE_BUFFER,
+    MIB,
+    REPEATS,
+    CachingAllocator,
+    OutOfMemory,
+    Settings,
+    Steady,
+    replay,
+    round_size,
+)
 
 STREAMS = [
     json.loads(line)
@@ -64,6 +75,8 @@ SETTINGS = st.sampled_from(
         Settings(expandable_segments=True, limit=200 * MIB),
     ]
 )
+
+FREE = SETTINGS.filter(lambda how: how.limit is None)
 
 
 @given(STEPS, SETTINGS)
@@ -119,3 +132,43 @@ def test_cache_is_given_back_before_out_of_memory():
     assert allocator.reserved == 60 * MIB
     with pytest.raises(OutOfMemory):
         allocator.malloc(2, 10 * MIB)
+
+
+@given(st.lists(SIZES, max_size=20), st.lists(SIZES, min_size=1, max_size=12), st.permutations(range(12)), FREE)
+@settings(max_examples=200, deadline=None)
+def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order, how):
+    """Against request by request: two steps of the same requests, of which the last is carried into the next step."""
+    own, first = [*own, 1000], len(before)
+    order = [n for n in order if n < len(own) - 1]
+    takes = [first + n for n in range(len(own))]
+    step = [*takes, *(~takes[n] for n in order)]  # the last one taken stays
+    again = [event + len(own) if event >= 0 else event - len(own) for event in step]
+    events = np.array([*range(first), *step, ~takes[-1], *again], np.int32)
+    sizes = np.array([*before, *own, *own], np.int64)
+    given = Steady(first + len(step), np.array([takes[-1]]), np.array([takes[-1] + len(own)]))
+    found = replay(events, sizes, how, steady=given)
+
+    allocator = CachingAllocator(how)
+    opened, key, names = [], len(sizes), {}
+
+    def serve(part):
+        nonlocal key
+        for event in part:
+            if event < 0:
+                allocator.free(names.pop(~event))
+                continue
+            key, names[event] = key + 1, key
+            reserved = allocator.reserved
+            allocator.malloc(names[event], int(sizes[event]))
+            opened.append(allocator.reserved > reserved)
+
+    serve(events[: given.start])
+    for _ in range(1 + REPEATS):
+        opened.clear()
+        serve(events[given.start :])
+        if not any(opened):
+            break
+        names[given.given[0]] = names.pop(given.left[0])
+    assert found.served == events.size
+    assert found.reserved[-1] == allocator.reserved
+    assert found.allocated.max() == allocator.peak_allocated

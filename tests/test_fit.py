@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from app.catalog.models import MODELS, Model
 from app.compare import compare
 from app.errors import PlanError
 from app.job import OwnGpu, read_job
-from app.memory.fit import ENOUGH, MEASURED, SEGMENT, judge, measured_of
+from app.memory.allocator import replay
+from app.memory.fit import ENOUGH, MEASURED, SEGMENT, judge, measured_of, passes
 from app.memory.overheads import MIB, Room, context
 from app.render import words
 from app.render.table import to_csv
@@ -254,14 +256,15 @@ def value_at(row: dict, value: int) -> dict:
 
 @pytest.mark.slow
 def test_measured_frontiers():
-    """On an H100 the largest value trained two steps under the cap and the next one ran out of memory."""
+    """On an H100 the largest value trained two steps under the cap and the next one ran out of memory; what is found
+    trains on."""
     rows = frontiers()
     found = {
         row["id"]: solve({**row["job"], "memory_limit_bytes": row["cap_bytes"]}, row["target"])[row["target"]]
         for row in rows
     }
     exact = [row["id"] for row in rows if found[row["id"]] == row["largest"]]
-    assert len(exact) >= 12, found
+    assert len(exact) >= 11, found
     assert all(found[row["id"]] <= row["largest"] for row in rows), found
 
 
@@ -274,6 +277,17 @@ def test_measured_edges():
             for value in (row["largest"], row["largest"] + 1)
         )
     assert sum(both == (True, False) for both in sides.values()) >= len(sides) - 2, sides
+
+
+def test_what_runs_out_of_memory_in_its_third_step_does_not_fit():
+    """Measured were two steps, which pass; the third finds its blocks elsewhere."""
+    row = frontiers()[0]
+    weighing = weigh(read_job(value_at(row, row["largest"])))
+    settings = replace(weighing.settings, limit=row["cap_bytes"])
+    stream, script = weighing.stream, weighing.stream.script
+    two = replay(script.events, stream.sizes, settings, script.empties, script.first_step)
+    assert two.served == script.events.size
+    assert passes(stream, settings, placed=True) == (False, "backward")
 
 
 def test_solving_for_a_card_is_sure_and_replayed_on_both_sides():

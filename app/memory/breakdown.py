@@ -68,7 +68,7 @@ def read(stream: Stream, settings: Settings = Settings(), points: int = POINTS) 
     """Serve ``stream`` without a limit and say what it showed."""
     script = stream.script
     events, marks = script.events, script.marks
-    run = replay(events, stream.sizes, settings, script.empties)
+    run = replay(events, stream.sizes, settings, script.empties, steady=script.steady)
     after = np.concatenate(([0], run.allocated))
     held = np.concatenate(([0], run.reserved))
     bounds = [*(mark.at for mark in marks), events.size]

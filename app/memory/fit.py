@@ -78,7 +78,7 @@ def passes(stream: Stream, settings: Settings, placed: bool = False) -> tuple[bo
     """
     script = stream.script
     limited = script.first_step if placed else 0
-    served = replay(script.events, stream.sizes, settings, script.empties, limited).served
+    served = replay(script.events, stream.sizes, settings, script.empties, limited, script.steady).served
     if served == script.events.size:
         return True, None
     mark = [mark for mark in script.marks if mark.at <= served][-1]

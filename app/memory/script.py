@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from app.memory.allocator import Steady
 from app.memory.event import EMPTY_CACHE, KINDS, Allocation, Books, Mark
 from app.memory.sizes import compiled, text_of
 
@@ -87,6 +88,22 @@ class Script:
     def first_step(self) -> int:
         """The event with which the first step begins; the number of events where none does."""
         return next((mark.at for mark in self.marks if mark.step), self.events.size)
+
+    @cached_property
+    def steady(self) -> Steady | None:
+        """The last step, which training repeats; None where it is the only one, or leaves other than it gives back."""
+        last = max((mark.step for mark in self.marks), default=0)
+        if last < 2:
+            return None
+        start = next(mark.at for mark in self.marks if mark.step == last)
+        own = np.count_nonzero(self.events[:start] >= 0)  # its allocations are numbered from here on
+        released = ~self.events[start:][self.events[start:] < 0]
+        stays = np.ones(self.size.size, bool)
+        stays[released] = False
+        given, left = np.sort(released[released < own]), np.flatnonzero(stays[own:]) + own
+        if given.size != left.size or (self.size[given] != self.size[left]).any():
+            return None
+        return Steady(start, given, left)
 
     # --- as bytes ---------------------------------------------------------------------------------------------
 

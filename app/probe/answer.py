@@ -78,12 +78,14 @@ def _figure(name: str, planned: int, measured: int | None) -> dict:
 
 
 def _phases(reading: Reading, recording: Recording) -> list[dict]:
-    """Each phase of the first and of a steady step: the plan's peak and end, and the card's."""
+    """Each phase of the first and of the highest steady step: the plan's peak and end, and the card's."""
     planned = [phase for phase in reading.phases if phase.step > 0]
-    measured = [phase for phase in recording.steps if phase["step"] <= 2]
+    later = [phase for phase in recording.steps if phase["step"] > 1]
+    steady = max(later, key=lambda phase: phase["peak_allocated"])["step"] if later else 0
+    measured = [phase for phase in recording.steps if phase["step"] in (1, steady)]
     out = []
     for phase, real in zip(planned, measured):
-        if (phase.step, phase.name) != (real["step"], real["name"]):
+        if (min(phase.step, 2), phase.name) != (min(real["step"], 2), real["name"]):
             break
         out.append(
             {

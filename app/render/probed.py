@@ -18,6 +18,8 @@ FIGURES = {
     "reserved": ("Reserved", "max_memory_reserved"),
     "process": ("Process", "as nvidia-smi shows it"),
 }
+WIDEST = 400
+"""Columns of a page that is written to a file or a pipe, at most."""
 ROWS = 12
 """Differences that are shown; --json has more."""
 
@@ -38,7 +40,15 @@ def verdict(answer: dict) -> str:
 
 def show(answer: dict, console: Console) -> None:
     """Print the comparison."""
-    console.print(page(answer), highlight=False)
+    _print(page(answer), console)
+
+
+def _print(what: RenderableType, console: Console) -> None:
+    """Print; where no terminal says how wide it is, as wide as it needs to be."""
+    if not console.is_terminal:
+        wanted = console.measure(what, options=console.options.update(max_width=WIDEST)).maximum
+        console.width = max(console.width, wanted)
+    console.print(what, highlight=False)
 
 
 def page(answer: dict) -> RenderableType:
@@ -116,7 +126,7 @@ def _extrapolated(found: dict) -> RenderableType:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=True, padding=(0, 1, 0, 1), header_style="dim")
     text = {"", "Phase", "Module", "Kind", "Since", "Job", "Operator, or who asked"}
-    long = {"Module", "Kind", "Operator, or who asked"}
+    long = {"Module", "Kind", "Job", "Operator, or who asked"}
     for name in columns:
         table.add_column(name, justify="left" if name in text else "right", no_wrap=name not in long, overflow="fold")
     return table
@@ -127,24 +137,24 @@ def _table(*columns: str) -> Table:
 
 def suite(answers: list[tuple[str, dict]], failed: list[tuple[str, str]], console: Console) -> None:
     """Print the accuracy table of a suite, one row a job, and what could not be measured."""
-    console.print(suite_table(answers), highlight=False)
+    _print(suite_table(answers), console)
     for name, message in failed:
-        console.print(Text(f"  {name}: {message}", "yellow"), highlight=False)
+        _print(Text(f"  {name}: {message}", "yellow"), console)
 
 
 def suite_table(answers: list[tuple[str, dict]]) -> Table:
-    table = _table("Job", "Allocated", "planned", "off by", "Reserved", "off by", "Process", "off by", "matched")
+    table = _table("Job", "Allocated", "off by", "Reserved", "off by", "Process", "off by", "matched")
+    table.padding = (0, 1, 0, 0)
     columns: dict[str, list[float]] = {"allocated": [], "reserved": [], "process": []}
     for name, answer in answers:
         rows = {row["figure"]: row for row in answer["figures"]}
-        cells = [size(rows["allocated"]["measured"]), size(rows["allocated"]["planned"])]
+        cells = []
         for figure, errors in columns.items():
             row = rows[figure]
-            cells += [size(row["measured"] or 0)] if figure != "allocated" else []
-            cells.append(f"{row['percent']:+.3f} %" if row["measured"] else "-")
+            cells += [size(row["measured"]), f"{row['percent']:+.3f} %"] if row["measured"] else ["-", "-"]
             errors += [abs(row["percent"])] if row["measured"] else []
         table.add_row(name, *cells, f"{100 * answer['match']['share']:.2f} %")
     for label, of in (("median", statistics.median), ("worst", max)):
         found = [f"{of(errors):.3f} %" if errors else "-" for errors in columns.values()]
-        table.add_row(label, "", "", found[0], "", found[1], "", found[2], "", style="bold")
+        table.add_row(label, "", found[0], "", found[1], "", found[2], "", style="bold")
     return table
