@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import platformdirs
 
 from app.catalog.gpus import Gpu
 from app.job import OwnGpu
+from app.memory.kernels import KernelFacts
 from app.memory.overheads import Context, context
 
 SPREAD = 64 << 20
@@ -23,8 +28,9 @@ class Facts:
     """A card as probes measured it. Bytes.
 
     ``card`` is a key of the catalogue, or a card's own name. ``context`` is what a process held outside the allocator
-    in the last probe, ``lowest`` and ``highest`` over all of them. ``kernels`` are rows of name, planned and measured:
-    which attention kernel runs, the bytes of workspaces and of kernels' temporaries.
+    in the last probe, ``lowest`` and ``highest`` over all of them. ``kernels`` is what its kernels were found to do
+    otherwise than the dry run's sources say, ``unexplained`` are rows of name, planned and measured that no such fact
+    accounts for.
     """
 
     card: str
@@ -34,15 +40,12 @@ class Facts:
     context: int
     lowest: int
     highest: int
-    kernels: list[dict] = field(default_factory=list)
+    kernels: KernelFacts = KernelFacts()
+    unexplained: list[dict] = field(default_factory=list)
 
     @property
     def source(self) -> str:
         return f"measured by a probe of this card, {self.date}, driver {self.driver}, torch {self.torch}"
-
-    @property
-    def unlike_planned(self) -> list[dict]:
-        return [row for row in self.kernels if row["planned"] != row["measured"]]
 
 
 def folder() -> Path:
@@ -50,35 +53,54 @@ def folder() -> Path:
     return platformdirs.user_data_path("vramplan") / "cards"
 
 
-def store(facts: Facts) -> Path:
-    """Keep ``facts``; the contexts of earlier probes of that card, driver and torch widen the interval."""
-    path = folder() / (re.sub(r"[^\w.+-]+", "_", f"{facts.card}-{facts.driver}-{facts.torch}") + ".json")
+def _path(card: str, driver: str, torch: str) -> Path:
+    return folder() / (re.sub(r"[^\w.+-]+", "_", f"{card}-{driver}-{torch}") + ".json")
+
+
+def is_known(card: str, driver: str, torch: str) -> bool:
+    """Whether a probe of that card found its kernels out, with that driver and torch."""
+    return _read(_path(card, driver, torch)) is not None
+
+
+def store(facts: Facts, calibrated: bool) -> Path:
+    """Keep ``facts``; earlier probes of that card, driver and torch widen the interval of the context, and tell of the
+    kernels where this one is not ``calibrated``."""
+    path = _path(facts.card, facts.driver, facts.torch)
     earlier = _read(path)
     if earlier is not None:
-        facts = Facts(
-            **{
-                **asdict(facts),
-                "lowest": min(facts.lowest, earlier.lowest),
-                "highest": max(facts.highest, earlier.highest),
-                "kernels": facts.kernels or earlier.kernels,
-            }
-        )
+        facts = replace(facts, lowest=min(facts.lowest, earlier.lowest), highest=max(facts.highest, earlier.highest))
+        if not calibrated:
+            facts = replace(facts, kernels=earlier.kernels, unexplained=earlier.unexplained)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
+    written = path.with_suffix(f".{os.getpid()}.tmp")
+    written.write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
+    written.replace(path)  # whole, and the folder's time tells of it
     return path
 
 
 def _read(path: Path) -> Facts | None:
     try:
-        return Facts(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        attention, sizes = ([tuple(row) for row in rows] for rows in told["kernels"])
+        return Facts(**{**told, "kernels": KernelFacts(tuple(attention), tuple(sizes))})
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def known(card: str) -> Facts | None:
     """The facts of the last probe of ``card``; None where nobody probed it here."""
-    found = [facts for path in folder().glob("*.json") if (facts := _read(path)) is not None and facts.card == card]
-    return max(found, key=lambda facts: facts.date, default=None)
+    place = folder()
+    try:
+        return _all_of(place, os.stat(place).st_mtime_ns).get(card)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4)
+def _all_of(place: Path, time: int) -> dict[str, Facts]:
+    """The last facts of each card."""
+    found = [facts for path in sorted(place.glob("*.json")) if (facts := _read(path)) is not None]
+    return {facts.card: facts for facts in sorted(found, key=lambda facts: facts.date)}
 
 
 def name_of(gpu: Gpu | OwnGpu) -> str:
@@ -95,12 +117,31 @@ def context_of(gpu: Gpu | OwnGpu, capability: tuple[int, int] | None) -> Context
     return Context(facts.context, facts.lowest - SPREAD, facts.highest + SPREAD, facts.source)
 
 
+def kernels_found(gpu: Gpu | OwnGpu) -> KernelFacts:
+    """What this card's kernels were found to do otherwise than the dry run's sources say."""
+    facts = known(name_of(gpu))
+    return KernelFacts() if facts is None else facts.kernels
+
+
 def warnings_of(gpu: Gpu | OwnGpu) -> list[str]:
-    """What a plan says of the facts that it uses, and of kernels that were measured to be other than planned."""
+    """What a plan says of the facts that it uses, and of what was measured and cannot be planned with."""
     facts = known(name_of(gpu))
     if facts is None:
         return []
-    out = [f"the bytes outside the allocator are {facts.source}"]
-    for row in facts.unlike_planned:
-        out.append(f"on this card {row['name']} was measured as {row['measured']}, and is planned as {row['planned']}")
-    return out
+    found = list(_words(facts.kernels))
+    kernels = f"; its kernels are planned as that probe found them: {', '.join(found)}" if found else ""
+    rows = (f"on this card {row['name']} was measured as {row['measured']}" for row in facts.unexplained)
+    return [
+        f"the bytes outside the allocator are {facts.source}{kernels}",
+        *(f"{said}, and is planned as {row['planned']}" for said, row in zip(rows, facts.unexplained)),
+    ]
+
+
+def _words(kernels: KernelFacts) -> Iterator[str]:
+    cases = Counter((stated, chosen) for _, stated, chosen in kernels.attention)
+    examples = {(stated, chosen): case for case, stated, chosen in reversed(kernels.attention)}
+    for (stated, chosen), count in cases.items():
+        where = f"for {examples[stated, chosen]}" + (f" and {count - 1} other kinds" if count > 1 else "")
+        yield f"attention runs {chosen}, not {stated}, {where}"
+    for operator, stated, found in kernels.sizes:
+        yield f"{operator} takes {found:,} bytes where its source says {stated:,}"

@@ -9,12 +9,14 @@ from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 
+from app.calibration import kernels_found
 from app.catalog.gpus import Gpu, find_gpu
 from app.catalog.models import find_model
 from app.config import refuse_impossible
 from app.errors import PlanError
 from app.job import Job, OwnGpu, point_of
 from app.memory.allocator import MIB, Settings
+from app.memory.kernels import KernelFacts
 from app.memory.profile import Profile
 from app.memory.script import Script, Stream
 
@@ -47,13 +49,13 @@ def card_of(job: Job) -> Gpu | OwnGpu:
     return find_gpu(job.gpu or DEFAULT_GPU)
 
 
-def kernels_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors that are traced for a card; an own card has those of the card that it is
-    like, else the default card's."""
+def kernels_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int, KernelFacts]:
+    """Compute capability and multiprocessors that are traced for a card, and what a probe here found its kernels to do
+    otherwise; an own card has those of the card that it is like, else the default card's."""
     known = gpu if isinstance(gpu, Gpu) else find_gpu(gpu.like or DEFAULT_GPU)
     if known.compute_capability is None:
         raise PlanError(f"{known.name} runs ROCm, whose kernels are not modelled", "choose an NVIDIA card", "gpu")
-    return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count
+    return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count, kernels_found(gpu)
 
 
 def config_of(job: Job) -> tuple[dict, dict]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.dryrun import cuda, fold
-from app.dryrun.model import build_base, read_config, task_of
+from app.dryrun.model import bare
 from app.dryrun.step import dry_run
 from app.job import read_job
 from app.memory.allocator import Settings, replay
@@ -315,10 +314,8 @@ def prepare(kind: str, choice: dict):
         "attention": "eager" if kind in EAGER else "sdpa",
     }  # fmt: skip
     job = read_job(fields | choice).resolved()
-    config = read_config(job.config, job.attention)
-    task = task or task_of(config)
-    model = build_base(config, task, getattr(torch, job.dtype))
-    return model, lambda bare: dry_run(bare, job, task, cuda.Card())
+    model, task = bare(job.config, task, job.dtype, job.attention)
+    return model, lambda model: dry_run(model, job, task, cuda.Card())
 
 
 @pytest.fixture

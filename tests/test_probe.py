@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pynvml
 import pytest
 import torch
+from rich.console import Console
 from tiny import LLAMA
 
 from app import calibration
 from app.catalog.gpus import find_gpu
+from app.dryrun import cuda
 from app.errors import PlanError
 from app.job import read_job
 from app.memory.allocator import CachingAllocator
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
+from app.memory.kernels import KernelFacts
 from app.probe import card
 from app.probe.answer import Probed, answer_of, row_of
 from app.probe.card import CardState
 from app.probe.compare import compare, labelled
 from app.probe.history import books_of
+from app.probe.kernels import ATTENTION, OPERATIONS, _qkv, attention_choices, facts_of, planned_peak
 from app.probe.layers import depths_for, extrapolate
-from app.probe.measure import SPARE, Bench, depth_of_plan, from_recording, gpu_of, measured, plan_for
+from app.probe.measure import SPARE, Bench, calibrate, depth_of_plan, from_recording, gpu_of, measured, plan_for
 from app.probe.process import Child
 from app.probe.recording import FAILED, OUT_OF_MEMORY, Recording, read_recording
 from app.probe.suite import SUITES, suite
+from app.render import probed as probed_page
 
 ROOT = Path(__file__).parents[1]
 MEASURED = Path(__file__).parent / "measured"
@@ -276,6 +283,29 @@ def test_a_real_run_is_the_plan(real):
     assert answer["match"]["share"] == 1 and answer["match"]["events"] > 4000
 
 
+def test_a_later_step_that_is_higher_is_the_steady_one(real):
+    """As in a plan, which repeats the steady step as long as that takes more of the card."""
+    probed = real[1]
+    steps = [
+        {**phase, "peak_allocated": phase["peak_allocated"] + (phase["step"] == 3)} for phase in probed.recording.phases
+    ]
+    later = answer_of(replace(probed, recording=replace(probed.recording, phases=steps)))
+    assert {phase["step"] for phase in later["phases"]} == {1, 2}
+    assert {phase["peak"]["difference"] for phase in later["phases"] if phase["step"] == 2} == {-1}
+
+
+@pytest.mark.parametrize("width", (None, 80))
+def test_a_suites_table_is_never_cut(real, width):
+    """Written to a file it is as wide as it needs to be; in a terminal of 80 columns names take several lines."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=width is not None, color_system=None)
+    name = "a job whose name is rather a long one, and then some"
+    probed_page.suite([(name, real[0])], [("another", "out of memory " * 20)], console)
+    text = out.getvalue()
+    assert "…" not in text and "100.00 %" in text and text.count("+0.000 %") == 2
+    assert (name in text) == (width is None) and text.count("memory") == 20
+
+
 def test_a_recording_is_kept_whole(tmp_path, real):
     recording = real[1].recording
     recording.save(tmp_path / "again.json.gz")
@@ -499,29 +529,130 @@ def test_extrapolation_is_the_plan_where_they_agree_and_carries_what_they_do_not
     assert extrapolate((4, 8), (100, 180), (104, 188), 32, 660) == 660 + 8 + 24
 
 
-def test_facts_of_a_card_are_used_by_later_plans_and_said():
+def facts(card: str = "h100", date: str = "2026-11-25", context: int = 500, **found) -> calibration.Facts:
+    return calibration.Facts(card, "580.1", "2.13.0+cu130", date, context, context, context, **found)
+
+
+def test_the_context_of_a_probed_card_is_used_by_later_plans_and_said():
     from app.service import estimate
 
     before = estimate(job(gpu="h100"))
-    row = {"name": "attention of heads", "planned": "cudnn", "measured": "flash"}
-    calibration.store(calibration.Facts("h100", "580.1", "2.13.0+cu130", "2026-11-25", 500, 500, 500, [row]))
-    calibration.store(calibration.Facts("h100", "580.1", "2.13.0+cu130", "2026-11-26", 600, 600, 600))
-    facts = calibration.known("h100")
-    assert (facts.lowest, facts.context, facts.highest, facts.kernels) == (500, 600, 600, [row])
+    row = {"name": "a product's peak", "planned": 1, "measured": 2}
+    calibration.store(facts(unexplained=[row]), calibrated=True)
+    calibration.store(facts(date="2026-11-26", context=600), calibrated=False)
+    known = calibration.known("h100")
+    assert (known.lowest, known.context, known.highest, known.unexplained) == (500, 600, 600, [row])
     after = estimate(job(gpu="h100"))
     assert after["peak"]["process"] == after["peak"]["reserved"] + 600 != before["peak"]["process"]
     assert any("measured by a probe of this card, 2026-11-26, driver 580.1" in text for text in after["warnings"])
-    assert any("measured as flash, and is planned as cudnn" in text for text in after["warnings"])
+    assert any("a product's peak was measured as 2, and is planned as 1" in text for text in after["warnings"])
     assert "probe" not in estimate(job(gpu="a100-80gb"))["fits"][0]["margin_source"]
 
 
-def test_kernels_are_planned_as_an_h100_ran_them():
-    """The rows that a probe stored on an H100 with torch 2.11.0+cu130, 2026-11-25."""
-    from app.dryrun.cuda import Card
-    from app.probe.kernels import OPERATIONS, planned_peak
+WIDE = {**LLAMA, "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 1}
+"""With heads of 64."""
 
-    measured = [33570816, 34619392, 125835776, 33559040, 10552832, 18941440, 21005824, 11077120, 18972672]
-    assert [planned_peak(operation, Card()) for _, operation in OPERATIONS] == measured
+
+@pytest.mark.parametrize(
+    "found, moves",
+    [
+        ({"sizes": (("cublas_workspace", 32 << 20, 8 << 20),)}, -2 * (24 << 20)),  # forward's thread, and backward's
+        ({"sizes": (("run_cudnn_SDP_bprop", 1000, 9000),)}, None),
+        ({"attention": (("bfloat16 heads of 64", "cudnn", "math"),)}, None),
+        ({"attention": (("bfloat16 heads of 80", "cudnn", "math"),)}, 0),
+        ({"attention": (("bfloat16 heads of 64", "flash", "math"),)}, 0),
+    ],
+)
+def test_kernels_of_a_probed_card_change_later_plans_and_are_said(found, moves):
+    """Workspaces, kernels' temporaries and the attention kernel that runs, each where the sources say otherwise."""
+    from app.service import estimate
+
+    one = {"config": WIDE, "method": "full", "gpu": "h100", "batch_size": 8, "sequence_length": 256}
+    before, elsewhere = estimate(one), estimate({**one, "gpu": "h200"})
+    calibration.store(facts(kernels=KernelFacts(**found)), calibrated=True)
+    after = estimate(one)
+    moved = after["peak"]["allocated"] - before["peak"]["allocated"]
+    assert moved > 0 if moves is None else moved == moves
+    (said,) = [text for text in after["warnings"] if "its kernels are planned as that probe found them" in text]
+    assert "2026-11-25" in said and str(next(iter(found.values()))[0][0]) in said
+    assert estimate({**one, "gpu": "h200"})["peak"] == elsewhere["peak"]
+
+
+def recorded_kernels() -> dict:
+    """What a probe found of an H100 with torch 2.11.0+cu130, 2026-11-25; it asked about five kinds of attention."""
+    rows = {row["name"]: row["measured"] for row in read_recording(REAL).card["kernels"]}
+    peaks = {name: rows[name] for name in OPERATIONS}
+    assert sum(isinstance(value, str) for value in rows.values()) == 5
+    chosen = {name: rows[f"attention of {name}"] for name, *_ in ATTENTION}
+    stated = {name: stated_for(*case) for name, *case in ATTENTION}
+    return {"attention": [(name, stated[name], chosen[name]) for name in stated if stated[name] != chosen[name]],
+            "peaks": peaks}  # fmt: skip
+
+
+def stated_for(dtype, heads: int, keys: int, size: int, masked: bool) -> str:
+    query, key, value = _qkv("meta", dtype, heads, keys, size)
+    mask = torch.zeros(1, 1, 512, 512, dtype=dtype, device="meta") if masked else None
+    return cuda.attention_backend(cuda.Card(), query, key, value, mask, 0.0, not masked, heads != keys)
+
+
+def test_a_real_cards_kernels_are_planned_as_it_ran_them(real):
+    """No kernel of that H100 is otherwise than stated: what is planned for it stays as it is, but for the context."""
+    from app.service import estimate
+
+    found = recorded_kernels()
+    assert facts_of(found, cuda.Card()) == (KernelFacts(), [])
+    before = estimate(job(gpu="h100"))
+    recording = replace(real[1].recording, card={**real[1].recording.card, "kernels": found})
+    calibrate(H100, recording)
+    known = calibration.known("h100")
+    assert (known.kernels, known.unexplained, known.context) == (KernelFacts(), [], 794820608)
+    after = estimate(job(gpu="h100"))
+    assert after["phases"] == before["phases"] and after["timeline"] == before["timeline"]
+    assert after["peak"]["process"] == after["peak"]["reserved"] + 794820608
+
+
+AMPERE = cuda.Card((8, 0), 108)
+FORTH_AND_BACK = "attention of bf16 heads of 64{}, forth and back: its peak"
+
+
+@pytest.mark.parametrize(
+    "card, name, operator",
+    [
+        (cuda.Card(), "the first product's peak", "cublas_workspace"),
+        (cuda.Card(), "the first product with a bias's peak", "cublaslt_workspace"),
+        (cuda.Card(), "a bias gradient over 4096 rows' peak", "gpu_reduce_kernel"),
+        (cuda.Card(), "the norm of 8 gradients' peak", "_foreach_norm"),
+        (cuda.Card(), FORTH_AND_BACK.format(""), "run_cudnn_SDP_bprop"),
+        (AMPERE, FORTH_AND_BACK.format(""), "mha_bwd"),
+        (AMPERE, FORTH_AND_BACK.format(" with a mask"), "_efficient_attention_backward"),
+    ],
+)
+def test_what_an_operation_takes_more_is_its_workspace(card, name, operator):
+    """From the peaks that a card would show to the fact that makes the plan of the operation that peak."""
+    truth = cuda.Card(card.capability, card.multiprocessors, KernelFacts(sizes=((operator, 4, 5),)))
+    peaks = {other: planned_peak(operation, truth)[0] for other, operation in OPERATIONS.items()}
+    found, unexplained = facts_of({"attention": [], "peaks": peaks}, card)
+    assert [size[0] for size in found.sizes] == [operator] and not unexplained
+    assert peaks[name] != planned_peak(OPERATIONS[name], card)[0]
+    again = cuda.Card(card.capability, card.multiprocessors, found)
+    for other, operation in OPERATIONS.items():
+        assert abs(planned_peak(operation, again)[0] - peaks[other]) <= 1024
+
+
+def test_what_no_workspace_explains_is_named_only():
+    measured = recorded_kernels()
+    name = "the first product's peak"
+    measured["peaks"] = {key: peak - (64 << 20) * (key == name) for key, peak in measured["peaks"].items()}
+    facts, unexplained = facts_of(measured, cuda.Card())
+    assert facts == KernelFacts() and [row["name"] for row in unexplained] == [name]
+
+
+def test_a_device_is_asked_which_attention_it_runs():
+    """On the CPU, which has no cuDNN; the question is the one that a card is asked."""
+    asked, other = attention_choices(cuda.Card(), "cpu")
+    assert asked == 1152 and ("bfloat16 heads of 64", "cudnn", "flash") in other
+    facts = KernelFacts(tuple(other))
+    assert attention_choices(cuda.Card(measured=facts), "cpu") == (1152, [])
 
 
 def rows() -> list[dict]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from app.memory.kernels import KernelFacts
+
 aten = torch.ops.aten
 
 HOST_READS: dict[str, bool | str] = {
@@ -41,11 +43,13 @@ class Card:
     """The facts of a GPU that change what PyTorch allocates.
 
     ``capability`` is the CUDA compute capability, ``multiprocessors`` their number, ``cudnn`` the version of the cuDNN
-    that PyTorch runs with (``torch.backends.cudnn.version()``).
+    that PyTorch runs with (``torch.backends.cudnn.version()``). ``measured`` is what a probe of the card found other
+    than what is stated here.
     """
 
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
+    measured: KernelFacts = KernelFacts()
     cudnn: int = 91900
 
     @property
@@ -55,7 +59,8 @@ class Card:
         ``aten/src/ATen/cuda/CublasHandlePool.cpp``, ``parseChosenWorkspaceSize``: ``:4096:2:16:8`` is the default,
         ``:32768`` KiB from Hopper on. Measured on H100 and H200: 33554432 in forward and again in backward.
         """
-        return 32 << 20 if self.capability >= (9, 0) else (4096 * 2 + 16 * 8) << 10
+        stated = 32 << 20 if self.capability >= (9, 0) else (4096 * 2 + 16 * 8) << 10
+        return self.measured.size("cublas_workspace", stated)
 
     @property
     def cublaslt_workspace(self) -> int:
@@ -63,13 +68,24 @@ class Card:
 
         ``getCUDABlasLtWorkspaceSize``. Measured on an H100: the first linear with a bias takes 1 MiB more.
         """
-        return 1 << 20
+        return self.measured.size("cublaslt_workspace", 1 << 20)
 
     @property
     def prefers_cudnn_attention(self) -> bool:
         """``check_prefer_cudnn_attention`` (transformers/cuda/sdp_utils.cpp): sm90 and sm100, cuDNN > 9.15.0."""
         return self.capability in ((9, 0), (10, 0), (10, 3)) and self.cudnn > 91500
 
+
+MEASURABLE = (
+    "cublas_workspace",
+    "cublaslt_workspace",
+    "run_cudnn_SDP_bprop",
+    "mha_bwd",
+    "_efficient_attention_backward",
+    "gpu_reduce_kernel",
+    "_foreach_norm",
+)
+"""The operators whose workspaces are asked of ``Card.measured``."""
 
 card_in_use = Card()
 _in_math_attention = False
@@ -78,8 +94,27 @@ _in_math_attention = False
 # --- attention ----------------------------------------------------------------------------------------------
 
 
+def attention_case(query, key, value, mask, dropout_p: float) -> str:
+    """What of a call a card is asked about when it is probed, in words."""
+    size, value_size = query.shape[-1], value.shape[-1]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    words = [f"{query.dtype} heads of {size}".removeprefix("torch.")]
+    words += [f"values of {value_size}"] * (size != value_size) + ["grouped"] * (key.shape[1] != query.shape[1])
+    words += ["masked"] * (mask is not None) + ["dropout"] * (dropout_p > 0) + ["no gradient"] * (not grad)
+    return ", ".join(words)
+
+
 def attention_backend(card: Card, query, key, value, mask, dropout_p: float, is_causal: bool, gqa: bool) -> str:
-    """Which of ``cudnn``, ``flash``, ``efficient`` and ``math`` PyTorch runs: ``select_sdp_backend`` in
+    """Which of ``cudnn``, ``flash``, ``efficient`` and ``math`` runs: as a probe found the card to choose, else as the
+    sources say."""
+    stated = _stated_backend(card, query, key, value, mask, dropout_p, is_causal, gqa)
+    if not card.measured.attention:
+        return stated
+    return card.measured.backend(attention_case(query, key, value, mask, dropout_p), stated)
+
+
+def _stated_backend(card: Card, query, key, value, mask, dropout_p: float, is_causal: bool, gqa: bool) -> str:
+    """Which of them PyTorch runs: ``select_sdp_backend`` in
     aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, with the filters of ``can_use_*_attention``."""
     half = query.dtype == torch.float16 or query.dtype == torch.bfloat16 and card.capability >= (8, 0)
     head, value_head = query.shape[-1], value.shape[-1]
@@ -207,6 +242,12 @@ def _made_contiguous(ledger, tensors, place, op: str):
     yield
     for key in copied:
         ledger.give(key)
+
+
+def _temporaries(ledger, sizes: list[int], place, op: str) -> None:
+    """What the kernel of ``op`` takes and gives back within its call."""
+    measured = ledger.card.measured
+    ledger.transient([(measured.size(op, size), "kernel_workspace") for size in sizes], place, op)
 
 
 def _workspace(ledger, name: str, size: int) -> None:
@@ -342,7 +383,7 @@ def _cudnn_backward(ledger, func, args, kwargs, place):
     workspace = query.numel() * 4 + batch * heads * length * 4 + 256
     if key.shape[1] != heads:
         workspace += 2 * batch * heads * key.shape[2] * size * query.element_size()
-    ledger.transient([(workspace, "kernel_workspace")], place, "run_cudnn_SDP_bprop")
+    _temporaries(ledger, [workspace], place, "run_cudnn_SDP_bprop")
     return out
 
 
@@ -355,11 +396,10 @@ def _flash_backward(ledger, func, args, kwargs, place):
     batch, heads, length, size = query.shape
     rows = -(-length // 128) * 128
     columns = -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
-    sizes = [(batch * heads * rows * 4, "kernel_workspace"), (batch * rows * heads * columns * 4, "kernel_workspace")]
+    sizes = [batch * heads * rows * 4, batch * rows * heads * columns * 4]
     if key.shape[1] != heads:
-        expanded = batch * key.shape[2] * heads * size * query.element_size()
-        sizes += [(expanded, "kernel_workspace")] * 2
-    ledger.transient(sizes, place, "mha_bwd")
+        sizes += [batch * key.shape[2] * heads * size * query.element_size()] * 2
+    _temporaries(ledger, sizes, place, "mha_bwd")
     return out
 
 
@@ -386,6 +426,7 @@ def _efficient_backward(ledger, func, args, kwargs, place):
     else:
         delta = ledger.take(rows, place, "kernel_workspace", "delta")
     size = _efficient_workspace(ledger.card, query, key)
+    size = ledger.card.measured.size("_efficient_attention_backward", size)
     workspace = ledger.take(size, place, "kernel_workspace", "_efficient_attention_backward")
     ledger.give(delta)
     ledger.give(workspace)
@@ -466,7 +507,8 @@ def _foreach_norm(ledger, func, args, kwargs, place):
     every tensor as many as the largest has. Measured: 38 tensors, the largest of 136134656: 315856 bytes."""
     tensors = args[0]
     chunks = max(-(-t.numel() // 65536) for t in tensors)
-    partial = ledger.take(4 * len(tensors) * chunks, place, "kernel_workspace", "_foreach_norm")
+    size = ledger.card.measured.size("_foreach_norm", 4 * len(tensors) * chunks)
+    partial = ledger.take(size, place, "kernel_workspace", "_foreach_norm")
     out = func(*args, **kwargs)
     ledger.enter(out, func, args, None)
     ledger.give(partial)
@@ -560,6 +602,7 @@ def _sum(ledger, func, args, kwargs, place):
     dims = args[1] if len(args) > 1 and args[1] else range(args[0].dim())
     scratch = reduction_scratch(args[0], [d % args[0].dim() for d in dims], ledger.card)
     if scratch:
+        scratch = ledger.card.measured.size("gpu_reduce_kernel", scratch)
         buffer, semaphores = (ledger.take(n, place, "kernel_workspace", "gpu_reduce_kernel") for n in (scratch, 512))
         ledger.give(semaphores)
         ledger.give(buffer)

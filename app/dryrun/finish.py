@@ -13,20 +13,23 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from app.dryrun import cuda
 from app.dryrun.fold import folded_books
-from app.dryrun.model import Weightless, build_base, load, read_config, task_of
+from app.dryrun.model import Weightless, bare, load
 from app.dryrun.trace import Ledger
 from app.errors import PlanError
 from app.job import Job
 from app.memory.event import Books
+from app.memory.kernels import KernelFacts
 
 MERGE, SAVE = "merge", "save"
 
 
-def finish_books(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
+def finish_books(
+    job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts
+) -> Books:
     """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it. Raises
     :class:`PlanError`."""
-    base, task = _bare(job, config)
-    card = cuda.Card(capability, multiprocessors)
+    base, task = bare(config, job.task, job.dtype, job.attention)
+    card = cuda.Card(capability, multiprocessors, measured)
 
     def run(model) -> Books:
         ledger = Ledger(card)
@@ -57,10 +60,12 @@ def finish_books(job: Job, config: dict, capability: tuple[int, int], multiproce
         ) from None
 
 
-def load_books(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int) -> Books:
+def load_books(
+    job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts
+) -> Books:
     """The books of placing the model of ``job`` (resolved) alone."""
-    base, task = _bare(job, config)
-    card = cuda.Card(capability, multiprocessors)
+    base, task = bare(config, job.task, job.dtype, job.attention)
+    card = cuda.Card(capability, multiprocessors, measured)
 
     def run(model) -> Books:
         ledger = Ledger(card)
@@ -69,9 +74,3 @@ def load_books(job: Job, config: dict, capability: tuple[int, int], multiprocess
         return ledger.close()
 
     return folded_books(base, run)
-
-
-def _bare(job: Job, config: dict) -> tuple[torch.nn.Module, str]:
-    configuration = read_config(config, job.attention)
-    task = job.task or task_of(configuration)
-    return build_base(configuration, task, getattr(torch, job.dtype)), task

@@ -167,6 +167,13 @@ def task_of(config: transformers.PretrainedConfig) -> str:
     )
 
 
+def bare(config: dict, task: str | None, dtype: str, attention: str | None) -> tuple[torch.nn.Module, str]:
+    """The bare model of a config.json on the meta device, and its task (None: its own). Raises :class:`PlanError`."""
+    configuration = read_config(config, attention)
+    task = task or task_of(configuration)
+    return build_base(configuration, task, getattr(torch, dtype)), task
+
+
 def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dtype) -> torch.nn.Module:
     """The bare model on the meta device, weights tied, in ``dtype``."""
     auto = AUTO[task]

@@ -11,13 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from app.dryrun import cuda, layers, stored
 from app.dryrun.fold import folded_books
-from app.dryrun.model import build_base, equal_type, quantizable, read_config, task_of
+from app.dryrun.model import bare, equal_type, quantizable
 from app.dryrun.step import dry_run
 from app.dryrun.symbols import symbol, understood
 from app.dryrun.trace import DataDependent, canonical
 from app.errors import PlanError
 from app.job import Job, point_of
 from app.memory.event import Books
+from app.memory.kernels import KernelFacts
 from app.memory.profile import Profile
 from app.memory.script import Script
 from app.memory.sizes import SYMBOLS
@@ -26,13 +27,11 @@ from app.memory.table import Table, with_costs
 
 def _base(job: Job, config: dict):
     """The job that is run, the bare model, its task, and what is to be said of how it came to be."""
-    configuration = read_config(config, job.attention)
-    task = job.task or task_of(configuration)
-    base = build_base(configuration, task, getattr(torch, job.dtype))
+    base, task = bare(config, job.task, job.dtype, job.attention)
     said = list(_planned_as(config, base))
     settings = stored.settings_of(config)
     with weighed(base):
-        _check_length(job, configuration, task)
+        _check_length(job, base.config, task)
         if settings is not None:
             job, how = stored.as_loaded(job, settings, base)
             said.append(how)
@@ -70,13 +69,20 @@ def weighed(base):
         raise
 
 
-def trace(job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, general: bool = False) -> Profile:
-    """Run ``job`` (resolved) on the meta device as a card of this capability would, and describe the model.
+def trace(
+    job: Job,
+    config: dict,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    measured: KernelFacts = KernelFacts(),
+    general: bool = False,
+) -> Profile:
+    """Run ``job`` (resolved) on the meta device as a card with these kernels would, and describe the model.
 
     The profile holds for the job's own batch and length; ``general``: for all for which the software does the same,
     which takes a few times as long. Raises :class:`PlanError`.
     """
-    card = cuda.Card(capability, multiprocessors)
+    card = cuda.Card(capability, multiprocessors, measured)
     job, base, task, said = _base(job, config)
     skip = job.quantization.skip_modules if job.quantization else ()
     rows = layers.weights_table(base, skip)

@@ -15,7 +15,7 @@ import warnings
 
 import torch
 
-from app.dryrun.model import build_base, load, read_config
+from app.dryrun.model import bare, load
 from app.dryrun.step import run_generate, run_plain
 from app.job import Job, read_job
 from app.probe.history import books_of
@@ -141,7 +141,7 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
     started = time.perf_counter()
     tell("start", 0)
     out = Recording(job.model_dump(mode="json"), layers, task, {}, {**stack(), "torch": torch.__version__})
-    base = build_base(read_config(job.config, job.attention), task, getattr(torch, job.dtype))
+    base, _ = bare(job.config, task, job.dtype, job.attention)
     if layers is not None:
         base = with_layers(base, layers)
     tell("warm-up", 0)
@@ -223,7 +223,7 @@ def main() -> None:
 
         facts = meter.facts()
         capability, multiprocessors = tuple(facts["capability"]), facts["multiprocessors"]
-        out.card["kernels"] = measure_kernels(Card(capability, multiprocessors, facts["cudnn"]))
+        out.card["kernels"] = measure_kernels(Card(capability, multiprocessors))
     out.save(request["out"])
     print(json.dumps({"done": True}), file=voice)
 

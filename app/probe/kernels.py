@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from app.dryrun import cuda
 from app.dryrun.trace import Ledger
 from app.memory.allocator import round_size
+from app.memory.kernels import KernelFacts
 
 BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
 """``torch.nn.attention.SDPBackend``."""
@@ -19,6 +22,38 @@ def _qkv(device: str, dtype: torch.dtype, heads: int, keys: int, size: int) -> l
     shapes = [(1, heads, 512, size), (1, keys, 512, size), (1, keys, 512, size)]
     return [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
 
+
+# --- which attention kernel runs ----------------------------------------------------------------------------
+
+
+def attention_choices(card: cuda.Card, device: str = "cuda") -> tuple[int, list[tuple[str, str, str]]]:
+    """How many cases the device was asked about, and (case, stated, chosen) of those in which it chooses another
+    kernel than is stated for ``card``. Nothing is run: PyTorch tells its choice (``_fused_sdp_choice``)."""
+    asked, other = 0, []
+    for call in _calls(device):
+        asked += 1
+        stated = cuda.attention_backend(card, *call)
+        *tensors, gqa = call
+        chosen = BACKENDS[torch._fused_sdp_choice(*tensors, enable_gqa=gqa)]
+        if chosen != stated:
+            other.append((cuda.attention_case(*tensors[:5]), stated, chosen))
+    return asked, other
+
+
+def _calls(device: str) -> Iterator[tuple]:
+    """Calls of every dtype and head size, grouped or not, with a mask or without, with dropout, and without gradients:
+    query, key, value, mask, dropout, whether causal, whether grouped."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for dtype, size, keys in product(dtypes, range(8, 257, 8), (8, 2)):
+        query, key, value = _qkv(device, dtype, 8, keys, size)
+        hides = torch.zeros(1, 1, 512, 512, dtype=dtype, device=device)
+        for mask, dropout, grad in product((None, hides), (0.0, 0.1), (True, False)):
+            if grad or not dropout:
+                with torch.set_grad_enabled(grad):
+                    yield query, key, value, mask, dropout, mask is None, keys != 8
+
+
+# --- what kernels take --------------------------------------------------------------------------------------
 
 ATTENTION = [
     ("bf16 heads of 64", torch.bfloat16, 16, 16, 64, False),
@@ -54,44 +89,26 @@ def _norms(device: str) -> None:
     torch._foreach_norm([torch.zeros(1 << 20, device=device) for _ in range(8)])
 
 
-OPERATIONS: list[tuple[str, Callable[[str], None]]] = [
-    ("the first product's peak", _product),
-    ("the first product with a bias's peak", _product_with_bias),
-    ("a bias gradient over 4096 rows' peak", _bias_gradient),
-    ("the norm of 8 gradients' peak", _norms),
-    *(
-        (f"attention of {name}, forth and back: its peak", lambda device, case=case: _attention(device, *case))
+OPERATIONS: dict[str, Callable[[str], None]] = {
+    "the first product's peak": _product,
+    "the first product with a bias's peak": _product_with_bias,
+    "a bias gradient over 4096 rows' peak": _bias_gradient,
+    "the norm of 8 gradients' peak": _norms,
+    **{
+        f"attention of {name}, forth and back: its peak": lambda device, case=case: _attention(device, *case)
         for name, *case in ATTENTION
-    ),
-]
+    },
+}
 
 
-def measure_kernels(card: cuda.Card) -> list[dict]:
-    """Each operation's name, its planned and its measured bytes (or kernel). On the current CUDA device."""
-    rows = []
-    for name, dtype, heads, keys, size, masked in ATTENTION:
-        query, key, value = _qkv("cuda", dtype, heads, keys, size)
-        mask = torch.zeros(1, 1, 512, 512, dtype=dtype, device="cuda") if masked else None
-        choice = torch._fused_sdp_choice(query, key, value, mask, 0.0, not masked, enable_gqa=heads != keys)
-        planned = cuda.attention_backend(card, query, key, value, mask, 0.0, not masked, heads != keys)
-        rows.append({"name": f"attention of {name}", "planned": planned, "measured": BACKENDS.get(choice, str(choice))})
-    del query, key, value, mask
-    for name, operation in OPERATIONS:
-        rows.append({"name": name, "planned": planned_peak(operation, card), "measured": _measured_peak(operation)})
-    return rows
-
-
-def planned_peak(operation: Callable[[str], None], card: cuda.Card) -> int:
-    """The most bytes that ``operation`` holds at once in its plan, in blocks."""
-    ledger = Ledger(card)
-    with cuda.as_if_cuda(card), ledger:
-        operation("meta")
-    now = peak = 0
-    for event in ledger.books.events:
-        size = round_size(ledger.books.allocations[event if event >= 0 else ~event].size)
-        now += size if event >= 0 else -size
-        peak = max(peak, now)
-    return peak
+def measure_kernels(card: cuda.Card) -> dict:
+    """What the current CUDA device chooses other than is stated for ``card``, and the peak of each operation, bytes."""
+    asked, other = attention_choices(card)
+    return {
+        "asked": asked,
+        "attention": other,
+        "peaks": {name: _measured_peak(run) for name, run in OPERATIONS.items()},
+    }
 
 
 def _measured_peak(operation: Callable[[str], None]) -> int:
@@ -103,3 +120,44 @@ def _measured_peak(operation: Callable[[str], None]) -> int:
     operation("cuda")
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def planned_peak(operation: Callable[[str], None], card: cuda.Card) -> tuple[int, Counter]:
+    """The most bytes that ``operation`` holds at once in its plan, in blocks; and of workspaces that can be otherwise,
+    what each operator asked for then."""
+    ledger = Ledger(card)
+    with cuda.as_if_cuda(card), ledger:
+        operation("meta")
+    now = peak = 0
+    held: Counter = Counter()
+    then: Counter = Counter()
+    for event in ledger.books.events:
+        entry = ledger.books.allocations[event if event >= 0 else ~event]
+        sign = 1 if event >= 0 else -1
+        now += sign * round_size(entry.size)
+        if entry.op in cuda.MEASURABLE:
+            held[entry.op] += sign * entry.size
+        if now > peak:
+            peak, then = now, +held
+    return peak, then
+
+
+def facts_of(measured: dict, card: cuda.Card) -> tuple[KernelFacts, list[dict]]:
+    """What :func:`measure_kernels` found, as facts that change a plan for ``card``; and what it found that no fact
+    explains: rows of name, planned and measured.
+
+    Operation by operation, from the simplest on: what is measured beside the plan belongs to the largest workspace
+    there that no simpler operation has shown to be right.
+    """
+    facts, known, unexplained = KernelFacts(tuple(map(tuple, measured["attention"]))), set(), []
+    for name, operation in OPERATIONS.items():
+        peak, held = planned_peak(operation, cuda.Card(card.capability, card.multiprocessors, facts))
+        beside = measured["peaks"][name] - peak
+        mine = max((op for op in held if op not in known), key=held.__getitem__, default=None)
+        if beside and (mine is None or held[mine] + beside < 0):
+            unexplained.append({"name": name, "planned": peak, "measured": measured["peaks"][name]})
+        elif beside:
+            facts = facts._replace(sizes=(*facts.sizes, (mine, held[mine], held[mine] + beside)))
+        if mine is not None:
+            known.add(mine)
+    return facts, unexplained

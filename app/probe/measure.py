@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from app.calibration import Facts, known, name_of, store
+from app.calibration import Facts, is_known, name_of, store
 from app.cards import like, outside_of
 from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
 from app.job import Job, OwnGpu, point_of, read_job
 from app.memory.breakdown import read
 from app.memory.event import Books
+from app.memory.kernels import KernelFacts
 from app.memory.script import Script
 from app.plan import config_of, kernels_of, profile_of, refuse_unplanned, settings_of
 from app.probe import card
@@ -55,11 +56,9 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
 @lru_cache(maxsize=8)
 def _bare(config: str, task: str, dtype: str, attention: str | None):
     """The bare model on the meta device, for its depth and its shorter copies."""
-    import torch
+    from app.dryrun.model import bare
 
-    from app.dryrun.model import build_base, read_config
-
-    return build_base(read_config(json.loads(config), attention), task, getattr(torch, dtype))
+    return bare(json.loads(config), task, dtype, attention)[0]
 
 
 def depth_of_plan(planned: Planned) -> int:
@@ -151,13 +150,15 @@ class Bench:
                 "free the card first; nvidia-smi lists who holds it",
             )
         self._agree(planned, cap, state)
-        calibrate = known(name_of(planned.gpu)) is None
-        request = request_for(planned, cap, layers, snapshot, calibrate)
+        import torch
+
+        unknown = not is_known(name_of(planned.gpu), state.driver, torch.__version__)
+        request = request_for(planned, cap, layers, snapshot, unknown)
         recording = child.run(request, self.seconds, self.tell)
         if recording.outcome == FAILED:
             raise PlanError(f"the job failed on the card: {recording.reason}", "the stack itself says so")
         if recording.outcome == OK:
-            _calibrate(planned.gpu, recording)
+            calibrate(planned.gpu, recording)
         return Probed(planned, recording, compare(planned.books, recording.books))
 
     def _agree(self, planned: Planned, cap: int, state: card.CardState) -> None:
@@ -193,13 +194,20 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _calibrate(gpu: Gpu | OwnGpu, recording: Recording) -> None:
-    facts = recording.card
-    if facts["context"] is not None:
-        held = facts["context"]
-        date = time.strftime("%Y-%m-%d")
-        torch = recording.stack["torch"]
-        store(Facts(name_of(gpu), facts["driver"], torch, date, held, held, held, facts.get("kernels", [])))
+def calibrate(gpu: Gpu | OwnGpu, recording: Recording) -> None:
+    """Keep what the card's process held outside the allocator, and how its kernels are."""
+    card, found = recording.card, recording.card.get("kernels")
+    if card["context"] is None:
+        return
+    from app.dryrun.cuda import Card
+    from app.probe.kernels import facts_of
+
+    held, kernels = card["context"], (KernelFacts(), [])
+    if found is not None:
+        kernels = facts_of(found, Card(*kernels_of(gpu)[:2]))
+    date = time.strftime("%Y-%m-%d")
+    facts = Facts(name_of(gpu), card["driver"], recording.stack["torch"], date, held, held, held, *kernels)
+    store(facts, calibrated=found is not None)
 
 
 def measured(bench: Bench, data: Any, layers: int | None = None, snapshot: str | None = None) -> tuple[dict, Probed]:
