@@ -40,6 +40,7 @@ Optimizer = Literal[
     "paged_lion_32bit",
 ]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Side = Annotated[int, Field(ge=1, le=8192)]
 
 
 class _Strict(BaseModel):
@@ -122,6 +123,15 @@ class Job(_Strict):
     target_length: Count | None = Field(None, description="Tokens of the labels of an encoder-decoder; null: the same.")
     new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
         None, description="Tokens that inference generates; null: 64."
+    )
+    images: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="Images a sequence of a vision-language model; null: 1 where it fits the sequence, else 0."
+    )
+    image_size: tuple[Side, Side] | None = Field(
+        None, description="Height and width of an image before its processor, in pixels; null: 448 each."
+    )
+    expert_routing: Literal["balanced", "same"] = Field(
+        "balanced", description="Where experts run one by one: each gets as many tokens, or every token the same ones."
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(1, description="Batches a step.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(

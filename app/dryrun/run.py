@@ -11,10 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from app.dryrun import cuda, layers, stored
 from app.dryrun.fold import folded_books
+from app.dryrun.images import images_of
 from app.dryrun.model import bare, equal_type, quantizable
 from app.dryrun.step import dry_run
 from app.dryrun.symbols import symbol, understood
 from app.dryrun.trace import DataDependent, canonical
+from app.dryrun.values import Values
 from app.errors import PlanError
 from app.job import Job, point_of
 from app.memory.event import Books
@@ -84,6 +86,8 @@ def trace(
     """
     card = cuda.Card(capability, multiprocessors, measured)
     job, base, task, said = _base(job, config)
+    with weighed(base):
+        images, shown = images_of(base, job, task)
     skip = job.quantization.skip_modules if job.quantization else ()
     rows = layers.weights_table(base, skip)
     facts = {
@@ -94,22 +98,29 @@ def trace(
         "supports_checkpointing": bool(base.supports_gradient_checkpointing),
         "attention": base.config._attn_implementation or "eager",
     }
-    warnings = [*said, *_weight_warnings(job, base)]
+    warnings = [*said, *([shown] if shown else []), *_weight_warnings(job, base)]
     spare = copy.deepcopy(base) if job.method != "inference" and base.supports_gradient_checkpointing else None
     conditions: dict[str, None] = {}
-    symbols = _symbols(job, conditions) if general else {}
-    if general:
+    values = None if images is None else Values(job.expert_routing, images)
+    symbols = _symbols(job, conditions) if general and values is None else {}
+    if symbols:
         _check_length(job.model_copy(update=symbols), base.config, task)
-    books = _books(base, job, task, card, symbols)
+    try:
+        books = _books(base, job, task, card, symbols, values)
+    except DataDependent:
+        values, symbols = Values(job.expert_routing, images), {}
+        books = _books(base, job, task, card, symbols, values)
+    if values is not None and values.routed:
+        warnings.append(_ROUTED[job.expert_routing])
     warnings += _kernel_warnings(job, task, facts["attention"], books)
     checkpointed = job.gradient_checkpointing != "off"
     other = None
     if spare is not None:
         flipped = job.model_copy(update={"gradient_checkpointing": "off" if checkpointed else "non_reentrant"})
-        other = _books(spare, flipped, task, card, symbols, forward_only=True)
+        other = _books(spare, flipped, task, card, symbols, values, forward_only=True)
     facts["trainable_parameters"] = _trainable(books, job)
     facts["optimizer_state"] = _state_bytes(books)
-    if not general:
+    if not symbols:
         conditions = {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
     table = Table.of(with_costs(rows, books, other, checkpointed))
     return Profile(Script.of(books, conditions), facts, table, warnings)
@@ -124,9 +135,25 @@ def _symbols(job: Job, conditions: dict[str, None]) -> dict[str, torch.SymInt]:
     return {field: symbol(SYMBOLS[field == "sequence_length"], value, conditions) for field, value in named.items()}
 
 
-def _books(model, job: Job, task: str, card: cuda.Card, symbols: dict, forward_only: bool = False) -> Books:
+_ROUTED = {
+    "balanced": "what runs depends on which experts the router chooses: taken to be each as often as the others (job "
+    "field expert_routing: balanced)",
+    "same": "what runs depends on which experts the router chooses: taken to be the same ones for every token (job "
+    "field expert_routing: same)",
+}
+
+
+def _books(
+    model,
+    job: Job,
+    task: str,
+    card: cuda.Card,
+    symbols: dict,
+    values: Values | None,
+    forward_only: bool = False,
+) -> Books:
     """The books of ``job`` on the bare ``model``, folded, with ``symbols`` for fields of the job if there are any;
-    what the stack itself refuses is told as such."""
+    what the stack itself refuses is told as such. Raises :class:`DataDependent` where it takes ``values``."""
     names = (
         *(job.lora.target_modules or () if job.lora and job.lora.target_modules != "all-linear" else ()),
         *(job.lora.modules_to_save if job.lora else ()),
@@ -134,21 +161,24 @@ def _books(model, job: Job, task: str, card: cuda.Card, symbols: dict, forward_o
     )
 
     def run(what: Job) -> Callable[[torch.nn.Module], Books]:
-        return lambda short: dry_run(short, what, task, card, 2, forward_only)
+        return lambda short: dry_run(short, what, task, card, 2, forward_only, values)
 
     general = run(job.model_copy(update=symbols)) if symbols else None
-    with weighed(model), _told(model, job), understood():
+    with weighed(model), _told(model, job, values is not None), understood():
         return folded_books(model, run(job), names, general)
 
 
 @contextmanager
-def _told(model, job: Job):
-    """What the stack itself refuses, as the error that a user is told."""
+def _told(model, job: Job, known: bool):
+    """What the stack itself refuses, as the error that a user is told; with ``known`` values, what they do not tell
+    too."""
     try:
         yield
     except PlanError:
         raise
     except DataDependent as error:
+        if not known:
+            raise
         raise PlanError(
             f"{type(model).__name__} computes with values that a dry run does not have, at {error.where}",
             "its weights can be planned, its activations cannot",
@@ -246,8 +276,6 @@ def _kernel_warnings(job: Job, task: str, attention: str, books: Books) -> list[
         out.append(
             "convolutions: cuDNN's workspace is that of its channels-last kernels; other choices take other amounts"
         )
-    if task == "image-text-to-text":
-        out.append("planned on text alone: image tokens count as tokens of the sequence, the vision tower is not run")
     if job.quantization is not None and job.quantization.type == "int8":
         out.append(
             "LLM.int8 keeps a copy of every outlier column (values of 6 and more); how many there are depends on the "

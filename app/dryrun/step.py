@@ -10,8 +10,10 @@ import transformers
 
 from app.dryrun import cuda
 from app.dryrun.autocast import Autocast
+from app.dryrun.inputs import make_batch
 from app.dryrun.model import Weightless, load
 from app.dryrun.trace import Ledger
+from app.dryrun.values import Values
 from app.errors import PlanError
 from app.job import Job
 from app.memory.event import Books
@@ -75,39 +77,6 @@ def paged_states_elsewhere():
         torch.cuda.synchronize = synchronize
         for name, function in saved.items():
             setattr(functional, name, function)
-
-
-def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Tensor]:
-    """The batch on the card: what the model's main input is, labels, and the mask that the job asks for.
-
-    Token ids and labels are int64. An image is ``config.image_size`` large, in the dtype of the weights; a recording is
-    the whole window of the speech encoder: ``num_mel_bins`` by twice ``max_source_positions`` frames.
-    """
-    config, b, s = model.config, job.batch_size, job.sequence_length
-    if s is None and task != "image-classification":
-        raise PlanError("this task needs a `sequence_length`", "set sequence_length", "sequence_length")
-    dtype = getattr(torch, job.dtype)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device=ledger.device)
-
-    if task == "image-classification":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        batch = {"pixel_values": empty(b, config.num_channels, height, width, dtype=dtype), "labels": empty(b)}
-    elif task == "speech-seq2seq":
-        features = empty(b, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
-        batch = {"input_features": features, "labels": empty(b, job.target_length or s)}
-    else:
-        labels = {
-            "sequence-classification": (b,),
-            "seq2seq-lm": (b, job.target_length or s),
-        }.get(task, (b, s))
-        batch = {"input_ids": empty(b, s), "labels": empty(*labels)}
-    if job.attention_mask != "absent" and "input_ids" in batch:
-        batch["attention_mask"] = empty(b, s)
-    ledger.arrived(batch)
-    return batch
 
 
 def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int, forward_only: bool = False) -> None:
@@ -176,8 +145,19 @@ def settle(ledger: Ledger, parameters: list[torch.nn.Parameter], optimizer=None)
                     ledger.reclassify(value, "optimizer_state")
 
 
-def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward_only: bool = False) -> Books:
-    """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; or its first forward pass."""
+def dry_run(
+    model,
+    job: Job,
+    task: str,
+    card: cuda.Card,
+    steps: int = 2,
+    forward_only: bool = False,
+    values: Values | None = None,
+) -> Books:
+    """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; or its first forward pass.
+
+    With ``values`` those that the job states are followed, which takes twice as long.
+    """
     from app.dryrun.trainers import run_trainer
 
     symbolic = isinstance(job.batch_size, torch.SymInt)
@@ -188,10 +168,12 @@ def dry_run(model, job: Job, task: str, card: cuda.Card, steps: int = 2, forward
     with cuda.as_if_cuda(card), paged_states_elsewhere():
         model = load(model, job, task, ledger, Weightless())
         mode = ledger.autocast
+        ledger.values = values
         with (
             ledger.watching(model),
             mode or contextlib.nullcontext(),
             mode.in_modules_of(model) if mode else contextlib.nullcontext(),
+            values or contextlib.nullcontext(),
         ):
             run(ledger, model, job, task, steps, forward_only)
             return ledger.close()

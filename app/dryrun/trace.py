@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from app.dryrun import cuda, native  # noqa: F401  (native: shape functions in C++)
 from app.dryrun.symbols import size_of
+from app.dryrun.values import Images, Values
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 
 _current_node = torch._C._current_autograd_node
@@ -69,6 +70,7 @@ class Ledger(TorchDispatchMode):
         self.step = 0
         self.in_backward = False
         self.autocast = None
+        self.values: Values | None = None
         self.heads: set[str] = {""}
         self._kind = "temporaries"
         self._watched: dict[int, _Watch] = {}
@@ -170,10 +172,17 @@ class Ledger(TorchDispatchMode):
             self._watch(storage, module, kind, "place")
         self._owner.setdefault(storage._cdata, module)
 
-    def arrived(self, batch: dict[str, torch.Tensor]) -> None:
-        """Enter a batch that lies on the card now."""
-        for tensor in batch.values():
+    @property
+    def images(self) -> Images | None:
+        """What a vision-language model is shown."""
+        return None if self.values is None else self.values.images
+
+    def arrived(self, batch: dict[str, torch.Tensor], stated: dict[str, torch.Tensor]) -> None:
+        """Enter a batch that lies on the card now, with the values that the job states of it."""
+        for name, tensor in batch.items():
             self.own(tensor, "", "inputs")
+            if self.values is not None and name in stated:
+                self.values.tell(tensor, stated[name])
 
     def key_of(self, tensor: torch.Tensor) -> int | None:
         watch = self._watched.get(tensor.untyped_storage()._cdata)

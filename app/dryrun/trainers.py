@@ -15,7 +15,8 @@ import transformers
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import PeftModel
 
-from app.dryrun.step import make_batch, make_optimizer, settle
+from app.dryrun.inputs import make_batch
+from app.dryrun.step import make_optimizer, settle
 from app.dryrun.symbols import stepped
 from app.dryrun.trace import Ledger
 from app.job import Job

@@ -50,6 +50,7 @@ class Recorder:
             self.autocast = _Autocast(self.device, dtype)
         self.padded = job.attention_mask == "padded"
         self.in_backward = False
+        self.images = self.values = None
         self.length = 0
         self.phases: list[Figures] = []
         self.marks: list[tuple[int, str, int]] = []
@@ -127,11 +128,14 @@ class Recorder:
         text = model.config.get_text_config()
         self._vocabulary = min(getattr(text, "vocab_size", None) or 1000, 30000)
 
-    def arrived(self, batch: dict[str, torch.Tensor]) -> None:
-        """Fill a batch in place: random ids and pixels, labels that the model knows, the job's mask."""
+    def arrived(self, batch: dict[str, torch.Tensor], stated: dict[str, torch.Tensor]) -> None:
+        """Fill a batch in place: random ids and pixels, labels that the model knows, the job's mask; where there are
+        images, all that is ``stated``."""
         for name, tensor in batch.items():
             if tensor.is_floating_point():
                 tensor.normal_()
+            elif self.images is not None and name in stated:
+                tensor.copy_(stated[name])
             elif name == "attention_mask":
                 tensor.fill_(1)
                 if self.padded:

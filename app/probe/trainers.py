@@ -7,7 +7,8 @@ import tempfile
 import torch
 import transformers
 
-from app.dryrun.step import make_batch, make_optimizer, settle
+from app.dryrun.inputs import make_batch
+from app.dryrun.step import make_optimizer, settle
 from app.job import Job
 
 
@@ -63,6 +64,7 @@ class _OnHost:
 
     def __init__(self, recorder):
         self.arrived = recorder.arrived
+        self.images, self.values = recorder.images, recorder.values
 
 
 def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:

@@ -1,0 +1,152 @@
+"""What a vision-language model is shown: pixel inputs as its own image processor makes them of a blank image.
+
+The processor is the class that transformers names for the config's type, with its defaults and the sizes that the
+config states; the number of tokens is what the model's own ``get_image_features`` returns for them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import torch
+from transformers.models.auto.image_processing_auto import (
+    IMAGE_PROCESSOR_MAPPING_NAMES,
+    get_image_processor_class_from_name,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from app.dryrun.values import LIMIT, Images, Values
+from app.errors import PlanError
+from app.job import Job
+
+SIDE = 448
+"""Pixels of a side of the image that a job does not size."""
+PIXELS = 1 << 24
+"""Most pixels of one sequence's images: they are made, and processed, on the host."""
+
+
+def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
+    """The images of a job's sequences, and a sentence that says what is taken for granted.
+
+    Raises :class:`PlanError` where the job asks for images that the model cannot be shown.
+    """
+    if task != "image-text-to-text" or job.method == "inference" and not job.images:
+        return None, None
+    if job.images == 0:
+        return None, "planned on text alone: the vision tower is loaded, not run"
+    height, width = job.image_size or (SIDE, SIDE)
+    count = job.images or 1
+    if count * height * width > PIXELS or job.batch_size * (job.sequence_length or 0) > LIMIT:
+        raise PlanError(
+            f"{count} × {height} × {width} pixels in each of {job.batch_size} sequences are too many to be followed",
+            f"at most {PIXELS} pixels a sequence and {LIMIT} tokens a batch are; set images to 0 for text alone",
+            "images",
+        )
+    try:
+        inputs = _processed(model, count, height, width)
+        tokens = _tokens(model, inputs, job) // count
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = f"images are not planned for {type(model).__name__}: {text}"
+        if job.images or job.image_size:
+            raise PlanError(reason, "set images to 0 to plan it on text alone", "images") from None
+        return None, f"{reason}. Planned on text alone: the vision tower is loaded, not run"
+    needed = count * (tokens + 1) + 1
+    said = (
+        f"{count} image{'s' * (count > 1)} of {height} × {width} pixels in every sequence, {tokens} of its tokens each"
+    )
+    if needed > (job.sequence_length or 0):
+        if job.images or job.image_size:
+            raise PlanError(
+                f"{said}: more than the {job.sequence_length} tokens of a sequence",
+                f"set sequence_length to at least {needed}, or images or image_size to less",
+                "sequence_length",
+            )
+        return None, (
+            f"planned on text alone: an image of {height} × {width} pixels takes {tokens} tokens, more than "
+            f"sequence_length leaves; {needed} hold one"
+        )
+    return Images(count, tokens, _token(model.config), inputs), f"{said} (job fields images and image_size)"
+
+
+def _processed(model, count: int, height: int, width: int) -> dict[str, torch.Tensor]:
+    """What the processor makes of one sequence's images, as far as the model's forward takes it."""
+    from PIL import Image
+
+    config = model.config
+    names = _processor_names(config.model_type)
+    if "pil" not in names:
+        needs = f"{', '.join(names.values())} needs torchvision" if names else "transformers names none for its type"
+        raise PlanError(f"of image processors, {needs}")
+    processor = get_image_processor_class_from_name(names["pil"])()
+    _size(processor, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = processor(images=[[Image.new("RGB", (width, height))] * count], return_tensors="pt")
+    taken = inspect.signature(type(model).forward).parameters
+    return {
+        name: value.to("meta") if value.is_floating_point() else value
+        for name, value in made.items()
+        if name in taken and isinstance(value, torch.Tensor)
+    }
+
+
+def _processor_names(kind: str) -> dict[str, str]:
+    """The image processors of a type or, where transformers names none, of a type with the same processor."""
+    same = [kind, *(k for k, name in PROCESSOR_MAPPING_NAMES.items() if name == PROCESSOR_MAPPING_NAMES.get(kind))]
+    return next((IMAGE_PROCESSOR_MAPPING_NAMES[k] for k in same if k in IMAGE_PROCESSOR_MAPPING_NAMES), {})
+
+
+def _size(processor, config) -> None:
+    """Set the processor to the sizes that the vision tower's config states, as a checkpoint's own settings would."""
+    vision = getattr(config, "vision_config", config)
+    patch = getattr(vision, "patch_size", None)
+    merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
+    side = getattr(vision, "image_size", None)
+    if isinstance(patch, int) and hasattr(processor, "patch_size"):
+        whole = patch if hasattr(processor, "merge_size") or merge is None else patch * merge
+        processor.patch_size = whole if isinstance(processor.patch_size, int) else {"height": whole, "width": whole}
+    if isinstance(merge, int) and hasattr(processor, "merge_size"):
+        processor.merge_size = merge
+    if isinstance(getattr(vision, "temporal_patch_size", None), int) and hasattr(processor, "temporal_patch_size"):
+        processor.temporal_patch_size = vision.temporal_patch_size
+    size = getattr(processor, "size", None)
+    if isinstance(side, int) and size is not None:
+        square = {"height": side, "width": side}
+        if getattr(size, "height", None):
+            processor.size = type(size)(**square)
+        elif getattr(processor, "crop_size", None):
+            processor.size = type(size)(shortest_edge=side)
+            processor.crop_size = type(size)(**square)
+
+
+def _tokens(model, inputs: dict[str, torch.Tensor], job: Job) -> int:
+    """How many tokens one sequence's images take: the rows of features that the model puts in their place.
+
+    0 where they are read by cross-attention: one token marks each image.
+    """
+    features = getattr(model, "get_image_features", None)
+    if features is None:
+        return len(next(iter(inputs.values())))
+    values = Values(job.expert_routing)
+    taken = inspect.signature(features).parameters
+    any_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    with torch.no_grad(), values:
+        told = {}
+        for name, tensor in inputs.items():
+            if name in taken or any_more:
+                told[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                if tensor.is_floating_point():
+                    told[name] = told[name].to(model.dtype)
+                else:
+                    values.tell(told[name], tensor)
+        out = features(**told, return_dict=True)
+    rows = getattr(out, "pooler_output", out)
+    rows = rows if isinstance(rows, (list, tuple)) else [rows]
+    return sum(part.shape[:-1].numel() for part in rows)
+
+
+def _token(config) -> int:
+    """The token that stands where an image is."""
+    return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None) or 0

@@ -1,0 +1,81 @@
+"""The batch of a job: what the model's own signature and config ask for."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from peft import PeftModel
+
+from app.dryrun.trace import Ledger
+from app.dryrun.values import LIMIT, Images
+from app.errors import PlanError
+from app.job import Job
+
+
+def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Tensor]:
+    """The batch on the card: what the model's main input is, labels, and the mask that the job asks for.
+
+    Token ids and labels are int64. An image is ``config.image_size`` large, in the dtype of the weights, or what the
+    model's image processor makes of it; a recording is the whole window of the speech encoder: ``num_mel_bins`` by
+    twice ``max_source_positions`` frames.
+    """
+    config, b, s = model.config, job.batch_size, job.sequence_length
+    if s is None and task != "image-classification":
+        raise PlanError("this task needs a `sequence_length`", "set sequence_length", "sequence_length")
+    dtype = getattr(torch, job.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=ledger.device)
+
+    def pixels() -> torch.Tensor:
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return empty(b, vision.num_channels, height, width, dtype=dtype)
+
+    if task == "image-classification":
+        batch = {"pixel_values": pixels(), "labels": empty(b)}
+    elif task == "zero-shot-image-classification":
+        batch = {"pixel_values": pixels(), "input_ids": empty(b, s)}
+    elif task == "speech-seq2seq":
+        features = empty(b, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
+        batch = {"input_features": features, "labels": empty(b, job.target_length or s)}
+    else:
+        labels = {
+            "sequence-classification": (b,),
+            "seq2seq-lm": (b, job.target_length or s),
+        }.get(task, (b, s))
+        batch = {"input_ids": empty(b, s), "labels": empty(*labels)}
+    if job.attention_mask != "absent" and "input_ids" in batch:
+        batch["attention_mask"] = empty(b, s)
+    stated = {} if ledger.images is None and ledger.values is None else _stated(model, job, ledger.images)
+    for name, value in stated.items():
+        if name not in ("input_ids", "attention_mask"):
+            batch[name] = empty(*value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
+    ledger.arrived(batch, {name: value for name, value in stated.items() if not value.is_floating_point()})
+    if task == "zero-shot-image-classification":
+        batch["return_loss"] = True  # of every text against every image
+    return batch
+
+
+def _stated(model, job: Job, images: Images | None) -> dict[str, torch.Tensor]:
+    """What the job says of its batch: the ids with the images' tokens, what the processor makes of them, the mask."""
+    b, s = job.batch_size, job.sequence_length or 1
+    if b * s > LIMIT:
+        return {}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    mask = torch.ones(b, s, dtype=torch.long)
+    mask[-1, -1] = int(job.attention_mask != "padded")
+    if images is None:
+        return {"input_ids": torch.ones(b, s, dtype=torch.long), "attention_mask": mask}
+    ids = images.ids(s).expand(b, s)
+    stated = {"input_ids": ids, "attention_mask": mask, **images.of(b)}
+    taken = inspect.signature(type(base).forward).parameters
+    for name in ("mm_token_type_ids", "token_type_ids"):  # 1 where an image is
+        if name in taken:
+            stated[name] = (ids == images.token).long()
+    if "cross_attention_mask" in taken:  # of every token, image and tile
+        tiles = next(tensor.shape[2] for tensor in images.inputs.values() if tensor.dim() > 2)
+        stated["cross_attention_mask"] = torch.ones(b, s, images.count, tiles, dtype=torch.long)
+    return stated
