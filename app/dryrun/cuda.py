@@ -542,6 +542,34 @@ def _nonzero(ledger, func, args, kwargs, place):
     return out
 
 
+@_kernel(aten.masked_scatter.default)
+def _masked_scatter(ledger, func, args, kwargs, place):
+    """``masked_scatter__cuda`` (native/cuda/IndexKernel.cpp): an int64 prefix sum as large as the output, and the
+    expanded mask made contiguous."""
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
+    sizes = [(8 * out.numel(), "kernel_workspace"), (out.numel(), "kernel_workspace")]
+    ledger.transient(sizes, place, "masked_scatter__cuda")
+    return out
+
+
+@_kernel(aten.masked_scatter_backward.default)
+def _masked_scatter_backward(ledger, func, args, kwargs, place):
+    """``grad.masked_select(mask)`` (TensorAdvancedIndexing.cpp) by ``index``: the expanded mask's ``nonzero`` first."""
+    grad, mask, sizes = args
+    count = 1
+    for size in sizes:
+        count *= size
+    keys = [ledger.take(8 * grad.dim() * count, place, "temporaries", "nonzero")]
+    if mask.numel() != grad.numel() or not mask.is_contiguous():
+        keys.append(ledger.take(grad.numel(), place, "temporaries", "contiguous"))
+    out = grad.new_empty(sizes)
+    ledger.enter(out, func, args, place)
+    for key in keys:
+        ledger.give(key)
+    return out
+
+
 @_kernel(aten._grouped_mm.default)
 def _grouped_mm(ledger, func, args, kwargs, place):
     """``_grouped_mm_cuda`` (native/cuda/GroupedBlas.cpp): CUTLASS on sm90 and sm100 in bf16, else a product a group.

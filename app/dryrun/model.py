@@ -152,9 +152,9 @@ def task_of(config: transformers.PretrainedConfig) -> str:
         "image-text-to-text",
         "zero-shot-image-classification",
         "speech-seq2seq",
-        "causal-lm",
         "seq2seq-lm",
         "masked-lm",
+        "causal-lm",
         "image-classification",
     ):
         if type(config) in AUTO[task]._model_mapping:
@@ -539,4 +539,4 @@ def _first_line(error: Exception) -> str:
     """The first line, and what is under it where it ends in a colon (huggingface_hub's validation errors)."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__
-    return text[:300]
+    return f"it lacks {text}"[:300] if isinstance(error, KeyError) else text[:300]

@@ -1,0 +1,147 @@
+"""What a job states of its data is what the model is shown: images, tokens, experts; and the answer says it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from app.batch import plan
+from app.dryrun.values import Values
+from app.errors import PlanError
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}
+GRID = {  # patches of any image, their grid read by the host
+    "model_type": "qwen2_vl",
+    "image_token_id": 500,
+    "video_token_id": 501,
+    "vision_start_token_id": 502,
+    "text_config": {
+        "model_type": "qwen2_vl_text",
+        **TEXT,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    },
+    "vision_config": {"model_type": "qwen2_vl_vision", "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4},
+}
+SQUARE = {  # images of one size
+    "model_type": "llava",
+    "image_token_index": 500,
+    "text_config": {"model_type": "llama", **TEXT},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 112,
+        "patch_size": 14,
+    },
+}
+LOOP = {  # experts one by one, each of the tokens that chose it
+    "model_type": "dbrx",
+    "architectures": ["DbrxForCausalLM"],
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "vocab_size": 512,
+    "max_seq_len": 512,
+    "attn_config": {"kv_n_heads": 4, "clip_qkv": 8, "rope_theta": 10000.0},
+    "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2, "ffn_hidden_size": 128},
+}
+
+
+def ask(config: dict, **fields) -> dict:
+    return plan({"config": config, "method": "full", "sequence_length": 512, "gpu": "h100", **fields})
+
+
+def said(answer: dict, text: str) -> bool:
+    return any(text in warning for warning in answer["warnings"])
+
+
+def tower(answer: dict) -> int:
+    """Bytes of activations of modules that see."""
+    return sum(row["activations"] * row["count"] for row in answer["layers"] if "vis" in row["path"])
+
+
+@pytest.mark.parametrize("size, tokens", [([448, 448], 256), ([224, 224], 64), ([100, 300], 44)])
+def test_an_image_takes_the_tokens_that_its_processor_and_its_tower_make(size, tokens):
+    """One token for 28 × 28 pixels: 4 × 11 of 100 × 300, which is rounded to 112 × 308."""
+    answer = ask(GRID, image_size=size, images=1)
+    assert said(answer, f"1 image of {size[0]} × {size[1]} pixels in every sequence, {tokens} of its tokens each")
+    assert tower(answer) > 0
+
+
+def test_the_tower_grows_with_the_images_and_text_alone_leaves_it_out():
+    none, one, two = (ask(GRID, images=count, image_size=[112, 112]) for count in (0, 1, 2))
+    assert said(none, "planned on text alone") and tower(none) == 0
+    assert 0 < tower(one) < tower(two) and none["peak"]["allocated"] < one["peak"]["allocated"]
+    assert none["model"]["parameters"] == one["model"]["parameters"]
+    batch = ask(GRID, images=1, image_size=[112, 112], batch_size=2)
+    assert tower(batch) == tower(two)
+
+
+def test_images_of_one_size_take_what_the_config_states():
+    answer = ask(SQUARE)
+    assert said(answer, f"{(112 // 14) ** 2} of its tokens each") and tower(answer) > 0
+
+
+def test_images_beyond_the_sequence_are_refused_or_left_out_and_said():
+    with pytest.raises(PlanError, match="1 image of 448 × 448") as error:
+        ask(GRID, images=1, sequence_length=128)
+    assert error.value.field == "sequence_length" and "258" in error.value.hint
+    assert said(ask(GRID, sequence_length=128), "takes 256 tokens, more than sequence_length leaves; 258 hold one")
+
+
+def test_adapters_and_trainers_are_shown_the_same():
+    lora = {"r": 4, "target_modules": "all-linear"}
+    for fields in ({"method": "lora", "lora": lora}, {"method": "qlora", "lora": lora}, {"trainer": "transformers"}):
+        assert tower(ask(GRID, image_size=[112, 112], **fields)) > 0
+
+
+def test_experts_that_run_one_by_one_take_the_stated_routing():
+    balanced, same = ask(LOOP), ask(LOOP, expert_routing="same")
+    assert said(balanced, "balanced") and said(same, "same")
+    assert same["peak"]["allocated"] != balanced["peak"]["allocated"]
+    assert balanced["model"]["parameters"] == same["model"]["parameters"]
+
+
+def program(ids: torch.Tensor) -> tuple:
+    """What programs do with ids: masks, positions, groups, lengths, host reads."""
+    mask = ids == 7
+    places = mask.nonzero()
+    ends = torch.cumsum(mask.sum(-1), 0)
+    total = torch.zeros(ids.shape, dtype=torch.long, device=ids.device)
+    total[mask] = torch.arange(int(ends[-1]), device=ids.device)
+    lengths = torch.tensor([row.sum().item() for row in mask], device=ids.device)
+    parts = torch.split(total.flatten(), [int(n) for n in lengths.tolist()] + [ids.numel() - int(ends[-1])])
+    return mask, places, ends, total, ids[mask], torch.repeat_interleave(lengths, lengths), parts[0], total.max() + 1
+
+
+def test_values_are_followed_as_a_device_would_compute_them():
+    ids = torch.randint(5, 9, (3, 40), generator=torch.Generator().manual_seed(1))
+    values = Values("balanced")
+    with values:
+        told = torch.empty(ids.shape, dtype=torch.long, device="meta")
+        values.tell(told, ids)
+        found = program(told)
+    for meta, real in zip(found, program(ids), strict=True):
+        assert meta.device.type == "meta" and meta.shape == real.shape and meta.dtype == real.dtype
+        assert torch.equal(values.of(meta), real)
+
+
+def test_what_is_overwritten_by_the_unknown_is_forgotten():
+    values = Values("balanced")
+    with values:
+        known = torch.zeros(4, dtype=torch.long, device="meta")
+        view = known[1:]
+        known += 2
+        assert values.of(view).tolist() == [2, 2, 2]
+        known.copy_(torch.empty(4, dtype=torch.long, device="meta"))
+        assert values.of(known) is None and values.of(view) is None
