@@ -90,6 +90,9 @@ JOB_OPTIONS = {
     "gradient_accumulation_steps": _field("gradient_accumulation_steps", "--gradient-accumulation-steps", panel=MORE),
     "target_length": _field("target_length", "--target-length", panel=MORE),
     "new_tokens": _field("new_tokens", "--new-tokens", panel=MORE),
+    "images": _field("images", "--images", panel=MORE),
+    "image_size": _field("image_size", "--image-size", panel=MORE),
+    "expert_routing": _field("expert_routing", "--expert-routing", panel=MORE),
     "task": _field("task", "--task", panel=MORE),
     "revision": _field("revision", "--revision", panel=MORE),
     "set_": Annotated[

@@ -84,7 +84,7 @@ def to_pairs(job: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, dict):
             pairs |= {f"{key}.{name}": text for name, text in to_pairs(value).items()}
         elif isinstance(value, (list, tuple)):
-            pairs[key] = ",".join(value)
+            pairs[key] = ",".join(map(str, value))
         elif value is not None:
             pairs[key] = str(value).lower() if isinstance(value, bool) else str(value)
     return {key: text for key, text in pairs.items() if text}

@@ -523,7 +523,7 @@ def _index(ledger, func, args, kwargs, place):
     """
     source, indices = args
     mask = indices[0] if indices else None
-    if mask is None or mask.dtype != torch.bool:
+    if mask is None or mask.dtype != torch.bool or source.device.type != "meta":
         out = func(*args, **kwargs)
         ledger.enter(out, func, args, place)
         return out
@@ -537,6 +537,8 @@ def _index(ledger, func, args, kwargs, place):
 @_kernel(aten.nonzero.default)
 def _nonzero(ledger, func, args, kwargs, place):
     """``nonzero`` of a condition that holds everywhere, as for labels none of which is ignored."""
+    if args[0].device.type != "meta":
+        return func(*args, **kwargs)
     out = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device="meta")
     ledger.enter(out, func, args, place)
     return out

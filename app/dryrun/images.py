@@ -31,7 +31,7 @@ def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
 
     Raises :class:`PlanError` where the job asks for images that the model cannot be shown.
     """
-    if task != "image-text-to-text" or job.method == "inference" and not job.images:
+    if task != "image-text-to-text":
         return None, None
     if job.images == 0:
         return None, "planned on text alone: the vision tower is loaded, not run"

@@ -14,7 +14,7 @@ from app.job import Job
 
 
 def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Tensor]:
-    """The batch on the card: what the model's main input is, labels, and the mask that the job asks for.
+    """The batch on the card: what the model's main input is, labels to train on, and the mask that the job asks for.
 
     Token ids and labels are int64. An image is ``config.image_size`` large, in the dtype of the weights, or what the
     model's image processor makes of it; a recording is the whole window of the speech encoder: ``num_mel_bins`` by
@@ -46,8 +46,10 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
             "sequence-classification": (b,),
             "seq2seq-lm": (b, job.target_length or s),
         }.get(task, (b, s))
-        batch = {"input_ids": empty(b, s), "labels": empty(*labels)}
-    if job.attention_mask != "absent" and "input_ids" in batch:
+        batch = {"input_ids": empty(b, s)}
+        if job.method != "inference":
+            batch["labels"] = empty(*labels)
+    if "input_ids" in batch and (job.attention_mask != "absent" or job.method == "inference"):
         batch["attention_mask"] = empty(b, s)
     stated = {} if ledger.images is None and ledger.values is None else _stated(model, job, ledger.images)
     for name, value in stated.items():

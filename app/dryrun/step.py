@@ -113,15 +113,12 @@ def run_generate(ledger: Ledger, model, job: Job, task: str, *_) -> None:
         raise PlanError(f"generation is planned for causal models, not for {task}", "name task causal-lm", "task")
     model.config.use_cache = True
     ledger.mark("load", 0, "inputs")
-    ids = torch.empty(job.batch_size, job.sequence_length, dtype=torch.long, device=ledger.device)
-    mask = torch.empty_like(ids)
-    ledger.arrived({"input_ids": ids, "attention_mask": mask})
+    batch = make_batch(ledger, model, job, task)
     ledger.length = job.sequence_length + job.new_tokens
     ledger.mark("generate", 1, "activations")
     with torch.no_grad():
         out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            **batch,
             max_new_tokens=job.new_tokens,
             min_new_tokens=job.new_tokens,
             do_sample=False,
