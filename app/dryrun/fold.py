@@ -35,6 +35,8 @@ ENOUGH = 0.75
 """Folding is tried where both short runs together have at most this part of the layers."""
 GENERAL_EVENTS = 30000
 """Runs of more events are not repeated with symbols, half a millisecond each."""
+APART = 3
+"""Layers at the beginning that a model may treat otherwise by their number."""
 WORTH = 0.05
 """Lists are shortened where that leaves out at least this part of the model's modules."""
 
@@ -106,7 +108,11 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
                 return _Fold(model, groups, trace, 1, general).books()
             except Unfoldable as reason:
                 log.info("not folded by next neighbours: %s", reason)
+            try:
                 return _Fold(model, groups, trace, 2, general).books()
+            except Unfoldable as reason:
+                log.info("not folded by two neighbours: %s", reason)
+                return _Fold(model, repeated(model, APART), trace, 1, general).books()
         except Unfoldable:
             raise
         except Exception as error:
@@ -138,6 +144,7 @@ class _Fold:
         if sum(map(len, self.once + twice)) > ENOUGH * sum(map(len, self.whole)):
             raise Unfoldable("too few layers repeat")
         short = self._run(self.once)
+        expand(short, self._stacks(twice))  # says at once what cannot be repeated
         growth = growth_of(short, self._stacks(twice), self._run(twice))
         if growth and self.general is not None:
             return _Fold(self.model, self.groups, self.general, self.radius).books()
@@ -211,8 +218,12 @@ class _Fold:
 # --- finding ------------------------------------------------------------------------------------------------
 
 
-def repeated(model: torch.nn.Module) -> list[Layers]:
-    """The outermost lists of layers of which some can be left out; lists of one parent and one length go together."""
+def repeated(model: torch.nn.Module, apart: int = 0) -> list[Layers]:
+    """The outermost lists of layers of which some can be left out; lists of one parent and one length go together.
+
+    With ``apart`` that many layers at the beginning are like no other, and lists of which a config names some by number
+    stay whole.
+    """
     found: list[Layers] = []
     least = WORTH * sum(1 for _ in model.modules())
 
@@ -223,7 +234,7 @@ def repeated(model: torch.nn.Module) -> list[Layers]:
                 zipped[len(child)].append(f"{path}{name}")
         taken = set()
         for paths in zipped.values():
-            group = _layers(model, tuple(paths))
+            group = _layers(model, tuple(paths), apart)
             left_out = set(range(len(group.types))).difference(shorten(group.types, 2))
             lists = [model.get_submodule(path) for path in paths]
             if sum(1 for entries in lists for index in left_out for _ in entries[index].modules()) > least:
@@ -237,7 +248,7 @@ def repeated(model: torch.nn.Module) -> list[Layers]:
     return found
 
 
-def _layers(model: torch.nn.Module, paths: tuple[str, ...]) -> Layers:
+def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layers:
     """Tell the layers' types apart by all that can change what they allocate: :func:`_facts`."""
     lists = [model.get_submodule(path) for path in paths]
     depth = len(lists[0])
@@ -258,9 +269,11 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...]) -> Layers:
     for name, value in said:
         for index, known in enumerate(facts):
             if _selects(name, value, depth):
-                known[name] = index in value
+                known[name] = index if apart and value else index in value
             elif _lists(value, depth):
                 known[name] = _plain(value[index])
+    for index, known in enumerate(facts[:apart]):
+        known["apart"] = index
     types = _number(facts)
     for name, period in said:
         if type(period) is int and 1 < period < depth and _PERIODIC.search(name):
@@ -278,16 +291,20 @@ def _number(facts: list[dict[Any, Any]]) -> tuple[int, ...]:
 
 
 def _holders(model: torch.nn.Module, path: str) -> list[dict[str, Any]]:
-    """Where the depth of the list at ``path`` may be written: its parent, and the config of the nearest parent."""
-    path = path.rpartition(".")[0]
-    holders = [vars(model.get_submodule(path))]
-    while True:
-        config = getattr(model.get_submodule(path), "config", None)
-        if isinstance(config, transformers.PretrainedConfig):
-            return [*holders, vars(config)]
-        if not path:
-            return holders
+    """Where the depth of the list at ``path`` may be written: the nearest config, and the parents up to the last that
+    has it."""
+    holders: list[dict[str, Any]] = []
+    nearest = None
+    while path:
         path = path.rpartition(".")[0]
+        parent = model.get_submodule(path)
+        config = getattr(parent, "config", None)
+        if isinstance(config, transformers.PretrainedConfig):
+            if nearest is not None and config is not nearest:
+                break
+            nearest = config
+        holders.append(vars(parent))
+    return holders if nearest is None else [*holders, vars(nearest)]
 
 
 def _open(holder: dict[str, Any]) -> list[tuple[str, Any]]:
