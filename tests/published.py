@@ -49,4 +49,4 @@ REFUSED = {
     "openbmb/MiniCPM3-4B": "transformers cannot build this minicpm3 model: it lacks 'factor'",
     "poolside/Laguna-XS.2-FP8": "transformers does not accept this laguna config",
 }
-"""What transformers 5.17 cannot build, and what is said of it: it has no class, or its class does not take the config."""
+"""What transformers 5.17 cannot build, and what is said of it: no class for it, or one that refuses its config."""

@@ -30,8 +30,8 @@ BARE = {
     "stepfun-ai/Step-3.7-Flash",
     "stepfun-ai/Step-3.7-Flash-FP8",
 }
-"""``PARAMS.md`` counts ``AutoModel``, without the head that a loss needs: encoders and vision transformers named as bare
-models, and vision-language models whose named class is not in transformers. The bare model is counted here too."""
+"""``PARAMS.md`` counts ``AutoModel``, without the head that a loss needs: encoders and vision transformers named
+as bare models, and vision-language models whose named class is not in transformers. Here it is counted too."""
 UNCOUNTED = {
     "Qwen/Qwen3-30B-A3B-FP8",
     "Qwen/Qwen3.8-2.4T-A95B-FP8",
