@@ -366,3 +366,12 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
     version: str
     waiting: int
+
+
+class Progress(BaseModel):
+    """What is being done for a request: it waits in `line`, runs, or is done (or unknown)."""
+
+    state: Literal["waiting", "running", "done"]
+    line: int = Field(description="Jobs in line.")
+    doing: str
+    seconds: float = Field(description="Since the request came.")

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import lru_cache
+from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
 
 from app.calibration import kernels_found
 from app.catalog.gpus import Gpu, find_gpu
@@ -18,8 +24,11 @@ from app.job import Job, OwnGpu, point_of
 from app.memory.allocator import MIB, Settings
 from app.memory.kernels import KernelFacts
 from app.memory.profile import Profile
-from app.memory.script import Script, Stream
+from app.memory.script import Script, Stream, packed, unpacked
+from app.store import Store, own_path
 
+Kernels = tuple[tuple[int, int], int, KernelFacts]
+"""Compute capability, multiprocessors, and what a probe found otherwise."""
 DEFAULT_GPU = "a100-80gb"
 """The card whose kernels are meant when a job names none."""
 
@@ -49,7 +58,7 @@ def card_of(job: Job) -> Gpu | OwnGpu:
     return find_gpu(job.gpu or DEFAULT_GPU)
 
 
-def kernels_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int, KernelFacts]:
+def kernels_of(gpu: Gpu | OwnGpu) -> Kernels:
     """Compute capability and multiprocessors that are traced for a card, and what a probe here found its kernels to do
     otherwise; an own card has those of the card that it is like, else the default card's."""
     known = gpu if isinstance(gpu, Gpu) else find_gpu(gpu.like or DEFAULT_GPU)
@@ -112,37 +121,137 @@ def _read_file(path: str) -> dict:
     return data
 
 
-KEPT = 128
-"""Kinds of jobs whose profiles are kept in memory, of each at most ``REGIONS``."""
+class Tracer(Protocol):
+    """Who runs a job on the meta device. ``part``: ``step`` (for the job's own batch and length), ``general`` (for all
+    that run alike), ``finish`` or ``load``; ``key`` is that of :func:`key_of`."""
+
+    def trace(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> bytes:
+        """What the run leaves: a :class:`Profile`, or a :class:`Script`, as bytes. Raises :class:`PlanError`."""
+
+    def later(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> None:
+        """Trace it when there is nothing else to do, and :func:`keep` it."""
+
+
+class Here:
+    """Runs jobs in this process."""
+
+    def trace(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> bytes:
+        from app.dryrun import finish, run
+
+        if part in ("step", "general"):
+            return run.trace(job, config, *kernels, general=part == "general").dump()
+        books = {"finish": finish.finish_books, "load": finish.load_books}[part](job, config, *kernels)
+        return packed(Script.of(books, []).dump())
+
+    def later(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> None:
+        """There is no later here."""
+
+
+tracer: ContextVar[Tracer] = ContextVar("tracer", default=Here())
+
+KEPT_EVENTS = 20_000_000
+"""Events of the profiles that are kept in memory, some ten bytes each."""
 REGIONS = 32
+"""Profiles of one kind of job that are kept."""
+ALONE = 4
+"""Profiles of a kind that hold for one batch and length each, before one for all that run alike is made: that takes 4
+(405B) to 15 times (70M) as long."""
 GENERAL = 3
 """Profiles for all of a kind that are tried."""
-_profiles: OrderedDict[str, list[Profile]] = OrderedDict()
+
+
+class _Shelf:
+    """What was read from the stores or traced, by kind: in memory, the kinds asked for last."""
+
+    def __init__(self):
+        self._kinds: OrderedDict[str, dict[bytes, Profile | Stream | PlanError]] = OrderedDict()
+        self._events = 0
+        self._lock = threading.Lock()
+        self.own = Store(own_path())
+
+    def known(self, kind: str, read: Callable[[bytes], Any]) -> list[Any]:
+        """What is known of a kind, the latest first."""
+        with self._lock:
+            here = self._kinds.get(kind)
+            if here is not None:
+                self._kinds.move_to_end(kind)
+                return [*reversed(here.values())]
+        return self.look(kind, read)
+
+    def look(self, kind: str, read: Callable[[bytes], Any]) -> list[Any]:
+        """The same, with what other processes have stored since."""
+        for data in (*_PRETRACED.get(_digest(kind)), *self.own.get(_digest(kind))):
+            self._put(kind, data, read)
+        with self._lock:
+            return [*reversed(self._kinds.get(kind, {}).values())]
+
+    def keep(self, kind: str, data: bytes, read: Callable[[bytes], Any]) -> Any:
+        """Store it, and what it says."""
+        self.own.put(_digest(kind), data)
+        return self._put(kind, data, read)
+
+    def _put(self, kind: str, data: bytes, read: Callable[[bytes], Any]) -> Any:
+        name = sha256(data).digest()
+        with self._lock:
+            found = self._kinds.get(kind, {}).get(name)
+        if found is not None:
+            return found
+        try:
+            said = read(data)
+        except ValueError:  # damaged: as if it were not there
+            return None
+        with self._lock:
+            here = self._kinds.setdefault(kind, {})
+            self._kinds.move_to_end(kind)
+            here[name] = said
+            self._events += _events(said)
+            while len(here) > REGIONS:
+                self._events -= _events(here.pop(next(iter(here))))
+            while self._events > KEPT_EVENTS and len(self._kinds) > 1:
+                _, gone = self._kinds.popitem(last=False)
+                self._events -= sum(map(_events, gone.values()))
+        return said
+
+
+_PRETRACED = Store(Path(__file__).parent / "catalog" / "profiles.db", fixed=True)
+"""The catalogue's usual jobs, traced before (:mod:`app.pretrace`)."""
+_shelf = _Shelf()
+
+
+def _events(said: Profile | Stream | PlanError) -> int:
+    return 0 if isinstance(said, PlanError) else said.script.events.size
 
 
 def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
-    """A profile that holds for the job (resolved). The first two of a kind get one of their own, the next ones one for
-    all that run alike, which takes as long as five; where that holds for few, there is one each again. Raises
-    :class:`PlanError`."""
-    key = key_of(job, config, card)
-    known = _profiles.setdefault(key, [])
-    _profiles.move_to_end(key)
-    while len(_profiles) > KEPT:
-        _profiles.popitem(last=False)
-    for profile in known:
-        if profile.script.holds(*point_of(job)):
-            return profile
-    from app.dryrun.run import trace
-
+    """A profile that holds for the job (resolved), known or traced. The first of a kind get one of their own, the next
+    one for all that run alike; where that holds for few, there is one each again. Raises :class:`PlanError`."""
+    key, point = key_of(job, config, card), point_of(job)
+    for search in (_shelf.known, _shelf.look):
+        known = search(key, Profile.load)
+        for profile in known:
+            if profile.script.holds(*point):
+                return profile
+    order = key, job, config, kernels_of(card)
     general = sum(profile.general for profile in known)
-    profile = None
-    if len(known) - general >= 2 and general < GENERAL:
+    if len(known) - general >= ALONE and general < GENERAL:
         with suppress(PlanError):
-            profile = trace(job, config, *kernels_of(card), general=True)
-    known.insert(0, profile or trace(job, config, *kernels_of(card)))
-    profile = known[0]
-    del known[REGIONS:]
-    return profile
+            return keep("general", key, tracer.get().trace("general", *order))
+    return keep("step", key, tracer.get().trace("step", *order))
+
+
+def generalise(job: Job, config: dict, card: Gpu | OwnGpu) -> None:
+    """Have the job (resolved) traced for all that run alike, when there is time, if only one batch and length of its
+    kind is known: somebody asked, and may ask for another."""
+    key = key_of(job, config, card)
+    if not any(profile.general for profile in _shelf.known(key, Profile.load)):
+        tracer.get().later("general", key, job, config, kernels_of(card))
+
+
+def keep(part: str, key: str, data: bytes) -> Any:
+    """Keep what a :class:`Tracer` made of a job with this key: what the bytes say."""
+    if part in ("step", "general"):
+        return _shelf.keep(key, data, Profile.load)
+    return _shelf.keep(f"{part} {key}", data, _stream)
 
 
 def key_of(job: Job, config: dict, card: Gpu | OwnGpu) -> str:
@@ -155,7 +264,20 @@ def key_of(job: Job, config: dict, card: Gpu | OwnGpu) -> str:
     return json.dumps([shape, config, kernels_of(card)], sort_keys=True, default=str)
 
 
-_streams: OrderedDict[tuple[str, str], Stream | PlanError] = OrderedDict()
+def _digest(kind: str) -> str:
+    """What a kind is stored under: itself, traced by this engine on this stack."""
+    return sha256(f"{engine()} {kind}".encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def engine() -> str:
+    """What traces a job: the versions of the stack and the sources of the dry run and the books."""
+    here = Path(__file__).parent
+    sources = [*sorted((here / "dryrun").glob("*.py")), *sorted((here / "memory").glob("*.py"))]
+    told = sha256(json.dumps(stack()).encode())
+    for path in (*sources, here / "job.py", here / "config.py", here / "plan.py"):
+        told.update(path.read_bytes())
+    return told.hexdigest()
 
 
 def finish_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
@@ -169,21 +291,22 @@ def load_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
 
 
 def _stream_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
-    key = (part, key_of(job, config, card))
-    if key not in _streams:
-        from app.dryrun import finish
-
-        run = {"finish": finish.finish_books, "load": finish.load_books}[part]
+    key = key_of(job, config, card)
+    known = _shelf.known(f"{part} {key}", _stream)
+    if not known:
         try:
-            _streams[key] = Script.of(run(job, config, *kernels_of(card)), []).at(1, 1)
+            data = tracer.get().trace(part, key, job, config, kernels_of(card))
         except PlanError as error:
-            _streams[key] = error
-        while len(_streams) > 4 * KEPT:
-            _streams.popitem(last=False)
-    found = _streams[key]
-    if isinstance(found, PlanError):
-        raise found
-    return found
+            data = packed({"refused": error.as_dict()})
+        known = [keep(part, key, data)]
+    if isinstance(known[0], PlanError):
+        raise known[0]
+    return known[0]
+
+
+def _stream(data: bytes) -> Stream | PlanError:
+    told = unpacked(data)
+    return PlanError(**told["refused"]) if "refused" in told else Script.load(told).at(1, 1)
 
 
 def settings_of(job: Job) -> Settings:

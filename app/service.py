@@ -10,13 +10,14 @@ from app.cards import every_card, outside_of
 from app.errors import PlanError
 from app.job import point_of, read_job
 from app.memory.event import KINDS
-from app.plan import stack
+from app.plan import generalise, stack
 from app.weigh import after, card_warnings, fit_on, weigh
 
 
 def estimate(data: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job: a dict of the fields of the wire format. Raises :class:`PlanError`."""
     weighing = weigh(read_job(data))
+    generalise(weighing.job, weighing.config, weighing.card)
     job, card, reading = weighing.job, weighing.card, weighing.reading
     facts = weighing.facts
     outside = outside_of(card)

@@ -1,16 +1,15 @@
-"""The page and the HTTP API. One trace at a time; every error leaves through one handler."""
+"""The page and the HTTP API. Every error leaves through one handler."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlencode
 
 import anyio
@@ -25,23 +24,23 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__, hub
-from app.answer import Advice, Answer, Comparison, Failure, GpuRow, Health, Line, ModelRow, Probe, Solved
-from app.batch import Unexpected, advise, compare, failure, plan, solve, unwrap
+from app.answer import Advice, Answer, Comparison, Failure, GpuRow, Health, Line, ModelRow, Probe, Progress, Solved
+from app.batch import Unexpected, advise, compare, failure, solve, unwrap
 from app.catalog.gpus import all_gpus, parts_of
 from app.catalog.models import find_model, search_models
 from app.compare import jobs_of
+from app.desk import Desk
 from app.errors import PlanError
 from app.form import to_job
 from app.job import Job, read_job
 from app.render import html
 from app.render.table import to_csv
+from app.workers import Busy
 
 BODY_LIMIT = 4 << 20
 """Bytes of a request. A config.json has kilobytes."""
 DRAINED = 16 * BODY_LIMIT
 """Bytes of a request that is refused which are still read, so that its sender comes to read why."""
-WAITING_LIMIT = 16
-"""Jobs in line, beyond which a visitor is asked to come back."""
 PROBES_WAITING = 2
 """Probes in line; each takes seconds to minutes of the card."""
 BATCH_LIMIT = 1000
@@ -135,55 +134,11 @@ ERRORS = {
 }
 
 
-class Busy(PlanError):
-    """Too many jobs wait."""
-
-    def __init__(self):
-        super().__init__(f"more than {WAITING_LIMIT} jobs are waiting here", "try again in a few seconds")
-
-
 class Forbidden(PlanError):
     """The server does not run jobs on its GPU."""
 
     def __init__(self):
         super().__init__("this server runs no probes", "start one that does: vramplan serve --allow-probe")
-
-
-class Desk:
-    """Where jobs are planned: one at a time, in the order they came, on a thread of their own."""
-
-    def __init__(self, local_files: bool):
-        self.local_files = local_files
-        self.slot = anyio.CapacityLimiter(1)
-
-    @property
-    def waiting(self) -> int:
-        return self.slot.statistics().tasks_waiting
-
-    def admit(self) -> None:
-        """Raise :class:`Busy` where the line is full."""
-        if self.waiting >= WAITING_LIMIT:
-            raise Busy
-
-    async def plan(self, job: Any, request: Request | None = None, *, all_layers: bool = False) -> dict:
-        """The answer to ``job``. Raises :class:`PlanError`."""
-        return await self.run(partial(plan, all_layers=all_layers), job, request)
-
-    async def run(self, use_case: Callable[[Any], dict], job: Any, request: Request | None = None) -> dict:
-        """What ``use_case`` makes of ``job``. Nothing is planned for a visitor who has left."""
-        self.refuse_local(job)
-        async with self.slot:
-            if request is not None and await request.is_disconnected():
-                raise Busy
-            return await anyio.to_thread.run_sync(use_case, job)
-
-    def refuse_local(self, job: Any) -> None:
-        """Raise :class:`PlanError` for a job whose model would be read from this server's disk."""
-        name = job.model if isinstance(job, Job) else job.get("model") if isinstance(job, dict) else None
-        if self.local_files or not isinstance(name, str) or find_model(name) is not None:
-            return
-        if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or os.path.exists(name):
-            raise PlanError("this server reads no files of its own", "send the config.json as `config`", "model")
 
 
 class Guard:
@@ -268,7 +223,9 @@ def create_app(*, local_files: bool = False, warm: bool = False, allow_probe: bo
         async with anyio.create_task_group() as tasks:
             if warm:
                 tasks.start_soon(warm_up)
+                tasks.start_soon(anyio.to_thread.run_sync, desk.pool.ready)
             yield
+        desk.pool.close()
 
     app = FastAPI(
         title="vramplan",
@@ -371,6 +328,10 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
         found = hub.search(q, min(limit, HUB_LIMIT))
         response.headers["hub-search"] = "unanswered" if found is None else "answered"
         return rows + [ModelRow(id=id, source="hub") for id in found or () if find_model(id) is None]
+
+    @app.get("/progress/{ticket}", summary="What is being done for the request that came with this X-Ticket")
+    async def progress(ticket: str) -> Progress:
+        return Progress(**desk.progress(ticket))
 
     @app.get("/health", summary="Whether the service is up")
     async def health() -> Health:

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from tiny import JOB, LLAMA
 
-from app import web
+from app import desk, web
 from app.render import html, words
 from app.service import estimate
 
@@ -119,8 +119,8 @@ def test_links_hold_whole_jobs(client, page):
 
 def test_the_first_visit_shows_a_real_answer(client, monkeypatch):
     asked = []
-    real = web.plan
-    monkeypatch.setattr(web, "plan", lambda job, **k: asked.append(job) or real({**JOB, "gpu": job["gpu"]}, **k))
+    real = desk.plan
+    monkeypatch.setattr(desk, "plan", lambda job, **k: asked.append(job) or real({**JOB, "gpu": job["gpu"]}, **k))
     response = client.get("/")
     assert "</svg>Fits an A100-SXM4-80GB with" in response.text
     assert asked[0]["model"] == html.FIRST_VISIT["model"]

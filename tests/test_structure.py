@@ -11,6 +11,7 @@ import pytest
 APP = Path(__file__).parent.parent / "app"
 ORDER = [
     "errors",
+    "progress",
     "config",
     "job",
     "catalog",
@@ -18,6 +19,7 @@ ORDER = [
     "dryrun",
     "calibration",
     "hub",
+    "store",
     "plan",
     "cards",
     "weigh",
@@ -28,6 +30,9 @@ ORDER = [
     "form",
     "compare",
     "batch",
+    "workers",
+    "warmed",
+    "desk",
     "answer",
     "render",
     "web",

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from tiny import BAD, JOB
 
-from app import web
+from app import desk, web, workers
 from app.answer import Advice, Answer, Comparison, Solved
 from app.errors import PlanError
 from app.job import Job
@@ -175,7 +175,7 @@ def test_a_local_folder_is_a_model_where_it_is_allowed(tmp_path):
     assert answer.json()["model"]["kind"] == "file"
 
 
-def test_one_trace_at_a_time_and_a_full_line_is_503(monkeypatch):
+def test_a_full_line_is_503(monkeypatch):
     running, most, lock, gate = 0, 0, threading.Lock(), threading.Event()
 
     def slow(job, **_):
@@ -188,20 +188,34 @@ def test_one_trace_at_a_time_and_a_full_line_is_503(monkeypatch):
             running -= 1
         return {"peak": job.batch_size}
 
-    monkeypatch.setattr(web, "plan", slow)
-    with TestClient(web.create_app()) as client, ThreadPoolExecutor(web.WAITING_LIMIT + 2) as pool:
+    monkeypatch.setattr(desk, "plan", slow)
+    places = desk.THREADS + workers.LINE
+    with TestClient(web.create_app()) as client, ThreadPoolExecutor(places + 1) as pool:
         ask = lambda size: client.post("/estimate", json={**JOB, "batch_size": size})  # noqa: E731
-        pending = [pool.submit(ask, size) for size in range(1, web.WAITING_LIMIT + 2)]
+        pending = [pool.submit(ask, size) for size in range(1, places + 1)]
         try:
             until = time.monotonic() + PATIENCE
-            while client.get("/health").json()["waiting"] < web.WAITING_LIMIT and time.monotonic() < until:
+            while client.get("/health").json()["waiting"] < workers.LINE and time.monotonic() < until:
                 time.sleep(0.01)
-            busy = pool.submit(ask, 99).result(PATIENCE)
+            busy = pool.submit(ask, 99).result(timeout=PATIENCE)
         finally:
             gate.set()
         answers = sorted(job.result().json()["peak"] for job in pending)
     assert "waiting" in error_of(busy, 503)["message"] and int(busy.headers["retry-after"]) > 0
-    assert answers == list(range(1, web.WAITING_LIMIT + 2)) and most == 1
+    assert answers == list(range(1, places + 1)) and most == desk.THREADS
+
+
+def test_who_waits_is_told_what_is_being_done():
+    with TestClient(web.create_app()) as client, ThreadPoolExecutor(1) as pool:
+        deep = {**JOB, "config": {**JOB["config"], "num_hidden_layers": 500}}
+        asked = pool.submit(client.post, "/estimate", json=deep, headers={"X-Ticket": "mine"})
+        seen = []
+        while not asked.done():
+            seen.append(client.get("/progress/mine").json())
+            time.sleep(0.005)
+        assert asked.result().status_code == 200
+        assert any(word["state"] == "running" and "layers" in word["doing"] for word in seen)
+        assert client.get("/progress/mine").json()["state"] == "done"
 
 
 def test_the_catalogues(client):

@@ -27,6 +27,7 @@ import transformers
 from app.memory.event import Books
 from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
 from app.memory.sizes import Number, whole
+from app.progress import say
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,7 @@ class _Fold:
         return [shorten(group.types, repeats, self.radius, own) for group, own in zip(self.groups, extra)]
 
     def _run(self, depth: Sequence[Sequence[int]]) -> Books:
+        say(f"running the step with {sum(map(len, depth))} of {sum(map(len, self.whole))} layers")
         return self.trace(shortened(self.model, self.groups, depth))
 
     def _stacks(self, depth: Sequence[Sequence[int]]) -> list[Stack]:

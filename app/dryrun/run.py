@@ -25,10 +25,12 @@ from app.memory.profile import Profile
 from app.memory.script import Script
 from app.memory.sizes import SYMBOLS
 from app.memory.table import Table, with_costs
+from app.progress import say
 
 
 def _base(job: Job, config: dict):
     """The job that is run, the bare model, its task, and what is to be said of how it came to be."""
+    say("building the model")
     base, task = bare(config, job.task, job.dtype, job.attention)
     said = list(_planned_as(config, base))
     settings = stored.settings_of(config)

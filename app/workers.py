@@ -1,0 +1,284 @@
+"""Where a server's jobs are traced: in processes of their own, with a limit on memory and time, one trace for however
+many ask.
+
+They are forked from one that has imported the stack (multiprocessing's forkserver), which takes 60 ms: so a stranger's
+config is built where it can be killed, and a trace that nobody wants any more is ended with its process.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import resource
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+
+from app.batch import Unexpected
+from app.errors import PlanError
+from app.job import Job
+from app.plan import Here, Kernels, keep
+from app.progress import listener
+
+SECONDS = 60.0
+"""How long one trace may take: the slowest of 264 published configs takes a tenth of it."""
+MEMORY = 1536 << 20
+"""Bytes of memory that one trace may take, beyond what the imports have."""
+LINE = 16
+"""Traces in line, beyond which a visitor is asked to come back."""
+ORDERS = 200
+"""Traces after which a process is ended: what transformers and torch remember of models goes with it."""
+_TICK = 0.02
+log = logging.getLogger("vramplan")
+
+
+class Busy(PlanError):
+    """Too many jobs wait."""
+
+    def __init__(self):
+        super().__init__("too many jobs are waiting here", "try again in a few seconds")
+
+
+class Abandoned(PlanError):
+    """Nobody waits for the answer any more."""
+
+    def __init__(self):
+        super().__init__("nobody waits for this job any more", "ask again")
+
+
+@dataclass(eq=False)
+class Flight:
+    """One trace under way: how many wait for it, what it is doing, and what came of it."""
+
+    order: tuple[str, str, Job, dict, Kernels]
+    waiting: int = 0
+    started: float | None = None
+    doing: str = ""
+    result: bytes | PlanError | None = None
+    landed: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One visitor's request: what it waits for. ``left``: the visitor is gone."""
+
+    since: float = field(default_factory=time.monotonic)
+    flight: Flight | None = None
+    left: bool = False
+
+
+class Pool:
+    """Traces ``slots`` jobs at once, the others in the order they came. What nobody asked for yet (``later``) is traced
+    when nothing else is, and gives way."""
+
+    def __init__(self, slots: int | None = None, seconds: float = SECONDS, memory: int = MEMORY):
+        self.slots, self.seconds, self.memory = slots or os.cpu_count() or 1, seconds, memory
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["app.warmed"])
+        self._closed = self._idling = False
+        self._workers: list[_Worker] = []
+        self._flights: dict[tuple, Flight] = {}
+        self._later: deque[Flight] = deque(maxlen=LINE)
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(self.slots, "trace")
+
+    @property
+    def waiting(self) -> int:
+        """Traces in line."""
+        return sum(flight.started is None for flight in [*self._flights.values()])
+
+    def ready(self) -> None:
+        """Import the stack now, not when the first job comes."""
+        worker = _Worker(self._context, self.memory)
+        with self._lock:
+            self._workers.append(worker)
+
+    def close(self) -> None:
+        """End every trace."""
+        with self._lock:
+            self._closed = True
+            self._later.clear()
+            for flight in self._flights.values():
+                flight.waiting = 0
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.end()
+
+    def trace(self, part: str, key: str, job: Job, config: dict, kernels: Kernels, ticket: Ticket) -> bytes:
+        """As :meth:`app.plan.Tracer.trace`. Raises :class:`Busy`; :class:`Abandoned` when the ticket's visitor left;
+        :class:`PlanError` also for a trace that takes too long or too much."""
+        name = (part, key, job.batch_size, job.sequence_length)
+        while True:
+            flight = ticket.flight = self._board(name, (part, key, job, config, kernels))
+            try:
+                while not flight.landed.wait(2 * _TICK):
+                    if ticket.left:
+                        raise Abandoned
+            finally:
+                ticket.flight = None
+                with self._lock:
+                    flight.waiting -= 1
+            if isinstance(flight.result, bytes):
+                return flight.result
+            if not isinstance(flight.result, Abandoned):  # by all others, just as this one came
+                raise flight.result
+
+    def later(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> None:
+        """As :meth:`app.plan.Tracer.later`."""
+        with self._lock:
+            self._later.append(Flight((part, key, job, config, kernels)))
+        self._threads.submit(self._idle)
+
+    def _board(self, name: tuple, order: tuple) -> Flight:
+        with self._lock:
+            flight = self._flights.get(name)
+            if flight is None:
+                if sum(other.started is None for other in self._flights.values()) >= LINE:
+                    raise Busy
+                flight = self._flights[name] = Flight(order, 1)
+                self._threads.submit(self._fly, name, flight)
+            else:
+                flight.waiting += 1
+            return flight
+
+    def _fly(self, name: tuple, flight: Flight) -> None:
+        try:
+            flight.started = time.monotonic()
+            flight.result = self._run(flight, lambda: flight.waiting == 0)
+        except PlanError as error:
+            flight.result = error
+        except Exception as error:
+            flight.result = Unexpected(error)
+        finally:
+            with self._lock:
+                self._flights.pop(name, None)
+            flight.landed.set()
+            if self._later:
+                self._threads.submit(self._idle)
+
+    def _idle(self) -> None:
+        """Trace what can wait, unless somebody waits."""
+        with self._lock:
+            if not self._later or self._flights or self._idling:
+                return
+            self._idling = True
+            flight = self._later.popleft()
+        part, key, *_ = flight.order
+        try:
+            keep(part, key, self._run(flight, lambda: bool(self._flights)))
+        except Abandoned:
+            self._later.appendleft(flight)
+        except PlanError as error:
+            log.debug("%s cannot be traced ahead: %s", part, error.message)
+        finally:
+            self._idling = False
+
+    def _run(self, flight: Flight, unwanted: Callable[[], bool]) -> bytes:
+        """Trace in a process of its own. Raises :class:`PlanError`."""
+        if unwanted():
+            raise Abandoned
+        with self._lock:
+            worker = self._workers.pop() if self._workers else None
+        worker = worker or _Worker(self._context, self.memory)
+        try:
+            worker.pipe.send(flight.order)
+            result = self._hear(worker, flight, unwanted)
+        except (EOFError, OSError):
+            worker.end()
+            raise _too_much(self.memory) from None
+        except BaseException:
+            worker.end()
+            raise
+        worker.orders += 1
+        with self._lock:
+            keep = worker.orders < ORDERS and worker.grown < self.memory // 2 and not self._closed
+            if keep:
+                self._workers.append(worker)
+        if not keep:
+            worker.end()
+        if isinstance(result, PlanError):
+            raise result
+        return result
+
+    def _hear(self, worker: _Worker, flight: Flight, unwanted: Callable[[], bool]) -> bytes | PlanError:
+        deadline = time.monotonic() + self.seconds
+        while not unwanted():
+            if time.monotonic() > deadline:
+                raise PlanError(
+                    f"the step of this model runs for more than {self.seconds:.0f} s on the meta device",
+                    "run it with the command line, which waits: vramplan estimate",
+                    "model",
+                )
+            if worker.grown > self.memory:
+                raise _too_much(self.memory)
+            if worker.pipe.poll(_TICK):
+                kind, said = worker.pipe.recv()
+                if kind != "doing":
+                    return said if kind == "done" else PlanError(**said)
+                flight.doing = said
+        raise Abandoned
+
+
+class _Worker:
+    """One process that traces, order by order."""
+
+    def __init__(self, context: BaseContext, memory: int):
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, memory), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._start = _resident(self._process.pid)
+        self.orders = 0
+
+    @property
+    def grown(self) -> int:
+        """Bytes of memory that it has, beyond what the imports have."""
+        return _resident(self._process.pid) - self._start
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process has, where the system tells them."""
+    try:
+        with open(f"/proc/{pid}/statm") as pages:
+            return int(pages.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
+
+
+def _too_much(memory: int) -> PlanError:
+    return PlanError(
+        f"building this model takes more than {memory >> 20} MiB of this server's memory, or was ended from outside",
+        "check the sizes in the config, or run it with the command line",
+        "model",
+    )
+
+
+def _work(pipe: Connection, memory: int) -> None:
+    """In the forked process: trace what is ordered, tell what is being done, and give back what came of it."""
+    with suppress(OSError), open("/proc/self/statm") as pages:  # no single request may outrun who looks after it
+        limit = int(pages.read().split()[0]) * resource.getpagesize() + 2 * memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    listener.set(lambda words: pipe.send(("doing", words)))
+    with suppress(EOFError):  # nobody is there any more
+        while True:
+            order = pipe.recv()
+            try:
+                pipe.send(("done", Here().trace(*order)))
+            except PlanError as error:
+                pipe.send(("refused", error.as_dict()))
+            except MemoryError:
+                pipe.send(("refused", _too_much(memory).as_dict()))
+            except Exception as error:
+                pipe.send(("refused", Unexpected(error).as_dict()))

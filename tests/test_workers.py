@@ -1,0 +1,147 @@
+"""Traces in processes of their own: one for all who ask, ended when nobody does, limited, and none hurts the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
+
+import pytest
+
+from app.errors import PlanError
+from app.job import read_job
+from app.memory.profile import Profile
+from app.plan import Here, card_of, config_of, kernels_of, key_of
+from app.workers import LINE, Abandoned, Busy, Pool, Ticket
+from tests.tiny import LLAMA
+
+
+def order(**changes):
+    job = read_job({"config": LLAMA, "method": "lora", "sequence_length": 32, **changes}).resolved()
+    config, card = config_of(job)[0], card_of(job)
+    return key_of(job, config, card), job, config, kernels_of(card)
+
+
+SLOW = {"config": {**LLAMA, "num_hidden_layers": 500}, "method": "full", "dtype": "float32"}
+"""Hundreds of layers: seconds."""
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool(slots=1)
+    pool.ready()
+    yield pool
+    pool.close()
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came so far"
+        time.sleep(0.005)
+
+
+def test_a_trace_is_what_it_is_here(pool):
+    job = order()
+    theirs, mine = pool.trace("step", *job, Ticket()), Here().trace("step", *job)
+    assert theirs == mine and Profile.load(theirs).facts["class"] == "LlamaForCausalLM"
+    with pytest.raises(PlanError, match="matches nothing|target") as refused:
+        pool.trace("step", *order(lora={"target_modules": ["no_such"]}), Ticket())
+    assert refused.value.hint
+
+
+def test_many_ask_and_one_is_run(pool, monkeypatch):
+    runs = []
+    run = pool._run
+    monkeypatch.setattr(pool, "_run", lambda *given: runs.append(1) or run(*given))
+    tickets = [Ticket() for _ in range(5)]
+    with ThreadPoolExecutor(5) as threads:
+        asked = [threads.submit(pool.trace, "step", *order(**SLOW), ticket) for ticket in tickets]
+        until(lambda: all(t.flight and t.flight.waiting == 5 and t.flight.doing for t in tickets))
+        tickets[0].left = True
+        with pytest.raises(Abandoned):
+            asked[0].result()
+        assert len({one.result() for one in asked[1:]}) == 1
+    assert len(runs) == 1 and not pool._flights
+
+
+def test_when_all_have_left_it_is_ended_at_once(pool):
+    ticket = Ticket()
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(pool.trace, "step", *order(**SLOW, batch_size=3), ticket)
+        until(lambda: ticket.flight and ticket.flight.doing)
+        ticket.left = True
+        with pytest.raises(Abandoned):
+            asked.result()
+    until(lambda: not pool._flights)
+    assert pool.trace("step", *order(), Ticket())
+
+
+def children(of: int) -> list[int]:
+    told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(of)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in told.split()]
+
+
+def test_a_killed_process_is_an_error_of_its_job_alone(pool):
+    ticket = Ticket()
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(pool.trace, "step", *order(**SLOW, batch_size=4), ticket)
+        until(lambda: ticket.flight and ticket.flight.doing)
+        for pid in children(forkserver._forkserver._forkserver_pid):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(PlanError, match="ended from outside"):
+            asked.result()
+    assert pool.trace("step", *order(), Ticket())
+
+
+def test_limits_of_time_and_memory(pool):
+    hasty = Pool(slots=1, seconds=0.2)
+    with pytest.raises(PlanError, match="more than 0 s"):
+        hasty.trace("step", *order(**SLOW, batch_size=5), Ticket())
+    hasty.close()
+    poor = Pool(slots=1, memory=1 << 20)
+    with pytest.raises(PlanError, match="MiB of this server's memory"):
+        poor.trace("step", *order(**SLOW, batch_size=6), Ticket())
+    poor.close()
+
+
+def test_a_full_line_is_busy(pool, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(pool, "_run", lambda *_: gate.wait(60) and b"")
+    with ThreadPoolExecutor(LINE + 1) as threads:
+        asked = [threads.submit(pool.trace, "step", *order(batch_size=n + 1), Ticket()) for n in range(LINE + 1)]
+        until(lambda: pool.waiting == LINE)
+        with pytest.raises(Busy):
+            pool.trace("step", *order(batch_size=LINE + 2), Ticket())
+        gate.set()
+        assert [one.result() for one in asked] == [b""] * (LINE + 1)
+
+
+def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
+    kept = {}
+    monkeypatch.setattr("app.workers.keep", lambda part, key, data: kept.setdefault(key, Profile.load(data)))
+    gate, started = threading.Event(), threading.Event()
+    run = pool._run
+
+    def first_held(*given):
+        if not gate.is_set():
+            started.set()
+            gate.wait(60)
+        return run(*given)
+
+    monkeypatch.setattr(pool, "_run", first_held)
+    job = order(batch_size=2)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(pool.trace, "step", *job, Ticket())
+        started.wait(60)
+        pool.later("general", *job)
+        time.sleep(0.1)
+        assert not kept
+        gate.set()
+        asked.result()
+    until(lambda: kept)
+    assert kept[job[0]].general
