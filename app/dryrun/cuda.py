@@ -29,6 +29,8 @@ HOST_READS: dict[str, bool | str] = {
     # transformers/generation/utils.py: "is a special token negative, is the mask of the wrong kind?"
     "GenerationMixin._prepare_special_tokens": False,
     "GenerationMixin.generate": False,
+    # torch/amp/grad_scaler.py: "is a gradient infinite?" Then the step would be left out.
+    "GradScaler._maybe_opt_step": False,
     # "has every sequence ended?" Not before the length that was asked for: new tokens are a minimum too.
     "StopCheck.__call__": "generated",
     # transformers/modeling_rope_utils.py: the largest position, plus one
@@ -335,6 +337,12 @@ def _native_dropout(ledger, func, args, kwargs, place):
     ledger.enter(mask, func, args, place)
     ledger.enter(out, func, args, place)
     return out, mask
+
+
+@_kernel(aten._amp_update_scale_.default)
+def _update_scale(ledger, func, args, kwargs, place):
+    """``_amp_update_scale_cuda_`` (native/cuda/AmpKernels.cu) writes where it was told; it has no meta kernel."""
+    return args[0]
 
 
 @_kernel(aten.native_layer_norm.default, aten.native_layer_norm_backward.default)

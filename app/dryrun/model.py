@@ -22,6 +22,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from bitsandbytes.functional import QuantState
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -298,7 +299,8 @@ class Weightless:
                     ledger.own(buffer, path, "buffers")
 
     def adapted(self, model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> torch.nn.Module:
-        model = adapt(model, job, task, self.device)
+        with _magnitudes_entered(model, job, ledger):
+            model = adapt(model, job, task, self.device)
         _own_adapters(model, job, ledger)
         return model
 
@@ -362,11 +364,36 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger, weight
     return model.train()
 
 
+def _moved_in(job: Job) -> torch.dtype:
+    """The dtype in which PEFT moves adapters to the card: the base weight's, of a 4-bit one the dtype it had; an int8
+    base has none (peft/tuners/tuners_utils.py ``_move_adapter_to_device_of_base_layer``)."""
+    int8 = job.quantization is not None and job.quantization.type == "int8"
+    return torch.float32 if int8 else getattr(torch, job.dtype)
+
+
+@contextlib.contextmanager
+def _magnitudes_entered(model: torch.nn.Module, job: Job, ledger: Ledger):
+    """Enter what DoRA computes on the card while it adapts: each weight's norm, and cuBLAS's workspace, which stays
+    (peft/tuners/lora/dora.py ``DoraLinearLayer.update_layer``). Measured on an H100: 33554432 bytes more are placed."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    original = DoraLinearLayer.update_layer
+
+    def update_layer(self, *, base_layer, lora_A, lora_B, **kwargs):
+        there = {"lora_A": lora_A.to(_moved_in(job)), "lora_B": lora_B.to(_moved_in(job))}
+        with ledger.on_behalf_of(paths.get(id(base_layer), "")):
+            original(self, base_layer=base_layer, **there, **kwargs)
+
+    DoraLinearLayer.update_layer = update_layer
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = original
+
+
 def _own_adapters(model: torch.nn.Module, job: Job, ledger: Ledger) -> None:
-    """Enter the adapters: moved to the card in the base weight's dtype (of a 4-bit one, the dtype it had), then cast to
-    fp32 in a second pass (peft/tuners/tuners_utils.py ``_move_adapter_to_device_of_base_layer`` and
-    ``cast_adapter_dtype``; measured event for event). An int8 base has no such dtype."""
-    narrow = job.dtype != "float32" and not (job.quantization and job.quantization.type == "int8")
+    """Enter the adapters: moved to the card, then cast to fp32 in a second pass (peft/tuners/tuners_utils.py
+    ``cast_adapter_dtype``; measured event for event)."""
+    narrow = _moved_in(job) != torch.float32
     added, moved = [], []
     for path, module in model.named_modules():
         for parameter in module._parameters.values():

@@ -123,6 +123,16 @@ class Ledger(TorchDispatchMode):
         finally:
             torch.nn.Module.__call__ = original
 
+    @contextmanager
+    def on_behalf_of(self, path: str):
+        """Keep the books of what runs, all of it for the module at ``path``."""
+        self._stack.append(path)
+        try:
+            with self:
+                yield self
+        finally:
+            self._stack.pop()
+
     def _place(self) -> str | None:
         """The module path on whose behalf the current operator runs; None: nobody's (loop, loss, optimiser)."""
         if self._stack:

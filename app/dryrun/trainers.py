@@ -1,8 +1,9 @@
 """The steps of transformers' Trainer and TRL's SFTTrainer, with their own code where it runs without a card.
 
 Restated from transformers 5.17 ``trainer.py`` (``_run_epoch``, ``training_step``, ``compute_loss``), accelerate 1.15
-``accelerator.py`` (``prepare_model``: autocast inside ``forward``, outputs cast to fp32) and trl 1.16
-``trainer/sft_trainer.py`` (``compute_loss``). TRL's fused head and its chunked loss are run as they are.
+``accelerator.py`` (``prepare_model``: autocast inside ``forward``, outputs cast to fp32; ``backward``: the loss of fp16
+is scaled) and trl 1.16 ``trainer/sft_trainer.py`` (``compute_loss``). torch's GradScaler, TRL's fused head and its
+chunked loss are run as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, forward_
         _wrap_forward(ledger, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = None if forward_only else make_optimizer(job.optimizer, _groups(model), _embeddings(model))
+        # Accelerator.__init__; it does nothing unless enabled
+        scaler = torch.amp.GradScaler(ledger.device, enabled=job.mixed_precision == "fp16")
         accumulate = min(job.gradient_accumulation_steps, 2)
         total = 0.0
         for step in range(1, steps + 1):
@@ -44,14 +47,16 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, forward_
                 ledger.mark("backward", step, "activation_gradients")
                 loss = loss / 1
                 ledger.in_backward = True
-                loss.backward()
+                scaler.scale(loss).backward()
                 ledger.in_backward = False
                 settle(ledger, parameters)
                 total = total + loss.detach()
                 del loss
             ledger.mark("optimizer", step, "optimizer_temporaries")
+            scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             settle(ledger, parameters, optimizer)
             model.zero_grad()
             del norm
