@@ -199,12 +199,15 @@ class Beside(_Open):
 
 
 class ProbedPhase(_Open):
-    """One phase of the first or of a steady step."""
+    """The load, or one phase of the first or of a steady step: allocated at its peak and its end, the most reserved,
+    and the process as nvidia-smi shows it."""
 
     step: int
     name: str
     peak: Beside
     end: Beside
+    reserved: Beside
+    process: Beside
 
 
 class Difference(_Open):

@@ -280,6 +280,12 @@ def test_a_real_run_is_the_plan(real):
     rows = {row["figure"]: row for row in answer["figures"]}
     assert rows["allocated"]["difference"] == rows["reserved"]["difference"] == rows["placed"]["difference"] == 0
     assert abs(rows["process"]["percent"]) < 2
+    names = [(phase["step"], phase["name"]) for phase in answer["phases"]]
+    step = ["forward", "backward", "optimizer", "end"]
+    assert names == [(0, "load"), *((number, name) for number in (1, 2) for name in step)]
+    for phase in answer["phases"]:
+        assert [phase[moment]["difference"] for moment in ("peak", "end", "reserved")] == [0, 0, 0], phase
+        assert phase["step"] == 0 or abs(phase["process"]["percent"]) < 2, phase
     assert answer["match"]["share"] == 1 and answer["match"]["events"] > 4000
 
 
@@ -290,7 +296,7 @@ def test_a_later_step_that_is_higher_is_the_steady_one(real):
         {**phase, "peak_allocated": phase["peak_allocated"] + (phase["step"] == 3)} for phase in probed.recording.phases
     ]
     later = answer_of(replace(probed, recording=replace(probed.recording, phases=steps)))
-    assert {phase["step"] for phase in later["phases"]} == {1, 2}
+    assert {phase["step"] for phase in later["phases"]} == {0, 1, 2}
     assert {phase["peak"]["difference"] for phase in later["phases"] if phase["step"] == 2} == {-1}
 
 
@@ -329,6 +335,13 @@ def test_files_are_left_where_they_are_asked_for(tmp_path, real):
     assert row["measured"]["peak_allocated"] == 5653968896
     with pytest.raises(PlanError, match="no picture"):
         Keep(picture="both.txt")
+
+
+def test_a_phase_that_only_one_has_stands_in_its_step():
+    from app.probe.picture import in_order
+
+    plan, measured = [(0, "load", 0), (1, "forward", 0), (2, "forward", 0)], [(1, "forward", 0), (1, "end", 0)]
+    assert in_order(plan, measured) == [(0, "load", 0), (1, "forward", 0), (1, "end", 0), (2, "forward", 0)]
 
 
 def test_a_row_names_no_person_and_no_path(real):

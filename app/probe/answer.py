@@ -63,7 +63,7 @@ def answer_of(probed: Probed) -> dict:
         "card": recording.card,
         "stack": recording.stack,
         "figures": figures,
-        "phases": _phases(reading, recording),
+        "phases": _phases(planned, recording),
         "match": as_dict(match),
         "seconds": recording.seconds,
         "date": time.strftime("%Y-%m-%d"),
@@ -77,15 +77,25 @@ def _figure(name: str, planned: int, measured: int | None) -> dict:
     return out
 
 
-def _phases(reading: Reading, recording: Recording) -> list[dict]:
-    """Each phase of the first and of the highest steady step: the plan's peak and end, and the card's."""
-    planned = [phase for phase in reading.phases if phase.step > 0]
-    later = [phase for phase in recording.steps if phase["step"] > 1]
-    steady = max(later, key=lambda phase: phase["peak_allocated"])["step"] if later else 0
-    measured = [phase for phase in recording.steps if phase["step"] in (1, steady)]
+def _phases(planned: Planned, recording: Recording) -> list[dict]:
+    """The load, and each phase of the first and of a steady step: what the plan and the card allocate at the peak and
+    at the end, reserve, and hold as a process. Steady is the step with the highest peak; what it reserves is what the
+    last one did."""
+    load = [phase for phase in recording.phases if phase["step"] == 0]
+    steps: dict[int, list[dict]] = {}
+    for phase in recording.steps:
+        steps.setdefault(phase["step"], []).append(phase)
+    first, *later = steps.values() or [[]]
+    measured = [(phase, phase) for phase in first]
+    if later:
+        measured += zip(max(later, key=lambda step: max(phase["peak_allocated"] for phase in step)), later[-1])
+    if load:  # whose process is read after the cache was emptied, not at the peak
+        highest = {name: max(phase[name] for phase in load) for name in ("peak_allocated", "peak_reserved")}
+        measured.insert(0, ({**load[-1], **highest}, {**load[-1], **highest, "process": None}))
+    outside = outside_of(planned.gpu).expected
     out = []
-    for phase, real in zip(planned, measured):
-        if (min(phase.step, 2), phase.name) != (min(real["step"], 2), real["name"]):
+    for phase, (real, last) in zip(planned.reading.phases[0 if load else 1 :], measured):
+        if (min(phase.step, 2), phase.name) != (min(real["step"], 2), real["name"]) or last["name"] != phase.name:
             break
         out.append(
             {
@@ -93,6 +103,8 @@ def _phases(reading: Reading, recording: Recording) -> list[dict]:
                 "name": phase.name,
                 "peak": _figure("peak", phase.peak, real["peak_allocated"]),
                 "end": _figure("end", phase.end, real["allocated_end"]),
+                "reserved": _figure("reserved", phase.reserved, last["peak_reserved"]),
+                "process": _figure("process", phase.reserved + outside, last["process"]),
             }
         )
     return out

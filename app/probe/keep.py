@@ -73,14 +73,17 @@ def _title(probed: Probed) -> str:
 
 
 def _lines(answer: dict) -> list[str]:
-    out = [f"{'':10} {'planned':>16} {'measured':>16} {'off by':>14}"]
+    out = [f"{'bytes':10} {'planned':>16} {'measured':>16} {'off by':>14}"]
     for row in answer["figures"]:
-        measured = row["measured"] if row["measured"] is not None else "-"
-        out.append(f"{row['figure']:10} {row['planned']:>16} {measured:>16} {row.get('difference', '-'):>14}")
+        cells = (_bytes(row.get(name), sign) for name, sign in (("planned", ""), ("measured", ""), ("difference", "+")))
+        out.append("{:10} {:>16} {:>16} {:>14}".format(row["figure"], *cells))
     match = answer["match"]
     out += ["", f"{100 * match['share']:.3f} % of the bytes at the measured peak are events of the plan.", ""]
     for row in match["differences"]:
-        out.append(
-            f"{row['module'] or '-'}  {row['kind']}  {row['phase']}  {row['planned']} {row['measured']}  {row['op']}"
-        )
+        whose = f"{row['module'] or 'the loop'}, {row['kind']} since {row['phase']}"
+        out.append(f"{whose}: {_bytes(row['planned'])} planned, {_bytes(row['measured'])} measured; {row['op']}")
     return out
+
+
+def _bytes(size: int | None, sign: str = "") -> str:
+    return "-" if size is None else f"{size:{sign if size else ''},}"

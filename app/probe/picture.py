@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def draw(plan: Books, measured: Books, title: str, path: str | Path | io.StringI
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.add_subplot()
     ours, theirs = _curves(measured), _curves(plan)
-    names = list(dict.fromkeys([*theirs, *ours]))
+    names = in_order(theirs, ours)
     for at, name in enumerate(names):
         if at % 2:
             axes.axvspan(at, at + 1, color="0.94", zorder=0)
@@ -55,10 +56,16 @@ def page(plan: Books, measured: Books, title: str, lines: list[str]) -> str:
     drawing = file.getvalue()
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         "<style>body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}"
         "svg{width:100%;height:auto}pre{overflow-x:auto}</style>\n"
         f"{drawing[drawing.index('<svg') :]}\n<pre>{html.escape(chr(10).join(lines))}</pre>\n</html>\n"
     )
+
+
+def in_order(theirs: Iterable[tuple], ours: Iterable[tuple]) -> list[tuple]:
+    """The phases of both, step by step; what only one has in a step comes last there."""
+    return sorted(dict.fromkeys([*theirs, *ours]), key=lambda name: name[0])
 
 
 def _curves(books: Books) -> dict[tuple, list[int]]:

@@ -60,7 +60,7 @@ def page(answer: dict) -> RenderableType:
         parts.append(Text(answer["reason"], "dim"))
     parts += ["", _figures(answer)]
     if good:
-        parts += ["", Text("Phases", "bold"), _phases(answer)]
+        parts += ["", Text("Phases, and what the plan is off by", "bold"), _phases(answer)]
         parts += ["", Text("What differs at the peak", "bold"), _differences(answer["match"])]
     if "extrapolated" in answer:
         parts += ["", Text("All layers", "bold"), _extrapolated(answer["extrapolated"])]
@@ -88,15 +88,20 @@ def _off(row: dict) -> str:
 
 
 def _phases(answer: dict) -> Table:
-    table = _table("Step", "Phase", "Peak", "plan off by, bytes", "End", "plan off by, bytes")
+    moments = {"peak": "Peak", "end": "End", "reserved": "Reserved", "process": "Process"}
+    table = _table("Phase", *(column for name in moments.values() for column in (name, "off by")))
+    table.padding = (0, 1, 0, 0)
     for phase in answer["phases"]:
         cells = []
-        for moment in ("peak", "end"):
+        for moment in moments:
             row = phase[moment]
-            off = f"{row['difference']:+,}" if row.get("difference") else "0"
-            cells += [size(row["measured"]), off]
-        table.add_row(str(phase["step"]), phase["name"], *cells)
+            cells += [size(row["measured"]), _bytes(row["difference"])] if row["measured"] else ["", ""]
+        table.add_row(f"{phase['step'] or ' '} {phase['name']}", *cells)
     return table
+
+
+def _bytes(off: int) -> str:
+    return f"{off / 2**20:+,.1f} MiB" if abs(off) >= 1e6 else f"{off:+,}" if off else "0"
 
 
 def _differences(match: dict) -> RenderableType:
@@ -126,7 +131,7 @@ def _extrapolated(found: dict) -> RenderableType:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=True, padding=(0, 1, 0, 1), header_style="dim")
     text = {"", "Phase", "Module", "Kind", "Since", "Job", "Operator, or who asked"}
-    long = {"Module", "Kind", "Job", "Operator, or who asked"}
+    long = {"", "Module", "Kind", "Job", "Operator, or who asked", "off by"}
     for name in columns:
         table.add_column(name, justify="left" if name in text else "right", no_wrap=name not in long, overflow="fold")
     return table
