@@ -4,32 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import GRID, TEXT
 
 from app.batch import plan
 from app.dryrun.values import Values
 from app.errors import PlanError
 
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-}
-GRID = {  # patches of any image, their grid read by the host
-    "model_type": "qwen2_vl",
-    "image_token_id": 500,
-    "video_token_id": 501,
-    "vision_start_token_id": 502,
-    "text_config": {
-        "model_type": "qwen2_vl_text",
-        **TEXT,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-    },
-    "vision_config": {"model_type": "qwen2_vl_vision", "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4},
-}
 SQUARE = {  # images of one size
     "model_type": "llava",
     "image_token_index": 500,

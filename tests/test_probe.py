@@ -13,7 +13,7 @@ import pynvml
 import pytest
 import torch
 from rich.console import Console
-from tiny import LLAMA
+from tiny import GRID, LLAMA
 
 from app import calibration
 from app.catalog.gpus import find_gpu
@@ -151,6 +151,7 @@ JOBS = {
     "trainer": job(trainer="transformers", gradient_accumulation_steps=2),
     "trl": job(method="qlora", trainer="trl", lora={"target_modules": "all-linear"}),
     "inference": job(method="inference", new_tokens=4),
+    "images": {"config": GRID, "method": "full", "sequence_length": 64, "images": 2, "image_size": [112, 112]},
 }
 
 

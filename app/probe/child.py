@@ -15,6 +15,7 @@ import warnings
 
 import torch
 
+from app.dryrun.images import images_of
 from app.dryrun.model import bare, load
 from app.dryrun.step import run_generate, run_plain
 from app.job import Job, read_job
@@ -175,6 +176,7 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
 
 def _run(base, job: Job, task: str, recorder: Recorder, out: Recording, steps: int) -> None:
     recorder.knows(base)
+    recorder.images, _ = images_of(base, job, task)
     model = load(base, job, task, recorder, OnCard(recorder.device))
     del base
     gc.collect()

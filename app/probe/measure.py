@@ -70,11 +70,15 @@ def depth_of_plan(planned: Planned) -> int:
 
 def _books_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Books:
     from app.dryrun.cuda import Card
+    from app.dryrun.images import images_of
     from app.dryrun.step import dry_run
+    from app.dryrun.values import Values
     from app.probe.layers import with_layers
 
     base = _bare(json.dumps(config), task, job.dtype, job.attention)
-    return dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)))
+    images, _ = images_of(base, job, task)
+    values = None if images is None else Values(job.expert_routing, images)
+    return dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)), values=values)
 
 
 def gpu_of(name: str, total: int, capability: tuple[int, int]) -> Gpu | OwnGpu:

@@ -9,6 +9,7 @@ import transformers
 
 from app.dryrun.inputs import make_batch
 from app.dryrun.step import make_optimizer, settle
+from app.errors import PlanError
 from app.job import Job
 
 
@@ -69,6 +70,8 @@ class _OnHost:
 
 def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
     """``trainer: transformers`` or ``trl``: ``steps`` steps; of a long accumulation two batches, as in the plan."""
+    if recorder.images is not None:
+        raise PlanError("the trainers' rows hold no images", "measure it with trainer pytorch", "trainer")
     recorder.mark("load", 0)
     accumulate = min(job.gradient_accumulation_steps, 2)
     rows = _Rows(job.batch_size * accumulate * steps, make_batch(_OnHost(recorder), model, job, task))
