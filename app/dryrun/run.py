@@ -13,6 +13,7 @@ from app.dryrun import cuda, layers, stored
 from app.dryrun.fold import folded_books
 from app.dryrun.images import images_of
 from app.dryrun.model import bare, equal_type, quantizable
+from app.dryrun.scan import FEW
 from app.dryrun.step import dry_run
 from app.dryrun.symbols import symbol, understood
 from app.dryrun.trace import DataDependent, canonical
@@ -20,6 +21,7 @@ from app.dryrun.values import Values
 from app.errors import PlanError
 from app.job import Job, point_of
 from app.memory.event import Books
+from app.memory.fold import Unfoldable
 from app.memory.kernels import KernelFacts
 from app.memory.profile import Profile
 from app.memory.script import Script
@@ -162,12 +164,17 @@ def _books(
         *(job.quantization.skip_modules if job.quantization else ()),
     )
 
-    def run(what: Job) -> Callable[[torch.nn.Module], Books]:
-        return lambda short: dry_run(short, what, task, card, 2, forward_only, values)
+    def books(tokens: int) -> Books:
+        def run(what: Job) -> Callable[[torch.nn.Module], Books]:
+            return lambda short: dry_run(short, what, task, card, 2, forward_only, values, tokens)
 
-    general = run(job.model_copy(update=symbols)) if symbols else None
+        return folded_books(model, run(job), names, run(job.model_copy(update=symbols)) if symbols else None)
+
     with weighed(model), _told(model, job, values is not None), understood():
-        return folded_books(model, run(job), names, general)
+        try:
+            return books(FEW)
+        except Unfoldable:  # of a loop over tokens, not of the layers
+            return books(job.sequence_length or 1)
 
 
 @contextmanager

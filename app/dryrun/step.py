@@ -12,6 +12,7 @@ from app.dryrun import cuda
 from app.dryrun.autocast import Autocast
 from app.dryrun.inputs import make_batch
 from app.dryrun.model import Weightless, load
+from app.dryrun.scan import FEW, Scans
 from app.dryrun.trace import Ledger
 from app.dryrun.values import Values
 from app.errors import PlanError
@@ -150,10 +151,12 @@ def dry_run(
     steps: int = 2,
     forward_only: bool = False,
     values: Values | None = None,
+    tokens: int = FEW,
 ) -> Books:
     """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; or its first forward pass.
 
-    With ``values`` those that the job states are followed, which takes twice as long.
+    With ``values`` those that the job states are followed, which takes twice as long. Loops over tokens are run for so
+    many ``tokens`` and repeated; raises :class:`Unfoldable` where they cannot be.
     """
     from app.dryrun.trainers import run_trainer
 
@@ -166,11 +169,13 @@ def dry_run(
         model = load(model, job, task, ledger, Weightless())
         mode = ledger.autocast
         ledger.values = values
+        scans = Scans(ledger, tokens)
         with (
+            scans.shortened(model),
             ledger.watching(model),
             mode or contextlib.nullcontext(),
             mode.in_modules_of(model) if mode else contextlib.nullcontext(),
             values or contextlib.nullcontext(),
         ):
             run(ledger, model, job, task, steps, forward_only)
-            return ledger.close()
+        return scans.whole(ledger.close())

@@ -126,12 +126,22 @@ class Ledger(TorchDispatchMode):
     @contextmanager
     def on_behalf_of(self, path: str):
         """Keep the books of what runs, all of it for the module at ``path``."""
+        with self.at(path), self:
+            yield self
+
+    @contextmanager
+    def at(self, path: str):
+        """What runs meanwhile runs on behalf of ``path``, which need not be a module's."""
         self._stack.append(path)
         try:
-            with self:
-                yield self
+            yield
         finally:
             self._stack.pop()
+
+    @property
+    def place(self) -> str:
+        """The module path on whose behalf the program runs; of the model itself, or none's: empty."""
+        return self._place() or ""
 
     def _place(self) -> str | None:
         """The module path on whose behalf the current operator runs; None: nobody's (loop, loss, optimiser)."""
