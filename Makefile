@@ -1,8 +1,8 @@
-# make venv: everything a plan needs; make test; make demo; make serve
+# make venv: everything a plan needs; make test; make demo; make serve; make pretrace: the usual jobs, traced ahead
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: venv test demo serve
+.PHONY: venv test demo serve pretrace
 venv: $(VENV)/ready
 
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -19,3 +19,6 @@ demo: venv
 
 serve: venv
 	$(VENV)/bin/vramplan serve
+
+pretrace: venv
+	$(VENV)/bin/python -m app.pretrace

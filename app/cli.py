@@ -32,6 +32,7 @@ from app.catalog.models import MODELS, search_models
 from app.errors import PlanError
 from app.form import fields, read_json, read_object, to_job
 from app.job import TARGETS
+from app.pretrace import ASKED, QUESTION
 from app.render import probed, terminal, words
 from app.render.table import to_csv
 
@@ -493,16 +494,7 @@ def models(
         terminal.models(found, Console())
 
 
-QUESTION = {
-    "model": "llama-3.1-70b",
-    "method": "qlora",
-    "quantization": {"type": "nf4", "double_quant": True},
-    "lora": {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    "gradient_checkpointing": True,
-    "batch_size": 1,
-    "sequence_length": 2048,
-}
-LADDER = ("llama-2-7b", "llama-2-13b", "codellama-34b", "llama-3.1-70b")
+LADDER = ASKED[:4]
 
 
 @app.command()
@@ -510,8 +502,8 @@ def demo() -> None:
     """Answer the main question: QLoRA of a 70B model, on 80 GB and on 48 GB; then what 7B to 70B need."""
     console = Console()
     for card in ("a100-80gb", "a6000"):
-        with _waiting(f"Planning {QUESTION['model']} on {card}"):
-            answer = plan({**QUESTION, "gpu": card})
+        with _waiting(f"Planning {LADDER[-1]} on {card}"):
+            answer = plan({**QUESTION, "model": LADDER[-1], "gpu": card})
         if card == "a100-80gb":
             terminal.show(answer, console)
         else:

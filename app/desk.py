@@ -34,6 +34,7 @@ class _Window:
 
     pool: Pool
     ticket: Ticket
+    alone = False
 
     def trace(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> bytes:
         return self.pool.trace(part, key, job, config, kernels, self.ticket)

@@ -21,9 +21,10 @@ from app.catalog.models import find_model
 from app.config import refuse_impossible
 from app.errors import PlanError
 from app.job import Job, OwnGpu, point_of
-from app.memory.allocator import MIB, Settings
+from app.memory.breakdown import Reading
 from app.memory.kernels import KernelFacts
 from app.memory.profile import Profile
+from app.memory.rules import MIB, Settings
 from app.memory.script import Script, Stream, packed, unpacked
 from app.store import Store, own_path
 
@@ -125,6 +126,9 @@ class Tracer(Protocol):
     """Who runs a job on the meta device. ``part``: ``step`` (for the job's own batch and length), ``general`` (for all
     that run alike), ``finish`` or ``load``; ``key`` is that of :func:`key_of`."""
 
+    alone: bool
+    """Whether this process answers one question and ends."""
+
     def trace(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> bytes:
         """What the run leaves: a :class:`Profile`, or a :class:`Script`, as bytes. Raises :class:`PlanError`."""
 
@@ -134,6 +138,8 @@ class Tracer(Protocol):
 
 class Here:
     """Runs jobs in this process."""
+
+    alone = True
 
     def trace(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> bytes:
         from app.dryrun import finish, run
@@ -180,7 +186,7 @@ class _Shelf:
 
     def look(self, kind: str, read: Callable[[bytes], Any]) -> list[Any]:
         """The same, with what other processes have stored since."""
-        for data in (*_PRETRACED.get(_digest(kind)), *self.own.get(_digest(kind))):
+        for data in (*_pretraced.get(_digest(kind)), *self.own.get(_digest(kind))):
             self._put(kind, data, read)
         with self._lock:
             return [*reversed(self._kinds.get(kind, {}).values())]
@@ -213,9 +219,15 @@ class _Shelf:
         return said
 
 
-_PRETRACED = Store(Path(__file__).parent / "catalog" / "profiles.db", fixed=True)
-"""The catalogue's usual jobs, traced before (:mod:`app.pretrace`)."""
+PRETRACED = Path(__file__).parent / "catalog" / "profiles.db"
+"""The catalogue's usual jobs, traced ahead (:mod:`app.pretrace`)."""
+_pretraced = Store(PRETRACED, fixed=True)
 _shelf = _Shelf()
+
+
+def store_in(path: Path) -> None:
+    """Keep what is traced from now on in another file."""
+    _shelf.own = Store(path)
 
 
 def _events(said: Profile | Stream | PlanError) -> int:
@@ -306,7 +318,21 @@ def _stream_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
 
 def _stream(data: bytes) -> Stream | PlanError:
     told = unpacked(data)
-    return PlanError(**told["refused"]) if "refused" in told else Script.load(told).at(1, 1)
+    return PlanError(**told["refused"]) if "refused" in told else Script.load(told, sha256(data).hexdigest()).at(1, 1)
+
+
+def reading_of(digest: str, point: tuple[int, int], settings: Settings, read: Callable[[], Reading]) -> Reading:
+    """What :func:`~app.memory.breakdown.read` says of a script with this digest: as it is stored, or as ``read`` reads
+    it. A command line stores it: reading takes numba, whose import takes longer than all the rest."""
+    kind = _digest(f"reading {digest} {point} {settings}")
+    if tracer.get().alone:
+        for data in (*_pretraced.get(kind), *_shelf.own.get(kind)):
+            with suppress(ValueError):
+                return Reading.load(data)
+    reading = read()
+    if tracer.get().alone:
+        _shelf.own.put(kind, reading.dump())
+    return reading
 
 
 def settings_of(job: Job) -> Settings:

@@ -12,10 +12,11 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -50,42 +51,56 @@ class Store:
         """The entries of a kind, in no order."""
         if self.fixed and not self.path.exists():
             return []
-        with self._connected() as base:
-            rows = base.execute("select digest, data, used from entries where kind = ?", (kind,)).fetchall()
-            now = time.time()
-            stale = [(now, kind, digest) for digest, _, used in rows if now - used > FRESH]
-            if stale and not self.fixed:
-                with base:
-                    base.executemany("update entries set used = ? where kind = ? and digest = ?", stale)
-            return [data for _, data, _ in rows]
-        return []
+        return self._done(lambda base: self._get(base, kind)) or []
 
     def put(self, kind: str, data: bytes) -> None:
         """Keep an entry; what exceeds the limit goes."""
-        with self._connected() as base, base:
+        self._done(lambda base: self._put(base, kind, data))
+
+    def _get(self, base: sqlite3.Connection, kind: str) -> list[bytes]:
+        rows = base.execute("select digest, data, used from entries where kind = ?", (kind,)).fetchall()
+        now = time.time()
+        stale = [(now, kind, digest) for digest, _, used in rows if now - used > FRESH]
+        if stale and not self.fixed:
+            with base:
+                base.executemany("update entries set used = ? where kind = ? and digest = ?", stale)
+        return [data for _, data, _ in rows]
+
+    def _put(self, base: sqlite3.Connection, kind: str, data: bytes) -> None:
+        with base:
             row = (kind, sha256(data).hexdigest(), data, time.time())
             base.execute("insert or replace into entries values (?, ?, ?, ?)", row)
             total = base.execute("select sum(length(data)) from entries").fetchone()[0]
-            for kind, digest, size in base.execute("select kind, digest, length(data) from entries order by used"):
+            if total <= self.limit:
+                return
+            oldest = base.execute("select rowid, length(data) from entries order by used").fetchall()
+            for row, size in oldest:
                 if total <= self.limit:
                     break
-                base.execute("delete from entries where kind = ? and digest = ?", (kind, digest))
+                base.execute("delete from entries where rowid = ?", (row,))
                 total -= size
 
-    @contextmanager
-    def _connected(self) -> Iterator[sqlite3.Connection]:
-        """This thread's connection. A damaged file is begun anew; any other trouble is logged, and nothing is found."""
-        try:
-            yield self._base()
-        except sqlite3.DatabaseError as error:
-            log.debug("store %s: %s", self.path, error)
-            self._close()
-            if not self.fixed and not isinstance(error, sqlite3.OperationalError):
+    def _done(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """What ``work`` makes of this thread's connection. A damaged file is begun anew; any other trouble is logged,
+        and None."""
+        for _ in range(2):
+            try:
+                return work(self._base())
+            except sqlite3.OperationalError as error:  # busy, full, not to be written
+                log.debug("store %s: %s", self.path, error)
+                return None
+            except sqlite3.DatabaseError as error:
+                log.debug("store %s is damaged: %s", self.path, error)
+                self._close()
+                if self.fixed:
+                    return None
                 for suffix in ("", "-wal", "-shm"):
                     with suppress(OSError):
                         os.unlink(f"{self.path}{suffix}")
-        except OSError as error:
-            log.debug("store %s: %s", self.path, error)
+            except OSError as error:
+                log.debug("store %s: %s", self.path, error)
+                return None
+        return None
 
     def _base(self) -> sqlite3.Connection:
         if getattr(self._local, "process", None) != os.getpid():  # a connection is not to be taken across a fork

@@ -33,6 +33,7 @@ from app.desk import Desk
 from app.errors import PlanError
 from app.form import to_job
 from app.job import Job, read_job
+from app.remember import Remember, keep
 from app.render import html
 from app.render.table import to_csv
 from app.workers import Busy
@@ -236,6 +237,7 @@ def create_app(*, local_files: bool = False, warm: bool = False, allow_probe: bo
         lifespan=lifespan,
     )
     app.add_middleware(GZipMiddleware, minimum_size=2000)
+    app.add_middleware(Remember)
     app.add_middleware(Guard)
     app.add_exception_handler(PlanError, _on_plan_error)
     app.add_exception_handler(RequestValidationError, _on_malformed)
@@ -251,7 +253,10 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
     @app.post("/estimate", response_model=Answer, responses=ERRORS, summary="Plan one job")
     async def estimate(request: Request, job: JobBody, all_layers: bool = False) -> Response:
         desk.admit()
-        return JSONResponse(await desk.plan(job, request, all_layers=all_layers))
+        answer = await desk.plan(job, request, all_layers=all_layers)
+        if answer["model"]["kind"] in ("catalogue", "inline"):  # a folder's or the Hub's config may change
+            keep(request.scope)
+        return JSONResponse(answer)
 
     @app.get("/estimate.json", response_model=Answer, responses=ERRORS, summary="Plan the job of a page's address")
     async def estimate_address(request: Request) -> Response:

@@ -9,11 +9,11 @@ from app.cards import MEASURED_KERNELS, id_of, known, room, usable
 from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
 from app.job import Job, OwnGpu, point_of
-from app.memory.allocator import Settings
 from app.memory.breakdown import Phase, Reading, read
 from app.memory.fit import Verdict, judge, passes
 from app.memory.overheads import Room
 from app.memory.profile import Profile
+from app.memory.rules import Settings
 from app.memory.script import Stream
 from app.plan import (
     DEFAULT_GPU,
@@ -22,6 +22,7 @@ from app.plan import (
     finish_of,
     kernels_of,
     profile_of,
+    reading_of,
     refuse_unplanned,
     settings_of,
     with_weights,
@@ -58,14 +59,14 @@ class Weighing:
         return _reading(self.profile, point_of(self.job), self.settings)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _stream(profile: Profile, point: tuple[int, int]) -> Stream:
     return profile.script.at(*point)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _reading(profile: Profile, point: tuple[int, int], settings: Settings) -> Reading:
-    return read(_stream(profile, point), settings)
+    return reading_of(profile.script.digest, point, settings, lambda: read(_stream(profile, point), settings))
 
 
 def weigh(job: Job) -> Weighing:
@@ -114,7 +115,7 @@ def verdict_on(weighing: Weighing, card: Gpu | OwnGpu) -> Verdict:
     return _verdict(weighing.profile, point_of(weighing.job), weighing.settings, space, kind_of(weighing.job))
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=4096)
 def _verdict(profile: Profile, point: tuple[int, int], settings: Settings, space: Room, kind: str) -> Verdict:
     return judge(_stream(profile, point), _reading(profile, point, settings), space, kind, settings)
 
@@ -156,9 +157,9 @@ _BARE = {
 """What does not matter to merging and writing, or is not there any more: the base is merged in its load dtype."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _finish(stream: Stream, settings: Settings) -> list[Phase]:
-    return read(stream, settings).phases
+    return reading_of(stream.script.digest, (1, 1), settings, lambda: read(stream, settings)).phases
 
 
 def cannot(weighing: Weighing, verdict: Verdict) -> list[str]:

@@ -12,9 +12,10 @@ from app.dryrun import cuda, fold
 from app.dryrun.model import bare
 from app.dryrun.step import dry_run
 from app.job import read_job
-from app.memory.allocator import Settings, replay
+from app.memory.allocator import replay
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
+from app.memory.rules import Settings
 from app.memory.script import Script
 
 # --- a made-up step -----------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_advice_is_planned_changes(client):
 
 def test_a_fault_of_the_planner_is_500_and_one_sentence(client, monkeypatch):
     monkeypatch.setattr("app.service.estimate", lambda *_, **__: 1 / 0)
-    assert "ZeroDivisionError" in error_of(client.post("/estimate", json=JOB), 500)["message"]
+    assert "ZeroDivisionError" in error_of(client.post("/estimate", json={**JOB, "batch_size": 31}), 500)["message"]
     failed = client.post("/estimate/batch", json=[JOB]).json()
     assert "ZeroDivisionError" in failed[0]["error"]["message"]
 
@@ -186,7 +186,7 @@ def test_a_full_line_is_503(monkeypatch):
         gate.wait(PATIENCE)
         with lock:
             running -= 1
-        return {"peak": job.batch_size}
+        return {"peak": job.batch_size, "model": {"kind": "hub"}}
 
     monkeypatch.setattr(desk, "plan", slow)
     places = desk.THREADS + workers.LINE
@@ -203,6 +203,22 @@ def test_a_full_line_is_503(monkeypatch):
         answers = sorted(job.result().json()["peak"] for job in pending)
     assert "waiting" in error_of(busy, 503)["message"] and int(busy.headers["retry-after"]) > 0
     assert answers == list(range(1, places + 1)) and most == desk.THREADS
+
+
+def test_the_same_question_is_answered_again_without_planning(monkeypatch):
+    asked = []
+    real = desk.plan
+    monkeypatch.setattr(desk, "plan", lambda job, **k: asked.append(1) or real(job, **k))
+    with TestClient(web.create_app()) as client:
+        one, same = (client.post("/estimate", json={**JOB, "batch_size": 3}) for _ in range(2))
+        assert one.json() == same.json() and len(asked) == 1
+        assert same.headers["content-security-policy"] and same.headers["content-encoding"] == "gzip"
+        plain = client.post("/estimate", json={**JOB, "batch_size": 3}, headers={"accept-encoding": "identity"})
+        assert plain.json() == one.json() and "content-encoding" not in plain.headers
+        client.post("/estimate?all_layers=true", json={**JOB, "batch_size": 3})
+        client.post("/estimate", json={**JOB, "batch_size": 0})
+        client.post("/estimate", json={**JOB, "batch_size": 0})
+    assert len(asked) == 3
 
 
 def test_who_waits_is_told_what_is_being_done():

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -220,7 +221,18 @@ class _Fold:
 # --- finding ------------------------------------------------------------------------------------------------
 
 
+_repeated: WeakKeyDictionary[torch.nn.Module, dict[int, list[Layers]]] = WeakKeyDictionary()
+
+
 def repeated(model: torch.nn.Module, apart: int = 0) -> list[Layers]:
+    """:func:`_look` for a bare model, which stays as it is: it is asked of each way in which the model is run."""
+    known = _repeated.setdefault(model, {})
+    if apart not in known:
+        known[apart] = _look(model, apart)
+    return known[apart]
+
+
+def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
     """The outermost lists of layers of which some can be left out; lists of one parent and one length go together.
 
     With ``apart`` that many layers at the beginning are like no other, and lists of which a config names some by number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -103,7 +102,6 @@ def trace(
         "attention": base.config._attn_implementation or "eager",
     }
     warnings = [*said, *([shown] if shown else []), *_weight_warnings(job, base)]
-    spare = copy.deepcopy(base) if job.method != "inference" and base.supports_gradient_checkpointing else None
     conditions: dict[str, None] = {}
     values = None if images is None else Values(job.expert_routing, images)
     symbols = _symbols(job, conditions) if general and values is None else {}
@@ -119,9 +117,9 @@ def trace(
     warnings += _kernel_warnings(job, task, facts["attention"], books)
     checkpointed = job.gradient_checkpointing != "off"
     other = None
-    if spare is not None:
+    if job.method != "inference" and base.supports_gradient_checkpointing:
         flipped = job.model_copy(update={"gradient_checkpointing": "off" if checkpointed else "non_reentrant"})
-        other = _books(spare, flipped, task, card, symbols, values, forward_only=True)
+        other = _books(base, flipped, task, card, symbols, values, forward_only=True)
     facts["trainable_parameters"] = _trainable(books, job)
     facts["optimizer_state"] = _state_bytes(books)
     if not symbols:

@@ -10,18 +10,17 @@ blocks are rows of arrays: under 100 ns an event where objects took 2000.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-MIB = 1 << 20
+from app.memory.rules import LARGE_BUFFER, MIB, Settings, Steady
+
 MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
 SMALL_SIZE = MIB  # kSmallSize: the largest request served from the small pool
 SMALL_BUFFER = 2 * MIB  # kSmallBuffer: a segment of the small pool
 MIN_LARGE_ALLOC = 10 * MIB  # kMinLargeAlloc: below it a large segment is LARGE_BUFFER
-LARGE_BUFFER = 20 * MIB  # kLargeBuffer
 ROUND_LARGE = 2 * MIB  # kRoundLarge: segments of MIN_LARGE_ALLOC and more
 GRANULE = 32 * MIB  # what cudaMalloc takes of the address space at a time
 EXPANDABLE_RANGE = 1 << 50  # the address range that an expandable segment may grow into
@@ -31,27 +30,6 @@ REPEATS = 8  # of a steady step, at most
 # each alone makes a replay three times as fast.
 _compiled = njit(cache=True, _nrt=False)
 _inlined = njit(_nrt=False, inline="always")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """``PYTORCH_ALLOC_CONF`` as far as it changes the books, and the limit.
-
-    ``limit`` is the bytes that the allocator may reserve (``set_per_process_memory_fraction``, or the bytes
-    free on the card); ``None``: no limit. ``max_split_size`` is in bytes.
-    """
-
-    expandable_segments: bool = False
-    max_split_size: int | None = None
-    limit: int | None = None
-
-    def rules(self) -> _Rules:
-        none = -1
-        return _Rules(
-            self.expandable_segments,
-            none if self.max_split_size is None else self.max_split_size,
-            none if self.limit is None else self.limit,
-        )
 
 
 class OutOfMemory(Exception):
@@ -68,6 +46,11 @@ class _Rules(NamedTuple):
     expandable: bool
     split_limit: int
     limit: int
+
+
+def _rules(settings: Settings) -> _Rules:
+    split, limit = (-1 if size is None else size for size in (settings.max_split_size, settings.limit))
+    return _Rules(settings.expandable_segments, split, limit)
 
 
 class _State(NamedTuple):
@@ -165,11 +148,14 @@ def _first(st, pool, size):
         best = min(best, found if found >= size else _BEYOND)
     if best == _BEYOND:
         return -1
-    row, low = -1, _BEYOND
+    low = _BEYOND
     for n in range(count):
-        if st.sizes[pool, n] == best and st.addresses[pool, n] < low:
-            row, low = st.rows[pool, n], st.addresses[pool, n]
-    return row
+        where = st.addresses[pool, n]
+        low = min(low, where if st.sizes[pool, n] == best else _BEYOND)
+    for n in range(count):
+        if st.addresses[pool, n] == low:
+            return st.rows[pool, n]
+    return -1
 
 
 @_compiled
@@ -533,15 +519,6 @@ def _run(st, rules, events, start, end, sizes, empties, limited, allocated, rese
     return end
 
 
-class Steady(NamedTuple):
-    """What a stream does again and again: its events from ``start`` on. What they give back of before (``given``) is
-    what they leave (``left``) the time before, allocation for allocation."""
-
-    start: int
-    given: np.ndarray
-    left: np.ndarray
-
-
 class Replay(NamedTuple):
     """What serving a stream showed. ``served``: how many of its events (all, or one ran out of memory); bytes
     ``allocated`` and ``reserved`` after each, and of the ``blocks`` of each allocation.
@@ -574,7 +551,7 @@ def replay(
     alive = np.cumsum(np.where(events >= 0, 1, -1), dtype=np.int32)
     rows = 1024 + 2 * int(alive.max(initial=0))
     while True:
-        found = _replay(_state(rows, sizes.size), events, sizes, settings.rules(), empties, limited, steady)
+        found = _replay(_state(rows, sizes.size), events, sizes, _rules(settings), empties, limited, steady)
         if found.served >= 0:
             return found
         rows *= 4
@@ -610,7 +587,7 @@ class CachingAllocator:
     reset; ``keys``: how many there may be."""
 
     def __init__(self, settings: Settings = Settings(), keys: int = 1 << 16):
-        self.rules = settings.rules()
+        self.rules = _rules(settings)
         self._state = _state(4 * keys, keys)
         self.peak_allocated = self.peak_reserved = 0
 

@@ -5,13 +5,13 @@ Bytes are those of blocks, as ``torch.cuda.memory_allocated`` counts them, so pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from app.memory.allocator import Settings, replay
 from app.memory.event import KINDS
-from app.memory.script import Stream
+from app.memory.rules import Settings
+from app.memory.script import Stream, packed, unpacked
 
 POINTS = 240
 """Points of a timeline: enough for a screen; each keeps the largest moment of its stretch."""
@@ -63,9 +63,31 @@ class Reading:
     placed: int
     reserved: int
 
+    def dump(self) -> bytes:
+        return packed(asdict(self))
+
+    @staticmethod
+    def load(data: bytes) -> Reading:
+        """What :meth:`dump` wrote. Raises :class:`ValueError` where it is damaged."""
+        told = unpacked(data)
+        try:
+            return Reading(
+                **{
+                    **told,
+                    "phases": [Phase(**phase) for phase in told["phases"]],
+                    "peak": Phase(**told["peak"]),
+                    "holders": [(module, kind, size) for module, kind, size in told["holders"]],
+                    "timeline": [Point(**{**point, "kinds": tuple(point["kinds"])}) for point in told["timeline"]],
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a reading: {error}") from None
+
 
 def read(stream: Stream, settings: Settings = Settings(), points: int = POINTS) -> Reading:
     """Serve ``stream`` without a limit and say what it showed."""
+    from app.memory.allocator import replay
+
     script = stream.script
     events, marks = script.events, script.marks
     run = replay(events, stream.sizes, settings, script.empties, steady=script.steady)
@@ -140,11 +162,8 @@ def _kinds_at(stream: Stream, blocks: np.ndarray, moments: np.ndarray) -> np.nda
 
 def alive_after(stream: Stream, event: int) -> np.ndarray:
     """The allocations that are alive after ``event``."""
-    events = stream.script.events[: event + 1]
-    alive = np.zeros(stream.sizes.size, bool)
-    alive[events[events >= 0]] = True
-    alive[~events[events < 0]] = False
-    return np.flatnonzero(alive)
+    script = stream.script
+    return np.flatnonzero((script.taken <= event) & (script.released > event))
 
 
 def _holders(stream: Stream, blocks: np.ndarray, event: int) -> list[tuple[str, str, int]]:

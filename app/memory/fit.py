@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from app.memory.allocator import LARGE_BUFFER, Settings, replay
 from app.memory.breakdown import Reading, alive_after
 from app.memory.event import KINDS
 from app.memory.overheads import Room
+from app.memory.rules import LARGE_BUFFER, Settings
 from app.memory.script import Stream
 
 SEGMENT = LARGE_BUFFER
@@ -76,6 +76,8 @@ def passes(stream: Stream, settings: Settings, placed: bool = False) -> tuple[bo
 
     ``placed``: the model lies there already, the limit holds from the first step on.
     """
+    from app.memory.allocator import replay
+
     script = stream.script
     limited = script.first_step if placed else 0
     served = replay(script.events, stream.sizes, settings, script.empties, limited, script.steady).served

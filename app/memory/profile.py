@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from app.memory.script import Script, packed, unpacked
@@ -31,7 +32,7 @@ class Profile:
     def load(data: bytes) -> Profile:
         """What :meth:`dump` wrote. Raises :class:`ValueError` where it is damaged."""
         told = unpacked(data)
-        script = Script.load(told)
+        script = Script.load(told, sha256(data).hexdigest())
         try:
             table = Table(
                 told["table"]["rows"], [[(place, path) for place, path in group] for group in told["table"]["members"]]

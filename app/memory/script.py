@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from app.memory.allocator import Steady
 from app.memory.event import EMPTY_CACHE, KINDS, Allocation, Books, Mark
+from app.memory.rules import Steady
 from app.memory.sizes import compiled, text_of
 
 
@@ -25,7 +25,8 @@ class Script:
     """``events[i]`` is ``k`` where allocation ``k`` is taken and ``~k`` where it is given back.
 
     Of each allocation, ``size``, ``module``, ``kind`` and ``op`` are numbers of an entry in ``sizes`` (text of b and
-    s, bytes), ``modules``, ``KINDS`` and ``ops``. ``conditions`` are what batch and length must keep.
+    s, bytes), ``modules``, ``KINDS`` and ``ops``. ``conditions`` are what batch and length must keep. ``digest``
+    tells it from others, where it was read from bytes.
     """
 
     events: np.ndarray
@@ -38,6 +39,7 @@ class Script:
     ops: list[str]
     marks: list[Mark]
     conditions: list[str]
+    digest: str = ""
 
     @staticmethod
     def of(books: Books, conditions: Iterable[str]) -> Script:
@@ -85,6 +87,19 @@ class Script:
         return np.array([mark.at for mark in self.marks if mark.name == EMPTY_CACHE], np.int64)
 
     @cached_property
+    def taken(self) -> np.ndarray:
+        """The event that takes each allocation."""
+        return np.flatnonzero(self.events >= 0)
+
+    @cached_property
+    def released(self) -> np.ndarray:
+        """The event that gives each allocation back; the number of events where none does."""
+        out = np.full(self.size.size, self.events.size)
+        backs = np.flatnonzero(self.events < 0)
+        out[~self.events[backs]] = backs
+        return out
+
+    @cached_property
     def first_step(self) -> int:
         """The event with which the first step begins; the number of events where none does."""
         return next((mark.at for mark in self.marks if mark.step), self.events.size)
@@ -128,7 +143,7 @@ class Script:
         }
 
     @staticmethod
-    def load(data: dict[str, Any]) -> Script:
+    def load(data: dict[str, Any], digest: str = "") -> Script:
         """What :meth:`dump` wrote. Raises :class:`ValueError` where it is no script."""
         try:
             back, size, module, kind, op = (
@@ -148,7 +163,7 @@ class Script:
             if events.size and not -count <= events.min() <= events.max() < count:
                 raise ValueError("events of nothing")
             marks = [Mark(int(at), str(name), int(step)) for at, name, step in data["marks"]]
-            return Script(events, size, module, kind.astype(np.int8), op, *texts, marks, data["conditions"])
+            return Script(events, size, module, kind.astype(np.int8), op, *texts, marks, data["conditions"], digest)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"not a script: {error}") from None
 

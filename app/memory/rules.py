@@ -1,0 +1,36 @@
+"""What the allocator is told: its settings, and what of a stream is repeated.
+
+The allocator itself is compiled, and takes 0.3 s to import: whoever only reads what was replayed before does without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+MIB = 1 << 20
+LARGE_BUFFER = 20 * MIB  # kLargeBuffer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``PYTORCH_ALLOC_CONF`` as far as it changes the books, and the limit.
+
+    ``limit`` is the bytes that the allocator may reserve (``set_per_process_memory_fraction``, or the bytes
+    free on the card); ``None``: no limit. ``max_split_size`` is in bytes.
+    """
+
+    expandable_segments: bool = False
+    max_split_size: int | None = None
+    limit: int | None = None
+
+
+class Steady(NamedTuple):
+    """What a stream does again and again: its events from ``start`` on. What they give back of before (``given``) is
+    what they leave (``left``) the time before, allocation for allocation."""
+
+    start: int
+    given: np.ndarray
+    left: np.ndarray

@@ -1,0 +1,84 @@
+"""The catalogue's usual jobs, traced ahead into the file that the package brings along: ``python -m app.pretrace``.
+
+A plan finds them there as it finds what it has traced itself (:mod:`app.store`). ``tests/test_pretraced.py`` fails
+where the engine is another than the one that traced them, and traces a sample afresh.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sqlite3
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from app.errors import PlanError
+from app.job import Job, read_job
+from app.plan import PRETRACED, Here, card_of, config_of, keep, kernels_of, key_of, store_in
+
+METHODS = ("full", "lora", "qlora")
+QUESTION = {
+    "method": "qlora",
+    "quantization": {"type": "nf4", "double_quant": True},
+    "lora": {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "gradient_checkpointing": True,
+    "batch_size": 1,
+    "sequence_length": 2048,
+}
+"""QLoRA as its paper's readers run it: the main question."""
+ASKED = ("llama-2-7b", "llama-2-13b", "codellama-34b", "llama-3.1-70b", "llama-3.1-8b")
+USUAL = (
+    "llama-2-7b llama-2-13b llama-2-70b codellama-7b codellama-34b llama-3-8b llama-3.1-8b llama-3.1-70b "
+    "llama-3.2-1b llama-3.2-3b tinyllama mistral-7b mistral-7b-v0.3 mistral-nemo mixtral-8x7b "
+    "qwen2.5-0.5b qwen2.5-1.5b qwen2.5-3b qwen2.5-7b qwen2.5-14b qwen2.5-32b qwen2.5-72b "
+    "qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b qwen3-30b-a3b "
+    "gemma-2-2b gemma-2-9b gemma-3-1b phi-3-mini phi-4 smollm2-135m smollm2-360m smollm2-1.7b "
+    "falcon-7b gpt2 gpt-oss-20b"
+).split()
+
+
+def usual_jobs() -> list[dict]:
+    """What people ask first of each model of the catalogue, on the default card's kernels."""
+    jobs = [{"model": name, "method": method} for name in USUAL for method in METHODS]
+    return [*jobs, *({**QUESTION, "model": name} for name in ASKED)]
+
+
+def pretrace(job: Job) -> None:
+    """Trace a job (resolved) for every batch and length that runs like it, and read it. Raises :class:`PlanError`."""
+    from app.service import estimate
+
+    config, card = config_of(job)[0], card_of(job)
+    order = key_of(job, config, card), job, config, kernels_of(card)
+    keep("general", order[0], Here().trace("general", *order))
+    estimate(job.model_dump(exclude_unset=True))
+
+
+def _one(path: Path, job: dict) -> str:
+    store_in(path)
+    try:
+        pretrace(read_job(job).resolved())
+    except PlanError as error:
+        return f"{job['model']} {job['method']}: {error.message}"
+    return ""
+
+
+def build(path: Path, jobs: list[dict], processes: int) -> list[str]:
+    """Write ``path`` anew; what is told of jobs that are refused."""
+    with suppress(OSError):
+        path.unlink()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        refused = [said for said in pool.imap(partial(_one, path), jobs) if said]
+    with sqlite3.connect(path) as base:
+        base.execute("update entries set used = 0")
+    base.execute("pragma journal_mode = delete")
+    base.execute("vacuum")
+    base.close()
+    return refused
+
+
+if __name__ == "__main__":
+    for said in build(PRETRACED, usual_jobs(), os.cpu_count() or 1):
+        print(said, file=sys.stderr)
+    print(f"{PRETRACED}: {PRETRACED.stat().st_size} bytes")
