@@ -388,6 +388,8 @@ def _suite(name: str, yes: bool, timeout: float, keep: Any, as_json: bool) -> in
         Progress(*columns, console=errors, disable=not errors.is_terminal) as progress,
         _bench(yes, timeout, ahead=1) as bench,
     ):
+        with _told_as(as_json):
+            bench.look()  # no card is said once, not job by job
         bar = progress.add_task("", total=len(jobs))
         for title, job in jobs:
             progress.update(bar, description=title)

@@ -369,8 +369,9 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_cpu_build_is_told_in_one_sentence():
-    done = run("probe", "qwen2.5-0.5b", "--json")
+@pytest.mark.parametrize("what", (["qwen2.5-0.5b"], ["--suite", "quick"]))
+def test_a_cpu_build_is_told_in_one_sentence(what):
+    done = run("probe", *what, "--json")
     assert done.returncode == 2 and "is a CPU build: it cannot use a GPU" in json.loads(done.stdout)["error"]["message"]
     assert len(done.stderr.strip().splitlines()) == 2
 

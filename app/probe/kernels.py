@@ -18,9 +18,11 @@ BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
 """``torch.nn.attention.SDPBackend``."""
 
 
-def _qkv(device: str, dtype: torch.dtype, heads: int, keys: int, size: int) -> list[torch.Tensor]:
+def _qkv(
+    device: str, dtype: torch.dtype, heads: int, keys: int, size: int, make: Callable = torch.zeros
+) -> list[torch.Tensor]:
     shapes = [(1, heads, 512, size), (1, keys, 512, size), (1, keys, 512, size)]
-    return [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    return [make(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
 
 
 # --- which attention kernel runs ----------------------------------------------------------------------------
@@ -45,8 +47,8 @@ def _calls(device: str) -> Iterator[tuple]:
     query, key, value, mask, dropout, whether causal, whether grouped."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for dtype, size, keys in product(dtypes, range(8, 257, 8), (8, 2)):
-        query, key, value = _qkv(device, dtype, 8, keys, size)
-        hides = torch.zeros(1, 1, 512, 512, dtype=dtype, device=device)
+        query, key, value = _qkv(device, dtype, 8, keys, size, torch.empty)
+        hides = torch.empty(1, 1, 512, 512, dtype=dtype, device=device)
         for mask, dropout, grad in product((None, hides), (0.0, 0.1), (True, False)):
             if grad or not dropout:
                 with torch.set_grad_enabled(grad):
