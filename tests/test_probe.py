@@ -23,6 +23,7 @@ from app.job import read_job
 from app.memory.allocator import CachingAllocator
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 from app.memory.kernels import KernelFacts
+from app.memory.overheads import HOPPER_CONTEXT
 from app.probe import card
 from app.probe.answer import Probed, answer_of, row_of
 from app.probe.card import CardState
@@ -503,6 +504,8 @@ def test_the_cap_leaves_something_to_others_and_the_card_is_remembered(monkeypat
     assert child.request["cap"] <= 24 * GIB - SPARE - (700 << 20) and child.request["calibrate"]
     facts = calibration.known("h100")
     assert facts.driver == "580.1" and facts.context == FakeMeter.context
+    process = next(row for row in answer["figures"] if row["figure"] == "process")
+    assert process["difference"] == HOPPER_CONTEXT - FakeMeter.context  # the plan is older than what was measured
     measured(bench(24 * GIB, child), job())
     assert not child.request["calibrate"]
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from app.cards import id_of, outside_of
+from app.cards import id_of
 from app.catalog.gpus import Gpu
 from app.job import Job, OwnGpu
 from app.memory.breakdown import Reading
@@ -19,7 +19,8 @@ from app.probe.recording import OUT_OF_MEMORY, Recording
 class Planned:
     """What a job's plan says: its books, read, and the bytes that the process takes beside the allocator.
 
-    ``model`` is the catalogue's name of what is planned; None: the job's own config.
+    ``model`` is the catalogue's name of what is planned; None: the job's own config. ``outside`` is what was known of
+    the bytes that the process holds outside the allocator before anything was measured.
     """
 
     job: Job
@@ -29,10 +30,11 @@ class Planned:
     gpu: Gpu | OwnGpu
     books: Books
     reading: Reading
+    outside: int
 
     @property
     def process(self) -> int:
-        return self.reading.reserved + outside_of(self.gpu).expected
+        return self.reading.reserved + self.outside
 
 
 @dataclass
@@ -92,7 +94,6 @@ def _phases(planned: Planned, recording: Recording) -> list[dict]:
     if load:  # whose process is read after the cache was emptied, not at the peak
         highest = {name: max(phase[name] for phase in load) for name in ("peak_allocated", "peak_reserved")}
         measured.insert(0, ({**load[-1], **highest}, {**load[-1], **highest, "process": None}))
-    outside = outside_of(planned.gpu).expected
     out = []
     for phase, (real, last) in zip(planned.reading.phases[0 if load else 1 :], measured):
         if (min(phase.step, 2), phase.name) != (min(real["step"], 2), real["name"]) or last["name"] != phase.name:
@@ -104,7 +105,7 @@ def _phases(planned: Planned, recording: Recording) -> list[dict]:
                 "peak": _figure("peak", phase.peak, real["peak_allocated"]),
                 "end": _figure("end", phase.end, real["allocated_end"]),
                 "reserved": _figure("reserved", phase.reserved, last["peak_reserved"]),
-                "process": _figure("process", phase.reserved + outside, last["process"]),
+                "process": _figure("process", phase.reserved + planned.outside, last["process"]),
             }
         )
     return out

@@ -36,7 +36,7 @@ def attention_choices(card: cuda.Card, device: str = "cuda") -> tuple[int, list[
         asked += 1
         stated = cuda.attention_backend(card, *call)
         *tensors, gqa = call
-        chosen = BACKENDS[torch._fused_sdp_choice(*tensors, enable_gqa=gqa)]
+        chosen = BACKENDS.get(torch._fused_sdp_choice(*tensors, enable_gqa=gqa), stated)
         if chosen != stated:
             other.append((cuda.attention_case(*tensors[:5]), stated, chosen))
     return asked, other

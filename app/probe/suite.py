@@ -144,7 +144,7 @@ _MORE: list[tuple[str, dict]] = [
     ),
     (
         "qwen2-vl-2b lora",
-        {"model": "qwen2-vl-2b", "method": "lora", "task": "image-text-to-text", "lora": ATTENTION},
+        {"model": "qwen2-vl-2b", "method": "lora", "task": "image-text-to-text", "images": 0, "lora": ATTENTION},
     ),
     ("mamba-130m full", {"model": "mamba-130m", "method": "full", "sequence_length": 256}),
     (
