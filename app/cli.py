@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -33,6 +33,7 @@ from app.errors import PlanError
 from app.form import fields, read_json, read_object, to_job
 from app.job import TARGETS
 from app.pretrace import ASKED, QUESTION
+from app.progress import listener
 from app.render import probed, terminal, words
 from app.render.table import to_csv
 
@@ -528,10 +529,19 @@ def version() -> None:
         print(name, number)
 
 
-def _waiting(text: str):
-    """A spinner on standard error, where somebody looks at it."""
+@contextmanager
+def _waiting(text: str) -> Iterator[None]:
+    """A spinner on standard error, where somebody looks at it, that says what is being done."""
     errors = Console(stderr=True)
-    return errors.status(f"{text} …") if errors.is_terminal else nullcontext()
+    if not errors.is_terminal:
+        yield
+        return
+    with errors.status(f"{text} …") as status:
+        before = listener.set(lambda words: status.update(f"{text}: {words} …"))
+        try:
+            yield
+        finally:
+            listener.reset(before)
 
 
 def _tell(error: PlanError) -> None:

@@ -34,7 +34,9 @@ MEMORY = 1536 << 20
 LINE = 16
 """Traces in line, beyond which a visitor is asked to come back."""
 ORDERS = 200
-"""Traces after which a process is ended: what transformers and torch remember of models goes with it."""
+GROWN = 96 << 20
+"""After so many traces, or with so many bytes more than at first, a process is ended: what transformers and torch
+remember of models goes with it."""
 _TICK = 0.02
 log = logging.getLogger("vramplan")
 
@@ -198,7 +200,7 @@ class Pool:
             raise
         worker.orders += 1
         with self._lock:
-            keep = worker.orders < ORDERS and worker.grown < self.memory // 2 and not self._closed
+            keep = worker.orders < ORDERS and worker.grown < GROWN and not self._closed
             if keep:
                 self._workers.append(worker)
         if not keep:
