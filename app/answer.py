@@ -62,7 +62,7 @@ class PhaseRow(_Open):
 class Holder(_Open):
     """A module, and what of one kind it holds at the peak."""
 
-    module: str
+    module: str = Field(description="Modules that repeat are one: model.layers.*.mlp")
     kind: str
     bytes: int
 

@@ -29,6 +29,13 @@ def plan(job: Any, *, all_layers: bool = False) -> dict:
     return _told(lambda: estimate(job, all_layers=all_layers))
 
 
+def alive(job: Any, event: int) -> list[dict]:
+    """Who holds most after an event of one job's timeline. Raises :class:`PlanError` and nothing else."""
+    from app.service import alive
+
+    return _told(lambda: alive(job, event))
+
+
 def solve(job: Any, target: str) -> dict:
     """The largest ``target`` of a job that fits. Raises :class:`PlanError` and nothing else."""
     from app.solver import solve

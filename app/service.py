@@ -9,6 +9,7 @@ from app.calibration import warnings_of
 from app.cards import every_card, outside_of
 from app.errors import PlanError
 from app.job import point_of, read_job
+from app.memory.breakdown import holders_after
 from app.memory.event import KINDS
 from app.plan import generalise, stack
 from app.weigh import after, card_warnings, fit_on, weigh
@@ -57,7 +58,7 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
             for phase in reading.phases
         ],
         "parts": reading.parts,
-        "holders": [{"module": module, "kind": kind, "bytes": size} for module, kind, size in reading.holders],
+        "holders": _told(reading.holders),
         "timeline": {
             "kinds": list(KINDS),
             "points": [
@@ -71,3 +72,15 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         "warnings": [*weighing.profile.warnings, *card_warnings(card), *warnings_of(card), *unknown],
         "stack": stack(),
     }
+
+
+def alive(data: Any, event: int) -> list[dict]:
+    """Who holds most after an event of a job's timeline, as ``holders`` of its answer. Raises :class:`PlanError`."""
+    weighing = weigh(read_job(data))
+    if not 0 <= event < weighing.stream.script.events.size:
+        raise PlanError(f"the step has no event {event}", "take one of the answer's timeline")
+    return _told(holders_after(weighing.stream, weighing.settings, event))
+
+
+def _told(holders: list[tuple[str, str, int]]) -> list[dict]:
+    return [{"module": module, "kind": kind, "bytes": size} for module, kind, size in holders]

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import urlencode
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlencode
 
 import anyio
 import anyio.to_thread
@@ -25,16 +25,16 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__, hub
 from app.answer import Advice, Answer, Comparison, Failure, GpuRow, Health, Line, ModelRow, Probe, Progress, Solved
-from app.batch import Unexpected, advise, compare, failure, solve, unwrap
+from app.batch import Unexpected, advise, alive, compare, failure, solve, unwrap
 from app.catalog.gpus import all_gpus, parts_of
 from app.catalog.models import find_model, search_models
-from app.compare import jobs_of
+from app.compare import JOBS, jobs_of
 from app.desk import Desk
 from app.errors import PlanError
 from app.form import to_job
 from app.job import Job, read_job
 from app.remember import Remember, keep
-from app.render import html
+from app.render import accuracy, html
 from app.render.table import to_csv
 from app.workers import Busy
 
@@ -376,16 +376,13 @@ def _add_probe(app: FastAPI, desk: Desk, allowed: bool) -> None:
 
 
 def _add_page(app: FastAPI, desk: Desk) -> None:
-    async def respond(request: Request, pairs: list[tuple[str, str]], advised: bool = False) -> Response:
-        """Plan what the form holds and render it; an error is rendered at its field, the rest of the form kept."""
-        values = {key: text for key, text in pairs if text.strip()}
+    async def view_of(request: Request, pairs: list[tuple[str, str]], advised: bool = False) -> html.View:
+        """What the form holds, planned; a problem is part of the view."""
+        values = _given(pairs)
         if "config" in values:
             pairs = [pair for pair in pairs if pair[0] != "model"]
         address, posted = _address(values)
-        if request.method == "POST" and not posted:
-            return RedirectResponse(f"/?{address}", 303)
-        headers = {"hx-replace-url": "false"} if posted else {}
-        answer, more, problem, status = None, {}, None, 200
+        answer, more, problem = None, {}, None
         try:
             job = to_job(pairs)
             desk.admit()
@@ -394,9 +391,17 @@ def _add_page(app: FastAPI, desk: Desk) -> None:
                 more = await _advise(desk, job, answer, request)
         except PlanError as error:
             problem = error
-            status, said = _status(error)
-            headers |= said
-        view = html.View(values, answer, problem, address, str(request.base_url), posted, **more)
+        return html.View(values, answer, problem, address, str(request.base_url), posted, **more)
+
+    async def respond(request: Request, pairs: list[tuple[str, str]], advised: bool = False) -> Response:
+        """An error is rendered at its field, the rest of the form kept."""
+        address, posted = _address(_given(pairs))
+        if request.method == "POST" and not posted:
+            return RedirectResponse(f"/?{address}", 303)
+        view = await view_of(request, pairs, advised)
+        status, headers = _status(view.problem) if view.problem else (200, {})
+        if view.posted:
+            headers = {**headers, "hx-replace-url": "false"}
         return HTMLResponse(html.page(view, live="hx-request" in request.headers), status, headers)
 
     @app.get("/", include_in_schema=False)
@@ -410,6 +415,74 @@ def _add_page(app: FastAPI, desk: Desk) -> None:
     @app.get("/advice", include_in_schema=False)
     async def page_with_advice(request: Request) -> Response:
         return await respond(request, request.query_params.multi_items(), advised=True)
+
+    @app.get("/alive", include_in_schema=False)
+    async def alive_then(request: Request, event: int) -> Response:
+        """What is alive after an event of the timeline, by module: a part of the page."""
+        pairs = [pair for pair in request.query_params.multi_items() if pair[0] != "event"]
+        desk.admit()
+        return HTMLResponse(html.holders(await desk.run(partial(alive, event=event), to_job(pairs), request)))
+
+    @app.get("/picture.png", include_in_schema=False)
+    async def preview(request: Request) -> Response:
+        """The picture of a page's result that previews of its link show."""
+        from app.render import picture
+
+        view = await view_of(request, request.query_params.multi_items() or list(html.FIRST_VISIT.items()))
+        image = await anyio.to_thread.run_sync(picture.png, view)
+        return Response(image, _status(view.problem)[0] if view.problem else 200, media_type="image/png")
+
+    @app.get("/compare", include_in_schema=False)
+    async def page_of_several(request: Request) -> Response:
+        links, problem = _links(request)
+        views = [await view_of(request, link) for link in links]
+        return HTMLResponse(html.comparison(views, problem, str(request.base_url)), 422 if problem else 200)
+
+    @app.get("/compare.json", responses=ERRORS, summary="Hold the jobs of several addresses side by side")
+    async def several(
+        request: Request, job: Annotated[list[str], Query(description="What follows a page's question mark.")]
+    ) -> Comparison:
+        links, problem = _links(request)
+        if problem is not None:
+            raise problem
+        jobs = [to_job(link) for link in links]
+        for one in jobs:
+            desk.refuse_local(one)
+        desk.admit()
+        return JSONResponse(await desk.run(compare, {"jobs": jobs}, request))
+
+    @app.get("/accuracy", include_in_schema=False)
+    def page_of_accuracy() -> Response:
+        return HTMLResponse(html.accuracy())
+
+    @app.get("/accuracy.json", summary="Every measured row beside its plan")
+    def measured() -> dict[str, Any]:
+        return accuracy.tables()
+
+    @app.get("/how-it-works", include_in_schema=False)
+    async def page_of_how(request: Request) -> Response:
+        return HTMLResponse(html.how(await view_of(request, list(html.FIRST_VISIT.items()))))
+
+
+def _links(request: Request) -> tuple[list[list[tuple[str, str]]], PlanError | None]:
+    """The jobs that the links of a comparison hold, as pairs; and what is wrong with the one that is left out."""
+    links, problem = [], None
+    for text in request.query_params.getlist("job"):
+        pairs = parse_qsl(text.strip().partition("#")[0].rpartition("?")[2])
+        if not text.strip():
+            continue
+        if not pairs:
+            problem = PlanError(f"{text.strip()[:80]!r} is no link of a result", "copy one from the address bar", "job")
+        elif len(links) == JOBS:
+            problem = PlanError(f"more than {JOBS} results are too many", "take one away", "job")
+        else:
+            links.append(pairs)
+    return links, problem
+
+
+def _given(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """The fields that are not left empty."""
+    return {key: text for key, text in pairs if text.strip()}
 
 
 def _address(values: dict[str, str]) -> tuple[str, bool]:

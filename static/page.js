@@ -188,14 +188,18 @@
     const peak = cursor.getAttribute("x1");
     const atPeak = [...readout.childNodes];
 
+    let resting, told;
+
     function move(x, ...said) {
+      clearTimeout(resting);
+      told = null;
       cursor.setAttribute("x1", x);
       cursor.setAttribute("x2", x);
       readout.replaceChildren(...said);
     }
 
     function show(index) {
-      const [x, when, module, allocated, sizes] = rows[index];
+      const [x, event, when, module, allocated, sizes] = rows[index];
       const line = document.createElement("p");
       line.textContent = `${allocated}: ${when}${module && `, in ${module}`}.`;
       const alive = document.createElement("ul");
@@ -209,6 +213,15 @@
       });
       move(`${x}%`, line, alive);
       scrub.setAttribute("aria-valuetext", readout.innerText);
+      if (plot.dataset.alive) resting = setTimeout(() => byModule(event), 150);
+    }
+
+    // By kind at once; by module where the cursor rests, from the server.
+    async function byModule(event) {
+      const mine = (told = {});
+      const answer = await fetch(plot.dataset.alive + event).catch(() => ({}));
+      const part = answer.ok ? await answer.text() : "";
+      if (mine === told) readout.insertAdjacentHTML("beforeend", part);
     }
 
     const nearest = (x) => rows.reduce((best, [at], i) => (Math.abs(at - x) < Math.abs(rows[best][0] - x) ? i : best), 0);

@@ -1,6 +1,7 @@
-"""Every measured row, asked through the public command line; the README's table is written from the answers.
+"""Every measured row, asked through the public command line; from the answers are written the README's tables and
+``app/catalog/accuracy.json``, which the page of accuracy shows row by row.
 
-``VRAMPLAN_WRITE=1 pytest tests/test_accuracy.py`` rewrites the table; without it a table that has drifted fails.
+``VRAMPLAN_WRITE=1 pytest tests/test_accuracy.py`` rewrites both; without it what has drifted fails.
 The rows are in ``shared/measured`` (one H200) beside the repository and in ``tests/measured`` (one H100).
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ import pytest
 
 from app.job import read_job
 from app.memory.fit import measured_of
+from app.render.accuracy import DATA, error, summary
 from app.weigh import kind_of
 
 ROOT = Path(__file__).parent.parent
@@ -63,17 +64,17 @@ def ask(lines: list[dict], *command: str) -> list[dict]:
     return out
 
 
-def error(found: int, truth: int) -> float:
-    return abs(found / truth - 1) * 100
+Errors = dict[str, list[tuple[float, str, int, int]]]
+"""By figure, a row each: the error in percent, the row's id, the bytes planned and the bytes measured."""
 
 
-def compare(rows: list[dict], answers: list[dict], stated: bool = True) -> dict[str, list[tuple[float, str]]]:
-    """The errors in percent by figure, each with its row's id; ``stated``: every row lies in its kind's interval."""
-    errors: dict[str, list[tuple[float, str]]] = {}
+def compare(rows: list[dict], answers: list[dict], stated: bool = True) -> Errors:
+    """The errors; ``stated``: every row lies in its kind's interval."""
+    errors: Errors = {}
 
     def note(figure: str, found: int, truth: int | None, row: dict) -> None:
         if truth:
-            errors.setdefault(figure, []).append((error(found, truth), row["id"]))
+            errors.setdefault(figure, []).append((error(found, truth), row["id"], found, truth))
 
     for row, answer in zip(rows, answers):
         assert "error" not in answer, (row["id"], answer["error"])
@@ -110,18 +111,47 @@ def within_what_its_kind_states(row: dict, answer: dict) -> None:
             assert -known.below <= truth / found - 1 <= known.above, (row["id"], figure, truth / found - 1)
 
 
-def summary(errors: list[tuple[float, str]]) -> tuple[float, float, float]:
-    values = sorted(value for value, _ in errors)
-    return statistics.median(values), values[int(0.95 * (len(values) - 1))], values[-1]
+def limits_of(errors: Errors, figure: str) -> tuple[float, float, float]:
+    return summary([found[0] for found in errors[figure]])
 
 
-def table(title: str, errors: dict[str, list[tuple[float, str]]]) -> list[str]:
+def table(title: str, errors: Errors) -> list[str]:
     lines = [f"| {title} | figures | median | 95 % | worst | the worst row |", "| --- | --: | --: | --: | --: | --- |"]
     for figure, found in errors.items():
-        median, most, worst = summary(found)
+        median, most, worst = limits_of(errors, figure)
         name = max(found)[1]
         lines.append(f"| {figure} | {len(found)} | {median:.3f} % | {most:.2f} % | {worst:.2f} % | {name} |")
     return lines
+
+
+TABLES = ("h200", "h100", "architectures", "frontiers")
+
+
+def check_data(name: str, title: str, rows: list[dict]) -> None:
+    """What the page of accuracy shows of these rows is what was computed."""
+    kept = json.loads(DATA.read_text()) if DATA.exists() else {}
+    found = {**kept, name: {"title": title, "rows": rows}}
+    if os.environ.get("VRAMPLAN_WRITE"):
+        tables = [
+            f'{json.dumps(key)}: {{\n"title": {json.dumps(table["title"])}, "rows": [\n'
+            + ",\n".join(map(json.dumps, table["rows"]))
+            + "\n]}"
+            for key, table in sorted(found.items(), key=lambda pair: TABLES.index(pair[0]))
+        ]
+        DATA.write_text("{\n" + ",\n".join(tables) + "\n}\n")
+    assert found == kept or os.environ.get("VRAMPLAN_WRITE"), f"the rows {name} in {DATA.name} have drifted"
+
+
+def check(name: str, title: str, errors: Errors) -> None:
+    """The table ``name`` and, for the page, every row: of its phases the one that is most off."""
+    rows: dict[str, dict] = {}
+    for figure, found in errors.items():
+        for off, id, planned, measured in found:
+            row = rows.setdefault(id, {"id": id})
+            if figure not in row or off > error(*row[figure]):
+                row[figure] = [planned, measured]
+    check_readme(name, table(title, errors))
+    check_data(name, title, [*rows.values()])
 
 
 def check_readme(name: str, lines: list[str], file: str = "README.md") -> None:
@@ -146,9 +176,9 @@ def test_the_shared_rows():
         "optimizer_state": (0.1, 0.1, 0.1),
         "phases": (0.2, 0.5, 1),
     }
-    check_readme("h200", table("one H200, 78 jobs", errors))
+    check("h200", "one H200, 78 jobs", errors)
     for figure, limits in bounds.items():
-        assert all(found <= limit for found, limit in zip(summary(errors[figure]), limits)), (
+        assert all(found <= limit for found, limit in zip(limits_of(errors, figure), limits)), (
             figure,
             max(errors[figure]),
         )
@@ -157,8 +187,8 @@ def test_the_shared_rows():
 def test_our_own_rows():
     rows = rows_of(OWN)
     errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
-    check_readme("h100", table(f"one H100, {len(rows)} jobs", errors))
-    median, most, worst = summary(errors["peak_allocated"])
+    check("h100", f"one H100, {len(rows)} jobs", errors)
+    median, most, worst = limits_of(errors, "peak_allocated")
     assert median <= 0.1 and most <= 1 and worst <= 2, max(errors["peak_allocated"])
 
 
@@ -183,7 +213,7 @@ def test_probed_rows():
     check_readme("probe-jobs", lines, "docs/probe.md")
     assert len(rows) >= 30 and min(row["matched"] for row in rows) >= 0.99
     for figure, limits in {"peak_allocated": (0.1, 1), "peak_reserved": (1, 5), "peak_process": (2, 2)}.items():
-        median, _, worst = summary(errors[figure])
+        median, _, worst = limits_of(errors, figure)
         assert median <= limits[0] and worst <= limits[1], (figure, max(errors[figure]))
 
 
@@ -219,8 +249,8 @@ def test_architectures_that_the_shared_rows_lack():
         for row in rows
     ]
     errors = compare(rows, ask(jobs, "estimate"))
-    check_readme("architectures", table(f"one H100, {len(rows)} other architectures", errors))
-    median, _, worst = summary(errors["peak_allocated"])
+    check("architectures", f"one H100, {len(rows)} other architectures", errors)
+    median, _, worst = limits_of(errors, "peak_allocated")
     assert median <= 0.1 and worst <= 1, max(errors["peak_allocated"])
 
 
@@ -234,5 +264,9 @@ def test_frontiers():
     for row, mine in zip(rows, found):
         lines.append(f"| {row['id']} | {row['cap_bytes'] / 2**30:.1f} GiB | {mine} | {row['max_batch_size']} |")
     check_readme("frontiers", lines)
+    title = "one H200, the largest batch under a cap on the allocator"
+    keys = ("id", "limit", "planned", "measured")
+    values = ((row["id"], row["cap_bytes"], mine, row["max_batch_size"]) for row, mine in zip(rows, found))
+    check_data("frontiers", title, [dict(zip(keys, each)) for each in values])
     assert sum(a == b for a, b in zip(found, truth)) >= 9
     assert all(a <= b for a, b in zip(found, truth))

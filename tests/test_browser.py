@@ -175,7 +175,8 @@ def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
     expect(readout).to_contain_text("First step, forward")
     said = readout.inner_text()
     assert "weights" in said
-    expect(slider).to_have_attribute("aria-valuetext", said)
+    expect(slider).to_have_attribute("aria-valuetext", re.compile("^" + re.escape(said.splitlines()[0])))
+    expect(readout.get_by_role("list", name="By module")).to_contain_text("of gpt_neox")
     page.locator("svg.time").hover(position={"x": 300, "y": 100})
     expect(readout).not_to_have_text(said, use_inner_text=True)
     expect(readout).not_to_be_empty()
@@ -317,6 +318,9 @@ PAGES = {
     "fits": address(),
     "does not fit": address(gpu="1GiB", batch_size="16", sequence_length="512"),
     "error": address(batch_size="-1"),
+    "compare": "/compare?" + urlencode([("job", address()[2:]), ("job", address(gpu="1GiB", batch_size="16")[2:])]),
+    "nothing to compare": "/compare?job=nothing",
+    "accuracy": "/accuracy",
 }
 
 

@@ -1,12 +1,15 @@
 """The page as the server writes it: whole without JavaScript, and quiet towards every other host."""
 
+import asyncio
+import io
 import json
 import re
 from html.parser import HTMLParser
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from tiny import JOB, LLAMA
 
 from app import desk, web
@@ -14,6 +17,15 @@ from app.render import html, words
 from app.service import estimate
 
 ADDRESS = {"model": "pythia-70m", "method": "lora", "gpu": "t4", "batch_size": "1", "sequence_length": "64"}
+
+SMALL = {
+    "config": json.dumps(LLAMA),
+    "method": "full",
+    "gpu": "590MiB",
+    "batch_size": "64",
+    "sequence_length": "64",
+}
+"""A job that does not fit, and is advised in a moment."""
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +183,8 @@ def test_a_config_that_is_too_long_for_an_address_is_planned_where_it_was_sent(c
 
 
 def test_changes_that_make_it_fit_are_one_click_each(client):
-    small = {**ADDRESS, "gpu": "1GiB", "batch_size": "16", "sequence_length": "512"}
-    page = client.get("/", params=small)
-    assert "</svg>Does not fit a card of 1\u00a0GiB" in page.text
+    page = client.get("/", params=SMALL)
+    assert "</svg>Does not fit a card of 590 MiB" in page.text
     ask = next(link["href"] for link in Tags(page.text).all("a") if link.get("class") == "ask")
     advised = client.get(ask)
     at = advised.text.index('id="advice"')
@@ -261,3 +272,79 @@ def test_cards_have_their_article(name, said):
 )
 def test_sizes_are_said_in_gib(count, said):
     assert words.size(count) == said
+
+
+# Beside the page.
+
+
+def test_what_is_alive_after_an_event_is_told_by_module(client):
+    answer = client.get("/estimate.json", params=ADDRESS).json()
+    peak = max(answer["timeline"]["points"], key=lambda point: point["allocated"])
+    told = client.get("/alive", params={**ADDRESS, "event": peak["event"]})
+    largest = answer["holders"][0]
+    assert told.text.count("<li>") == 6 and f"<b>{words.size(largest['bytes'])}</b>" in told.text
+    assert sum(holder["bytes"] for holder in answer["holders"]) <= answer["peak"]["allocated"]
+    assert any(".*." in holder["module"] for holder in answer["holders"])
+    first = client.get("/alive", params={**ADDRESS, "event": answer["timeline"]["points"][0]["event"]})
+    assert first.status_code == 200 and first.text != told.text
+    assert "no event" in client.get("/alive", params={**ADDRESS, "event": 10**9}).json()["error"]["message"]
+
+
+def test_a_link_s_preview_is_a_picture_made_here(client, page):
+    meta = {tag.get("property"): tag["content"] for tag in Tags(page).all("meta") if "content" in tag}
+    assert meta["og:image"].startswith("http://testserver/picture.png?") and "Tesla T4" in meta["og:image:alt"]
+    picture = client.get(meta["og:image"])
+    assert picture.headers["content-type"] == "image/png"
+    image = Image.open(io.BytesIO(picture.content))
+    assert image.size == (1200, 630) and len(image.getcolors()) > 8
+    other = client.get("/picture.png", params={**ADDRESS, "gpu": "1GiB", "batch_size": "16"})
+    assert other.status_code == 200 and other.content != picture.content
+    assert client.get("/picture.png", params={**ADDRESS, "batch_size": "-1"}).status_code == 422
+
+
+def test_results_stand_side_by_side_by_their_links(client):
+    one, two = urlencode(ADDRESS), urlencode({**ADDRESS, "gpu": "1GiB", "batch_size": "16", "sequence_length": "512"})
+    address = "/compare?" + urlencode([("job", one), ("job", f"http://testserver/?{two}#result")])
+    text = client.get(address).text
+    assert Tags(text).open == [] and "Fits a Tesla T4" in text and "Does not fit a card of" in text
+    for size in (client.get(f"/estimate.json?{job}").json()["peak"]["allocated"] for job in (one, two)):
+        assert f"<td>{words.size(size)}</td>" in text
+    links = [link["href"] for link in Tags(text).all("a")]
+    assert f"/?{one}" in links and f"/?{two}" in links
+    assert "Does not fit" not in client.get([link for link in links if link.startswith("/compare?")][-1]).text
+    (asked,) = (link for link in links if link.startswith("/compare.json?"))
+    rows = client.get(asked).json()["rows"]
+    assert [row["verdict"] for row in rows] == ["fits", "does_not_fit"]
+
+
+def test_a_link_that_is_none_is_told_and_the_others_stay(client):
+    one = urlencode(ADDRESS)
+    wrong = client.get("/compare", params=[("job", one), ("job", "my result")])
+    assert wrong.status_code == 422 and "is no link of a result" in wrong.text and "Fits a Tesla T4" in wrong.text
+    many = client.get("/compare", params=[("job", one)] * 7)
+    assert many.status_code == 422 and "too many" in many.text
+    bad = client.get("/compare", params=[("job", one), ("job", urlencode({**ADDRESS, "gpu": "t44"}))])
+    assert bad.status_code == 200 and "no GPU called" in bad.text
+    assert client.get("/compare").status_code == 200
+    assert client.get("/compare.json", params={"job": "my result"}).json()["error"]["field"] == "job"
+
+
+def test_the_page_of_accuracy_has_every_row_with_its_error(client):
+    page, tables = client.get("/accuracy").text, client.get("/accuracy.json").json()
+    assert Tags(page).open == [] and set(tables) == {"h200", "h100", "architectures", "frontiers"}
+    for name, table in tables.items():
+        for row in table["rows"]:
+            at = page.index(f'<th scope="row">{row["id"]}</th>', page.index(f'id="t-{name}"'))
+            line = page[at : page.index("</tr>", at)]
+            if name == "frontiers":
+                assert f"<td>{row['planned']}</td><td>{row['measured']}</td>" in line
+            else:
+                planned, measured = row["peak_allocated"]
+                assert f">{abs(planned / measured - 1) * 100:.3f} %</td>" in line
+
+
+def test_how_it_works_shows_a_real_plan(client, monkeypatch, answer):
+    monkeypatch.setattr(web.Desk, "plan", lambda *_, **__: asyncio.sleep(0, answer))
+    page = client.get("/how-it-works").text
+    assert Tags(page).open == [] and 'class="time"' in page and 'class="bar"' in page
+    assert words.size(answer["peak"]["allocated"]) in page and "/accuracy" in page

@@ -5,7 +5,9 @@ Bytes are those of blocks, as ``torch.cuda.memory_allocated`` counts them, so pa
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -48,8 +50,8 @@ class Reading:
     """The stream served once.
 
     ``phases`` begin with the load; ``peak`` is the phase with the highest moment of all steps, ``parts`` what is alive
-    in it by kind (they sum to ``peak.peak``), ``holders`` the largest by module. ``placed`` is what lies there before
-    the first step, ``reserved`` the most reserved from then on.
+    in it by kind (they sum to ``peak.peak``), ``holders`` the largest by module, those that repeat as one. ``placed``
+    is what lies there before the first step, ``reserved`` the most reserved from then on.
     """
 
     phases: list[Phase]
@@ -166,13 +168,27 @@ def alive_after(stream: Stream, event: int) -> np.ndarray:
     return np.flatnonzero((script.taken <= event) & (script.released > event))
 
 
+def holders_after(stream: Stream, settings: Settings, event: int) -> list[tuple[str, str, int]]:
+    """Who holds most after ``event``, as :attr:`Reading.holders` has it of the peak."""
+    return _holders(stream, replay(stream.script.events, stream.sizes, settings, stream.script.empties).blocks, event)
+
+
 def _holders(stream: Stream, blocks: np.ndarray, event: int) -> list[tuple[str, str, int]]:
-    """Who holds most after ``event``: (module, kind, bytes), the largest first."""
+    """Who holds most after ``event``: (module, kind, bytes), the largest first; modules that repeat are one."""
     script = stream.script
     alive = alive_after(stream, event)
     cells = script.module[alive].astype(np.int64) * len(KINDS) + script.kind[alive]
-    kinds, where = np.unique(cells, return_inverse=True)
-    sums = np.bincount(where, blocks[alive], kinds.size).astype(np.int64)
-    order = np.argsort(-sums, kind="stable")[:HOLDERS]
-    pairs = zip(kinds[order].tolist(), sums[order].tolist())
-    return [(script.modules[cell // len(KINDS)], KINDS[cell % len(KINDS)], size) for cell, size in pairs]
+    found, where = np.unique(cells, return_inverse=True)
+    sums = np.bincount(where, blocks[alive], found.size).astype(np.int64)
+    together: dict[tuple[str, str], int] = {}
+    for cell, size in zip(found.tolist(), sums.tolist()):
+        key = _alike(script.modules[cell // len(KINDS)]), KINDS[cell % len(KINDS)]
+        together[key] = together.get(key, 0) + size
+    largest = sorted(together.items(), key=lambda pair: -pair[1])[:HOLDERS]
+    return [(module, kind, size) for (module, kind), size in largest]
+
+
+@lru_cache(maxsize=1 << 16)
+def _alike(path: str) -> str:
+    """A module's path with a star for its number in a list: ``model.layers.*.mlp``."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)

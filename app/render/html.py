@@ -21,6 +21,7 @@ from app.catalog.gpus import all_gpus
 from app.catalog.models import MODELS
 from app.errors import PlanError
 from app.form import fields, to_job, to_pairs
+from app.render import accuracy as rows
 from app.render import words
 from app.render.words import GIB
 
@@ -220,13 +221,66 @@ class Tree(NamedTuple):
 
 def page(view: View, live: bool = False) -> str:
     """The page; ``live``: the part of it that follows the form."""
-    said = words.verdict(view.answer) if view.answer else f"Cannot say: {view.problem.message}"
     about = f"{words.model_name(view.answer)}: {words.settings(view.answer)}" if view.answer else WHAT
-    return (
-        _templates()
-        .get_template("live.html" if live else "page.html")
-        .render(view=view, title=said, what=about, **_controls(view))
+    name = "live.html" if live else "page.html"
+    return _rendered(name, view=view, title=said(view), what=about, **_controls(view))
+
+
+def holders(found: list[dict]) -> str:
+    """What is alive by module, for the timeline's readout."""
+    return _rendered("alive.html", holders=found)
+
+
+def said(view: View) -> str:
+    """The verdict, or why there is none."""
+    return words.verdict(view.answer) if view.answer else f"Cannot say: {view.problem.message}"
+
+
+def comparison(views: list[View], problem: PlanError | None, base_url: str) -> str:
+    """Results side by side, each with its address; ``problem``: why a link was not added."""
+    bytes = max((bar(view.answer).total for view in views if view.answer), default=0)
+    title = " · ".join(words.model_name(view.answer) for view in views if view.answer) or "Compare"
+    what = "Results side by side: verdict, peak and parts of each."
+    address = urlencode([("job", view.address) for view in views])
+    return _rendered(
+        "compare.html",
+        views=views,
+        problem=problem,
+        scale=bytes,
+        address=address,
+        base_url=base_url,
+        title=title,
+        what=what,
+        kinds=[(kind, name) for kind, name in words.KINDS.items() if any(_part(view, kind) for view in views)],
+        part=_part,
     )
+
+
+def _part(view: View, kind: str) -> int:
+    return view.answer["parts"].get(kind, 0) if view.answer else 0
+
+
+def accuracy() -> str:
+    """The page of accuracy: every measured row."""
+    return _rendered(
+        "accuracy.html",
+        title="How right it is",
+        what="Every measured row beside its plan, with its error.",
+        tables=rows.tables(),
+        columns=rows.COLUMNS,
+        summaries=rows.summaries,
+        error=rows.error,
+    )
+
+
+def how(view: View) -> str:
+    """The page of how it works, with pictures of a real plan."""
+    what = "A training step without a GPU: run on the meta device, every allocation noted, the allocator replayed."
+    return _rendered("how.html", view=view, title="How it works", what=what)
+
+
+def _rendered(template: str, **values: Any) -> str:
+    return _templates().get_template(template).render(**values)
 
 
 @lru_cache(maxsize=1)
@@ -243,6 +297,7 @@ def _templates() -> Environment:
     templates.globals |= {
         "version": __version__,
         "words": words,
+        "said": said,
         "titles": TITLES,
         "bar_of": bar,
         "timeline": timeline,
@@ -317,10 +372,11 @@ def _default(name: str, answer: dict | None) -> str:
     return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def bar(answer: dict) -> Bar:
-    """The parts of the peak, what is reserved beside them and the CUDA context, against the card."""
+def bar(answer: dict, scale: int = 0) -> Bar:
+    """The parts of the peak, what is reserved beside them and the CUDA context, against the card. ``scale``: bytes of
+    the whole width, where they are more."""
     peak, card = answer["peak"], words.asked_card(answer)
-    total = max(peak["process"], card["memory_bytes"] if card else 0)
+    total = max(peak["process"], card["memory_bytes"] if card else 0, scale)
     stretches = words.parts(answer) + [
         ("unused", "Reserved, unused", peak["reserved"] - peak["allocated"]),
         ("context", "CUDA context", peak["process"] - peak["reserved"]),
@@ -357,6 +413,7 @@ def timeline(answer: dict) -> Timeline:
     rows = [
         {
             "x": x / 10,
+            "event": point["event"],
             "step": point["step"],
             "phase": point["phase"],
             "module": point["module"],
@@ -385,10 +442,12 @@ def kinds_at(timeline: Timeline, phase: dict) -> list[int]:
 
 
 def moments(timeline: Timeline) -> dict:
-    """The moments for the cursor: the names of ``kinds`` and, a moment each, where it is, when, and what is alive."""
+    """The moments for the cursor: the names of ``kinds`` and, a moment each, where it is, after which event, when, and
+    what is alive."""
     rows = [
         [
             row["x"],
+            row["event"],
             f"{words.step_title(row['step'], row['phase'])}, {row['phase']}",
             row["module"],
             words.size(row["allocated"]),

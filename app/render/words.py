@@ -193,16 +193,11 @@ def peak_place(answer: dict) -> str:
     return f"{place}, at {operator(peak['module'], peak['op'])}"
 
 
-def holders(answer: dict) -> list[dict]:
-    """The largest of what is alive at the peak, by module and kind, with what it is called; repeated modules as one."""
-    together: dict[tuple[str, str], int] = {}
-    for holder in answer["holders"]:
-        key = (re.sub(r"\.\d+(?=\.|$)", ".*", holder["module"]), holder["kind"])
-        together[key] = together.get(key, 0) + holder["bytes"]
-    largest = sorted(together.items(), key=lambda pair: -pair[1])[:6]
+def holders(found: list[dict]) -> list[dict]:
+    """The largest of what is alive, by module and kind, with what it is called."""
     return [
-        {"name": f"{KINDS.get(kind, kind).lower()} of {module or 'the loop'}", "bytes": count}
-        for (module, kind), count in largest
+        {"name": f"{KINDS.get(h['kind'], h['kind']).lower()} of {h['module'] or 'the loop'}", "bytes": h["bytes"]}
+        for h in found[:6]
     ]
 
 
