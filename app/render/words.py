@@ -210,8 +210,8 @@ def card_name(key: str) -> str:
 def largest(field: str, value: int) -> str:
     """What the largest value of a field that fits is."""
     if field == "batch_size":
-        return "is the largest batch at this length" if value else "no batch fits at this length"
-    return "tokens are the longest sequence at this batch size" if value else "no length fits at this batch size"
+        return "is the largest batch at this length" if value else "No batch fits at this length"
+    return "tokens are the longest sequence at this batch size" if value else "No length fits at this batch size"
 
 
 def operator(module: str, op: str) -> str:
