@@ -44,27 +44,43 @@
     last = field;
   });
 
-  // While a step runs: how long it has, and a way out. What was typed stays.
-  let clock, again;
-  form.addEventListener("htmx:before:request", (event) => {
-    if (event.detail.ctx.sourceElement !== form) return;
+  // While a step runs: what is being done, for how long, and a way out. What was typed stays. A request has a ticket by
+  // which the server is asked about it; a new one ends the one before, be it of the form or for advice.
+  let asking, clock, again;
+  document.addEventListener("htmx:before:request", ({ detail: { ctx } }) => {
+    if (asking && asking.ctx.sourceElement !== ctx.sourceElement) cancel();
     clearInterval(clock);
     clearTimeout(again);
-    const start = performance.now();
-    const say = () => (byId("elapsed").textContent = `${((performance.now() - start) / 1000).toFixed(1)} s`);
-    say();
-    clock = setInterval(say, 100);
+    const ticket = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("");
+    ctx.request.headers["X-Ticket"] = ticket;
+    asking = { ctx, ticket, start: performance.now() };
+    byId("doing").textContent = "Running the step";
+    byId("elapsed").textContent = "";
     byId("result").setAttribute("aria-busy", "true");
+    clock = setInterval(follow, 250, asking);
   });
-  document.addEventListener("htmx:finally:request", () => {
-    if (document.querySelector("#progress.htmx-request")) return;
+  document.addEventListener("htmx:finally:request", ({ detail: { ctx } }) => {
+    if (asking?.ctx !== ctx) return;
     clearInterval(clock);
+    asking = null;
     byId("result").removeAttribute("aria-busy");
   });
+
+  async function follow(mine) {
+    byId("elapsed").textContent = `${((performance.now() - mine.start) / 1000).toFixed(1)} s`;
+    const said = await fetch(`/progress/${mine.ticket}`).then((answer) => answer.json()).catch(() => ({}));
+    if (mine !== asking || said.state === "done") return;
+    const doing = said.doing && said.doing[0].toUpperCase() + said.doing.slice(1);
+    byId("doing").textContent = said.line ? `In line, place ${said.line}` : doing || "Running the step";
+  }
+
+  const cancel = () => asking.ctx.sourceElement.dispatchEvent(new Event("htmx:abort"));
   byId("cancel").addEventListener("click", () => {
-    form.dispatchEvent(new Event("htmx:abort"));
+    if (!asking) return;
+    cancel();
     announce("Cancelled. The answer is that of the job before.");
   });
+
   // A server with too many visitors is asked again; what it does not take at all can only be the config.
   form.addEventListener("htmx:before:response", async (event) => {
     const { ctx } = event.detail;

@@ -122,6 +122,38 @@ def test_the_last_thing_typed_wins(tab):
     expect(page).to_have_url(re.compile("batch_size=6"))
 
 
+def test_what_is_being_done_is_said_and_can_be_cancelled(tab):
+    page = tab()
+    page.goto(address())
+    said = {"state": "running", "line": 0, "doing": "the first step", "seconds": 1}
+    page.route("**/?*batch_size=5*", lambda route: None)
+    page.route("**/progress/*", lambda route: route.fulfill(json=said))
+    with page.expect_request("**/progress/*") as followed, page.expect_request("**/?*batch_size=5*") as asked:
+        page.get_by_label("Batch size").fill("5")
+    assert followed.value.url.endswith("/" + asked.value.headers["x-ticket"])
+    expect(page.locator("#doing")).to_have_text("The first step")
+    expect(page.locator("#elapsed")).to_have_text(re.compile(r"\d s"))
+    with page.expect_event("requestfailed", lambda request: "batch_size=5" in request.url):
+        page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#announce")).to_contain_text("Cancelled")
+    expect(page.locator("#progress")).to_be_hidden()
+    expect(page.get_by_label("Batch size")).to_have_value("5")
+    expect(page.locator(".job").first).to_contain_text("batch 1 × 64")
+
+
+def test_advice_for_the_job_before_is_given_up(tab):
+    page = tab()
+    page.goto(address(gpu="1GiB"))
+    page.route("**/advice?*", lambda route: None)
+    page.route("**/progress/*", lambda route: route.fulfill(json={"state": "done"}))
+    with page.expect_request("**/advice?*"):
+        page.locator("a.ask").click()
+    with page.expect_event("requestfailed", lambda request: "/advice" in request.url):
+        page.get_by_label("Batch size").fill("2")
+    expect(page.locator(".job").first).to_contain_text("batch 2 × 64")
+    expect(page.locator("a.ask")).to_have_attribute("href", re.compile("batch_size=2"))
+
+
 def test_an_error_appears_at_its_field_as_one_types_and_goes_again(tab):
     page = tab()
     page.goto(address())
