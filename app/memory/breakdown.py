@@ -170,7 +170,11 @@ def alive_after(stream: Stream, event: int) -> np.ndarray:
 
 def holders_after(stream: Stream, settings: Settings, event: int) -> list[tuple[str, str, int]]:
     """Who holds most after ``event``, as :attr:`Reading.holders` has it of the peak."""
-    return _holders(stream, replay(stream.script.events, stream.sizes, settings, stream.script.empties).blocks, event)
+    from app.memory.allocator import replay
+
+    script = stream.script
+    run = replay(script.events, stream.sizes, settings, script.empties, steady=script.steady)
+    return _holders(stream, run.blocks, event)
 
 
 def _holders(stream: Stream, blocks: np.ndarray, event: int) -> list[tuple[str, str, int]]:
