@@ -8,6 +8,7 @@ import transformers
 from accelerate import init_empty_weights
 from published import REFUSED, config_of, counts, ids, needs_configs
 
+from app.catalog.models import MODELS
 from app.dryrun.model import build_base, read_config, task_of
 from app.errors import PlanError
 
@@ -84,3 +85,8 @@ def test_every_parameter_is_counted(first):
 def test_the_lists_name_what_there_is():
     there = set(ids())
     assert len(there) == 264 and not (BARE | UNCOUNTED | REFUSED.keys()) - there
+
+
+def test_the_catalogue_states_every_size():
+    for model in MODELS:
+        assert task_of(read_config(dict(model.config), None)), model.id

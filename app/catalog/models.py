@@ -134,7 +134,8 @@ falcon = _family("falcon", "FalconForCausalLM", FALCON)
 mamba = _family("mamba", "MambaForCausalLM", MAMBA)
 mamba2 = _family("mamba2", "Mamba2ForCausalLM", MAMBA)
 bert = _family("bert", "BertForMaskedLM", ENCODER)
-distilbert = _family("distilbert", "DistilBertForMaskedLM", ())
+distilbert = _family("distilbert", "DistilBertForMaskedLM",
+                     ("dim", "hidden_dim", "n_layers", "n_heads", "vocab_size", "max_position_embeddings"))  # fmt: skip
 roberta = _family("roberta", "RobertaForMaskedLM", ENCODER, type_vocab_size=1)
 xlm_roberta = _family("xlm-roberta", "XLMRobertaForMaskedLM", ENCODER, type_vocab_size=1)
 modernbert = _family("modernbert", "ModernBertForMaskedLM", ENCODER, classifier_pooling="mean")
@@ -434,7 +435,7 @@ _FAMILIES: tuple[list[Model], ...] = (
     bert("google-bert/bert-base-cased", 108_340_804, (768, 3072, 12, 12, 28996, 512)),
     bert("google-bert/bert-base-multilingual-cased", 177_974_523, (768, 3072, 12, 12, 119547, 512)),
     bert("BAAI/bge-large-en", 335_141_888, (1024, 4096, 24, 16, 30522, 512), architectures=["BertModel"]),
-    distilbert("distilbert/distilbert-base-uncased", 66_985_530, aliases="distilbert"),
+    distilbert("distilbert/distilbert-base-uncased", 66_985_530, (768, 3072, 6, 12, 30522, 512), "distilbert"),
     roberta("FacebookAI/roberta-base", 124_697_433, (768, 3072, 12, 12, 50265, 514), "roberta"),
     roberta("FacebookAI/roberta-large sentence-transformers/all-roberta-large-v1", 355_412_057,
             (1024, 4096, 24, 16, 50265, 514)),
