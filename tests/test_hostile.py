@@ -11,6 +11,8 @@ from tiny import LLAMA
 
 ROOT = Path(__file__).parent.parent
 SECONDS, GIB = 10.0, 1 << 30
+PATIENCE = 120
+"""Seconds by the wall after which a config counts as hung, on the busiest machine."""
 MOE = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 LISTED = {**MOE, "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
 BERT = {**LLAMA, "model_type": "bert", "architectures": ["BertForMaskedLM"]}

@@ -79,6 +79,19 @@ def test_images_beyond_the_sequence_are_refused_or_left_out_and_said():
     assert said(ask(GRID, sequence_length=128), "takes 256 tokens, more than sequence_length leaves; 258 hold one")
 
 
+def test_images_beyond_all_measure_are_refused_at_once():
+    for fields in ({"images": 1000, "image_size": [8192, 8192]}, {"images": 1, "batch_size": 10_000_000}):
+        with pytest.raises(PlanError, match="too many to be followed") as error:
+            ask(GRID, **fields)
+        assert error.value.field == "images"
+    assert said(ask(GRID, batch_size=10_000), "too many to be followed. Planned on text alone")
+
+
+def test_generation_is_shown_images_too():
+    shown, none = (ask(GRID, method="inference", new_tokens=2, images=count) for count in (1, 0))
+    assert said(none, "on text alone") and shown["peak"]["allocated"] > none["peak"]["allocated"]
+
+
 def test_adapters_and_trainers_are_shown_the_same():
     lora = {"r": 4, "target_modules": "all-linear"}
     for fields in ({"method": "lora", "lora": lora}, {"method": "qlora", "lora": lora}, {"trainer": "transformers"}):

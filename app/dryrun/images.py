@@ -38,11 +38,13 @@ def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
     height, width = job.image_size or (SIDE, SIDE)
     count = job.images or 1
     if count * height * width > PIXELS or job.batch_size * (job.sequence_length or 0) > LIMIT:
-        raise PlanError(
-            f"{count} × {height} × {width} pixels in each of {job.batch_size} sequences are too many to be followed",
-            f"at most {PIXELS} pixels a sequence and {LIMIT} tokens a batch are; set images to 0 for text alone",
-            "images",
+        reason = (
+            f"{count} × {height} × {width} pixels in each of {job.batch_size} sequences are too many to be followed"
         )
+        if job.images or job.image_size:
+            hint = f"at most {PIXELS} pixels a sequence and {LIMIT} tokens a batch are; set images to 0 for text alone"
+            raise PlanError(reason, hint, "images")
+        return None, f"{reason}. Planned on text alone: the vision tower is loaded, not run"
     try:
         inputs = _processed(model, count, height, width)
         tokens = _tokens(model, inputs, job) // count
