@@ -1,7 +1,7 @@
 """Plan each job of standard input in a process of its own and say what it took: a line a job, in order.
 
-The parent has imported everything; a child is cold but for that. ``python alone.py SECONDS BYTES``: a child that takes
-longer is killed, one that asks for more address space is refused it.
+The parent is what a server's traces are forked from (``app.warmed``); a child is cold but for that. ``python alone.py
+SECONDS BYTES``: a child that takes longer is killed, one that asks for more address space is refused it.
 """
 
 import json
@@ -14,8 +14,8 @@ import time
 import torch
 
 import app.batch
-import app.dryrun.run
-import app.dryrun.trainers  # noqa: F401
+import app.service
+import app.warmed  # noqa: F401
 
 KEPT = ("model", "peak", "warnings")
 
