@@ -582,6 +582,29 @@ def _replay(st, events, sizes, rules, empties, limited, steady) -> Replay:
     return Replay(served, allocated, reserved, blocks)
 
 
+@_compiled
+def _tally(events, kind, blocks, moments, out):
+    last, row = moments.size, 0
+    for at in range(events.size):
+        event = events[at]
+        if event < 0:
+            out[last, kind[~event]] -= blocks[~event]
+        else:
+            out[last, kind[event]] += blocks[event]
+        if row < last and moments[row] == at:
+            for column in range(out.shape[1]):
+                out[row, column] = out[last, column]
+            row += 1
+
+
+def tally(events: np.ndarray, kind: np.ndarray, blocks: np.ndarray, moments: np.ndarray, kinds: int) -> np.ndarray:
+    """Bytes alive by kind (columns) after each of ``moments`` (rows, in order): ``blocks`` are those of a
+    :class:`Replay`, ``kind`` is each allocation's, of so many ``kinds``."""
+    out = np.zeros((moments.size + 1, kinds), np.int64)
+    _tally(events, kind, blocks, moments, out)
+    return out[:-1]
+
+
 class CachingAllocator:
     """One device's allocator, request by request. ``allocated``, ``reserved``: bytes now; ``peak_*`` since the last
     reset; ``keys``: how many there may be."""

@@ -88,7 +88,7 @@ class Reading:
 
 def read(stream: Stream, settings: Settings = Settings(), points: int = POINTS) -> Reading:
     """Serve ``stream`` without a limit and say what it showed."""
-    from app.memory.allocator import replay
+    from app.memory.allocator import replay, tally
 
     script = stream.script
     events, marks = script.events, script.marks
@@ -108,7 +108,7 @@ def read(stream: Stream, settings: Settings = Settings(), points: int = POINTS) 
     )
     peak = max(phases[1:], key=lambda phase: phase.peak)
     peak_event = int(moments[np.argmax(run.allocated[moments])])
-    kinds = _kinds_at(stream, run.blocks, moments)
+    kinds = tally(events, script.kind, run.blocks, moments, len(KINDS))
     steps = np.searchsorted([mark.at for mark in marks], moments, side="right") - 1
     names = script.module[events[moments]]
     rows = zip(moments.tolist(), steps.tolist(), names.tolist(), kinds.tolist())
@@ -149,17 +149,6 @@ def _moments(events: np.ndarray, allocated: np.ndarray, spans: list[tuple[int, i
     out = [start + int(heights[start:end].argmax()) for start, end in zip(starts.tolist(), ends.tolist())]
     out = [at for at in out if heights[at] >= 0]
     return np.array(out or np.flatnonzero(events >= 0)[-1:], np.int64)  # steps that take nothing: the last of the load
-
-
-def _kinds_at(stream: Stream, blocks: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Bytes alive by kind (columns) after each of ``moments`` (rows)."""
-    events = stream.script.events
-    keys = np.where(events >= 0, events, ~events)
-    change = np.where(events >= 0, blocks[keys], -blocks[keys])
-    stretch = np.searchsorted(moments, np.arange(events.size))
-    cells = stretch * len(KINDS) + stream.script.kind[keys]
-    sums = np.bincount(cells, change, (moments.size + 1) * len(KINDS))
-    return sums.reshape(-1, len(KINDS)).cumsum(axis=0)[:-1].astype(np.int64)
 
 
 def alive_after(stream: Stream, event: int) -> np.ndarray:
