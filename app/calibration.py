@@ -89,9 +89,14 @@ def _read(path: Path) -> Facts | None:
 
 def known(card: str) -> Facts | None:
     """The facts of the last probe of ``card``; None where nobody probed it here."""
-    place = folder()
+    time = last_stored()
+    return None if time is None else _all_of(folder(), time).get(card)
+
+
+def last_stored() -> int | None:
+    """When facts of any card were stored last, in nanoseconds; None: there are none."""
     try:
-        return _all_of(place, os.stat(place).st_mtime_ns).get(card)
+        return os.stat(folder()).st_mtime_ns
     except OSError:
         return None
 

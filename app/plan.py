@@ -30,6 +30,8 @@ from app.store import Store, own_path
 
 Kernels = tuple[tuple[int, int], int, KernelFacts]
 """Compute capability, multiprocessors, and what a probe found otherwise."""
+Order = tuple[str, Job, dict, Kernels]
+"""What a :class:`Tracer` needs: the key of :func:`key_of`, the job (resolved), its config, and the kernels."""
 DEFAULT_GPU = "a100-80gb"
 """The card whose kernels are meant when a job names none."""
 
@@ -186,10 +188,14 @@ class _Shelf:
 
     def look(self, kind: str, read: Callable[[bytes], Any]) -> list[Any]:
         """The same, with what other processes have stored since."""
-        for data in (*_pretraced.get(_digest(kind)), *self.own.get(_digest(kind))):
+        for data in self.stored(kind):
             self._put(kind, data, read)
         with self._lock:
             return [*reversed(self._kinds.get(kind, {}).values())]
+
+    def stored(self, kind: str) -> list[bytes]:
+        """What the stores hold of a kind."""
+        return [*_pretraced.get(_digest(kind)), *self.own.get(_digest(kind))]
 
     def keep(self, kind: str, data: bytes, read: Callable[[bytes], Any]) -> Any:
         """Store it, and what it says."""
@@ -237,26 +243,25 @@ def _events(said: Profile | Stream | PlanError) -> int:
 def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
     """A profile that holds for the job (resolved), known or traced. The first of a kind get one of their own, the next
     one for all that run alike; where that holds for few, there is one each again. Raises :class:`PlanError`."""
-    key, point = key_of(job, config, card), point_of(job)
+    order, point = order_of(job, config, card), point_of(job)
     for search in (_shelf.known, _shelf.look):
-        known = search(key, Profile.load)
+        known = search(order[0], Profile.load)
         for profile in known:
             if profile.script.holds(*point):
                 return profile
-    order = key, job, config, kernels_of(card)
     general = sum(profile.general for profile in known)
     if len(known) - general >= ALONE and general < GENERAL:
         with suppress(PlanError):
-            return keep("general", key, tracer.get().trace("general", *order))
-    return keep("step", key, tracer.get().trace("step", *order))
+            return keep("general", order[0], tracer.get().trace("general", *order))
+    return keep("step", order[0], tracer.get().trace("step", *order))
 
 
 def generalise(job: Job, config: dict, card: Gpu | OwnGpu) -> None:
     """Have the job (resolved) traced for all that run alike, when there is time, if only one batch and length of its
     kind is known: somebody asked, and may ask for another."""
-    key = key_of(job, config, card)
-    if not any(profile.general for profile in _shelf.known(key, Profile.load)):
-        tracer.get().later("general", key, job, config, kernels_of(card))
+    order = order_of(job, config, card)
+    if not any(profile.general for profile in _shelf.known(order[0], Profile.load)):
+        tracer.get().later("general", *order)
 
 
 def keep(part: str, key: str, data: bytes) -> Any:
@@ -264,6 +269,11 @@ def keep(part: str, key: str, data: bytes) -> Any:
     if part in ("step", "general"):
         return _shelf.keep(key, data, Profile.load)
     return _shelf.keep(f"{part} {key}", data, _stream)
+
+
+def order_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Order:
+    """A job (resolved) as a :class:`Tracer` takes it."""
+    return key_of(job, config, card), job, config, kernels_of(card)
 
 
 def key_of(job: Job, config: dict, card: Gpu | OwnGpu) -> str:
@@ -303,14 +313,14 @@ def load_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
 
 
 def _stream_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
-    key = key_of(job, config, card)
-    known = _shelf.known(f"{part} {key}", _stream)
+    order = order_of(job, config, card)
+    known = _shelf.known(f"{part} {order[0]}", _stream)
     if not known:
         try:
-            data = tracer.get().trace(part, key, job, config, kernels_of(card))
+            data = tracer.get().trace(part, *order)
         except PlanError as error:
             data = packed({"refused": error.as_dict()})
-        known = [keep(part, key, data)]
+        known = [keep(part, order[0], data)]
     if isinstance(known[0], PlanError):
         raise known[0]
     return known[0]
@@ -324,14 +334,14 @@ def _stream(data: bytes) -> Stream | PlanError:
 def reading_of(digest: str, point: tuple[int, int], settings: Settings, read: Callable[[], Reading]) -> Reading:
     """What :func:`~app.memory.breakdown.read` says of a script with this digest: as it is stored, or as ``read`` reads
     it. A command line stores it: reading takes numba, whose import takes longer than all the rest."""
-    kind = _digest(f"reading {digest} {point} {settings}")
+    kind = f"reading {digest} {point} {settings}"
     if tracer.get().alone:
-        for data in (*_pretraced.get(kind), *_shelf.own.get(kind)):
+        for data in _shelf.stored(kind):
             with suppress(ValueError):
                 return Reading.load(data)
     reading = read()
     if tracer.get().alone:
-        _shelf.own.put(kind, reading.dump())
+        _shelf.own.put(_digest(kind), reading.dump())
     return reading
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from app.errors import PlanError
 from app.job import Job, read_job
-from app.plan import PRETRACED, Here, card_of, config_of, keep, kernels_of, key_of, store_in
+from app.plan import PRETRACED, Here, card_of, config_of, keep, order_of, store_in
 
 METHODS = ("full", "lora", "qlora")
 QUESTION = {
@@ -46,8 +46,7 @@ def pretrace(job: Job) -> None:
     """Trace a job (resolved) for every batch and length that runs like it, and read it. Raises :class:`PlanError`."""
     from app.service import estimate
 
-    config, card = config_of(job)[0], card_of(job)
-    order = key_of(job, config, card), job, config, kernels_of(card)
+    order = order_of(job, config_of(job)[0], card_of(job))
     keep("general", order[0], Here().trace("general", *order))
     estimate(job.model_dump(exclude_unset=True))
 

@@ -6,13 +6,11 @@ the time of its folder is part of the question.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.calibration import folder
+from app.calibration import last_stored
 
 LIMIT = 32 << 20
 """Bytes of questions and answers."""
@@ -45,7 +43,7 @@ class Remember:
         if first.get("more_body"):
             return await self.app(scope, _after(first, receive), send)
         zipped = any(name == b"accept-encoding" and b"gzip" in value for name, value in scope["headers"])
-        question = (scope["query_string"], zipped, _calibrated(), body)
+        question = (scope["query_string"], zipped, last_stored(), body)
         known = self._answers.get(question)
         if known is not None:
             self._answers.move_to_end(question)
@@ -81,10 +79,3 @@ def _after(first: Message, receive: Receive) -> Receive:
 
 def _size(question: tuple, said: list[Message]) -> int:
     return len(question[-1]) + sum(len(message.get("body", b"")) for message in said) + 2048
-
-
-def _calibrated() -> Any:
-    try:
-        return os.stat(folder()).st_mtime_ns
-    except OSError:
-        return None

@@ -395,9 +395,6 @@ def _add_page(app: FastAPI, desk: Desk) -> None:
 
     async def respond(request: Request, pairs: list[tuple[str, str]], advised: bool = False) -> Response:
         """An error is rendered at its field, the rest of the form kept."""
-        address, posted = _address(_given(pairs))
-        if request.method == "POST" and not posted:
-            return RedirectResponse(f"/?{address}", 303)
         view = await view_of(request, pairs, advised)
         status, headers = _status(view.problem) if view.problem else (200, {})
         if view.posted:
@@ -410,7 +407,9 @@ def _add_page(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/", include_in_schema=False)
     async def page_of_config(request: Request) -> Response:
-        return await respond(request, await _posted(request))
+        pairs = await _posted(request)
+        address, too_long = _address(_given(pairs))
+        return await respond(request, pairs) if too_long else RedirectResponse(f"/?{address}", 303)
 
     @app.get("/advice", include_in_schema=False)
     async def page_with_advice(request: Request) -> Response:

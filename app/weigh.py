@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from app.cards import MEASURED_KERNELS, id_of, known, room, usable
 from app.catalog.gpus import Gpu, find_gpu
@@ -57,6 +57,15 @@ class Weighing:
     def reading(self) -> Reading:
         """The stream without a limit."""
         return _reading(self.profile, point_of(self.job), self.settings)
+
+    @cached_property
+    def following(self) -> dict[str, int]:
+        """Bytes that merging and writing take (:class:`After`), as far as there is either and it can be planned."""
+        try:
+            found = after(self)
+        except PlanError:
+            return {}
+        return {name: need for name, need in asdict(found).items() if need is not None} if found else {}
 
 
 @lru_cache(maxsize=16)
@@ -164,12 +173,7 @@ def _finish(stream: Stream, settings: Settings) -> list[Phase]:
 
 def cannot(weighing: Weighing, verdict: Verdict) -> list[str]:
     """What of merging and writing a card with ``verdict`` has no room for, as far as they can be planned."""
-    try:
-        following = after(weighing)
-    except PlanError:
-        return []
-    needs = asdict(following) if following else {}
-    return [name for name, need in needs.items() if need is not None and need > verdict.limit]
+    return [name for name, need in weighing.following.items() if need > verdict.limit]
 
 
 def fit_on(weighing: Weighing, card: Gpu | OwnGpu) -> dict:

@@ -142,7 +142,7 @@ class Pool:
         with self._lock:
             flight = self._flights.get(name)
             if flight is None:
-                if sum(other.started is None for other in self._flights.values()) >= LINE:
+                if self.waiting >= LINE:
                     raise Busy
                 flight = self._flights[name] = Flight(order, 1)
                 self._threads.submit(self._fly, name, flight)

@@ -19,12 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from app import pretrace
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "llama-3.1-8b"
-QUESTION = {
-    "method": "qlora", "quantization": {"type": "nf4", "double_quant": True}, "batch_size": 1, "sequence_length": 2048,
-    "lora": {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, "gpu": "a100-80gb",
-}  # fmt: skip
+QUESTION = {**pretrace.QUESTION, "gpu": "a100-80gb"}
 REFERENCE = """
 import accelerate.commands.estimate
 from accelerate import init_empty_weights
@@ -43,8 +42,7 @@ from app.job import read_job
 question = json.loads(sys.argv[1])
 def seconds(name):
     job = read_job({**question, "model": name}).resolved()
-    config, card = plan.config_of(job)[0], plan.card_of(job)
-    order = plan.key_of(job, config, card), job, config, plan.kernels_of(card)
+    order = plan.order_of(job, plan.config_of(job)[0], plan.card_of(job))
     start = time.perf_counter()
     plan.Here().trace("step", *order)
     return time.perf_counter() - start
@@ -57,20 +55,17 @@ import json, statistics, sys, time
 from app.job import read_job
 from app.memory.breakdown import read
 from app.weigh import weigh
-from app.plan import Here, card_of, config_of, keep, kernels_of, key_of
+from app.plan import Here, card_of, config_of, keep, order_of
 question = json.loads(sys.argv[1])
 for name in sys.argv[2:]:
     job = read_job({**question, "model": name, "batch_size": 2}).resolved()
-    config, card = config_of(job)[0], card_of(job)
-    order = key_of(job, config, card), job, config, kernels_of(card)
+    order = order_of(job, config_of(job)[0], card_of(job))
     keep("general", order[0], Here().trace("general", *order))
     took = []
     for number in range(41):
         other = {**question, "model": name, "batch_size": 2 + number % 5, "sequence_length": 512 + 64 * number}
         start = time.perf_counter()
-        weighing = weigh(read_job(other))
-        weighing.stream
-        read(weighing.stream)
+        read(weigh(read_job(other)).stream)
         took.append(time.perf_counter() - start)
     print(json.dumps(statistics.median(took[1:])))
 """
@@ -96,6 +91,16 @@ def cold() -> tuple[float, float]:
     return statistics.median(ours[1:]), statistics.median(theirs[1:])
 
 
+async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, body: bytes) -> bytes:
+    """One request on a connection that stays open, a POST where it has a body: the status line of its answer."""
+    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nhost: x\r\naccept-encoding: gzip\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    answer = await reader.readuntil(b"\r\n\r\n")
+    await reader.readexactly(int(re.search(rb"content-length: (\d+)", answer, re.I)[1]))
+    return answer.split(b"\r\n", 1)[0]
+
+
 async def storm(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> tuple[float, float]:
     """Requests a second of so many clients on connections that stay open, and the time that 99 % of them took."""
     took: list[float] = []
@@ -107,13 +112,9 @@ async def storm(port: int, path: str, bodies: list[bytes], clients: int, seconds
         while time.perf_counter() < end:
             body = bodies[turn % len(bodies)]
             turn += 1
-            verb = "POST" if body else "GET"
-            head = f"{verb} {path} HTTP/1.1\r\nhost: x\r\naccept-encoding: gzip\r\ncontent-type: application/json\r\n"
             start = time.perf_counter()
-            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-            answer = await reader.readuntil(b"\r\n\r\n")
-            assert b" 200 " in answer.split(b"\r\n", 1)[0], answer
-            await reader.readexactly(int(re.search(rb"content-length: (\d+)", answer, re.I)[1]))
+            status = await ask(reader, writer, path, body)
+            assert b" 200 " in status, status
             took.append(time.perf_counter() - start)
         writer.close()
 
@@ -128,10 +129,7 @@ async def each_once(port: int, bodies: list[bytes], clients: int) -> None:
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for body in waiting:
-            head = "POST /estimate HTTP/1.1\r\nhost: x\r\naccept-encoding: gzip\r\ncontent-type: application/json\r\n"
-            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-            answer = await reader.readuntil(b"\r\n\r\n")
-            await reader.readexactly(int(re.search(rb"content-length: (\d+)", answer, re.I)[1]))
+            await ask(reader, writer, "/estimate", body)
         writer.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))

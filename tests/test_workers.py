@@ -15,15 +15,14 @@ import pytest
 from app.errors import PlanError
 from app.job import read_job
 from app.memory.profile import Profile
-from app.plan import Here, card_of, config_of, kernels_of, key_of
+from app.plan import Here, card_of, config_of, order_of
 from app.workers import LINE, Abandoned, Busy, Pool, Ticket
 from tests.tiny import LLAMA
 
 
 def order(**changes):
     job = read_job({"config": LLAMA, "method": "lora", "sequence_length": 32, **changes}).resolved()
-    config, card = config_of(job)[0], card_of(job)
-    return key_of(job, config, card), job, config, kernels_of(card)
+    return order_of(job, config_of(job)[0], card_of(job))
 
 
 SLOW = {"config": {**LLAMA, "num_hidden_layers": 500}, "method": "full", "dtype": "float32"}

@@ -5,15 +5,19 @@ Bytes are those of blocks, as ``torch.cuda.memory_allocated`` counts them, so pa
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from app.memory.event import KINDS
 from app.memory.rules import Settings
 from app.memory.script import Stream, packed, unpacked
+from app.memory.table import NUMBER
+
+if TYPE_CHECKING:
+    from app.memory.allocator import Replay
 
 POINTS = 240
 """Points of a timeline: enough for a screen; each keeps the largest moment of its stretch."""
@@ -86,13 +90,21 @@ class Reading:
             raise ValueError(f"not a reading: {error}") from None
 
 
+def replayed(stream: Stream, settings: Settings, limited: int = 0) -> Replay:
+    """``stream`` served by the allocator, its limit from event ``limited`` on."""
+    from app.memory.allocator import replay
+
+    script = stream.script
+    return replay(script.events, stream.sizes, settings, script.empties, limited, script.steady)
+
+
 def read(stream: Stream, settings: Settings = Settings(), points: int = POINTS) -> Reading:
     """Serve ``stream`` without a limit and say what it showed."""
-    from app.memory.allocator import replay, tally
+    from app.memory.allocator import tally
 
     script = stream.script
     events, marks = script.events, script.marks
-    run = replay(events, stream.sizes, settings, script.empties, steady=script.steady)
+    run = replayed(stream, settings)
     after = np.concatenate(([0], run.allocated))
     held = np.concatenate(([0], run.reserved))
     bounds = [*(mark.at for mark in marks), events.size]
@@ -159,11 +171,7 @@ def alive_after(stream: Stream, event: int) -> np.ndarray:
 
 def holders_after(stream: Stream, settings: Settings, event: int) -> list[tuple[str, str, int]]:
     """Who holds most after ``event``, as :attr:`Reading.holders` has it of the peak."""
-    from app.memory.allocator import replay
-
-    script = stream.script
-    run = replay(script.events, stream.sizes, settings, script.empties, steady=script.steady)
-    return _holders(stream, run.blocks, event)
+    return _holders(stream, replayed(stream, settings).blocks, event)
 
 
 def _holders(stream: Stream, blocks: np.ndarray, event: int) -> list[tuple[str, str, int]]:
@@ -184,4 +192,4 @@ def _holders(stream: Stream, blocks: np.ndarray, event: int) -> list[tuple[str, 
 @lru_cache(maxsize=1 << 16)
 def _alike(path: str) -> str:
     """A module's path with a star for its number in a list: ``model.layers.*.mlp``."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+    return NUMBER.sub(".*", path)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from app.memory.breakdown import Reading, alive_after
+from app.memory.breakdown import Reading, alive_after, replayed
 from app.memory.event import KINDS
 from app.memory.overheads import Room
 from app.memory.rules import LARGE_BUFFER, Settings
@@ -76,11 +76,8 @@ def passes(stream: Stream, settings: Settings, placed: bool = False) -> tuple[bo
 
     ``placed``: the model lies there already, the limit holds from the first step on.
     """
-    from app.memory.allocator import replay
-
     script = stream.script
-    limited = script.first_step if placed else 0
-    served = replay(script.events, stream.sizes, settings, script.empties, limited, script.steady).served
+    served = replayed(stream, settings, script.first_step if placed else 0).served
     if served == script.events.size:
         return True, None
     mark = [mark for mark in script.marks if mark.at <= served][-1]

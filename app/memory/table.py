@@ -94,7 +94,8 @@ def _owner(path: str, paths: Container[str]) -> str:
     return path
 
 
-_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+"""A module's number in its list, within its path."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Table:
     def of(layers: Iterable[Layer]) -> Table:
         groups: dict[tuple, tuple[Layer, list[tuple[int, str]]]] = {}
         for place, layer in enumerate(layers):
-            key = (_NUMBER.sub(".#", layer.path), *list(vars(layer).values())[1:])
+            key = (NUMBER.sub(".#", layer.path), *list(vars(layer).values())[1:])
             groups.setdefault(key, (layer, []))[1].append((place, layer.path))
         rows = []
         for layer, members in groups.values():
@@ -135,7 +136,7 @@ class Table:
 
 def _span(paths: list[str]) -> str:
     """``model.layers.0.mlp`` … ``model.layers.31.mlp`` as one: ``model.layers.{0..31}.mlp``."""
-    numbers = [_NUMBER.findall(path) for path in (paths[0], paths[-1])]
+    numbers = [NUMBER.findall(path) for path in (paths[0], paths[-1])]
     parts = re.split(r"\.\d+(?=\.|$)", paths[0])
     spans = [a if a == b else f"{{{a}..{b}}}" for a, b in zip(*numbers)]
     return parts[0] + "".join(f".{span}{rest}" for span, rest in zip(spans, parts[1:]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from app.render import words
-from app.render.html import WHAT, View, bar
+from app.render.html import WHAT, View, bar, said
 
 STATIC = Path(__file__).parents[2] / "static"
 SIZE = (1200, 630)
@@ -27,8 +27,7 @@ def png(view: View) -> bytes:
     draw.rectangle((0, 0, SIZE[0], 14), _colour("k-weights"))
     answer = view.answer
     state = words.state(answer) if answer else "does_not_fit"
-    said = words.verdict(answer) if answer else f"Cannot say: {view.problem.message}"
-    _paragraph(draw, said, 56, {"fits": "ok", "tight": "tight", "does_not_fit": "bad"}.get(state, "ink"))
+    _paragraph(draw, said(view), 56, {"fits": "ok", "tight": "tight", "does_not_fit": "bad"}.get(state, "ink"))
     if answer:
         _bar(draw, answer)
         name = f"{words.model_name(answer)}, {words.number(answer['model']['parameters'])} parameters"
