@@ -80,7 +80,7 @@ class Moment(_Open):
 
 
 class Timeline(_Open):
-    """The step in order of its allocations."""
+    """The load (step 0) and the steps, in order of their allocations."""
 
     kinds: list[str]
     points: list[Moment]

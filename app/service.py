@@ -62,7 +62,7 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         "timeline": {
             "kinds": list(KINDS),
             "points": [
-                {**{k: v for k, v in asdict(point).items() if k != "kinds"}, "bytes": list(point.kinds)}
+                {**{k: v for k, v in point._asdict().items() if k != "kinds"}, "bytes": list(point.kinds)}
                 for point in reading.timeline
             ],
         },

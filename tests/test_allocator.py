@@ -23,10 +23,10 @@ from app.memory.allocator import (
     CachingAllocator,
     OutOfMemory,
     Settings,
-    Steady,
     replay,
     round_size,
 )
+from app.memory.rules import Course, Steady
 
 STREAMS = [
     json.loads(line)
@@ -146,7 +146,9 @@ def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order
     events = np.array([*range(first), *step, ~takes[-1], *again], np.int32)
     sizes = np.array([*before, *own, *own], np.int64)
     given = Steady(first + len(step), np.array([takes[-1]]), np.array([takes[-1] + len(own)]))
-    found = replay(events, sizes, how, steady=given)
+    numbers = np.arange(sizes.size, dtype=np.int32)
+    course = Course(events, numbers, np.arange(events.size + 1), np.zeros(0, int), given, sizes.size)
+    found = replay(course, sizes, how)
 
     allocator = CachingAllocator(how)
     opened, key, names = [], len(sizes), {}
@@ -170,5 +172,5 @@ def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order
             break
         names[given.given[0]] = names.pop(given.left[0])
     assert found.served == events.size
-    assert found.reserved[-1] == allocator.reserved
-    assert found.allocated.max() == allocator.peak_allocated
+    assert found.kept[-1] == allocator.reserved
+    assert found.peak.max() == allocator.peak_allocated

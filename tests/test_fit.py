@@ -285,7 +285,7 @@ def test_what_runs_out_of_memory_in_its_third_step_does_not_fit():
     weighing = weigh(read_job(value_at(row, row["largest"])))
     settings = replace(weighing.settings, limit=row["cap_bytes"])
     stream, script = weighing.stream, weighing.stream.script
-    two = replay(script.events, stream.sizes, settings, script.empties, script.first_step)
+    two = replay(script.course._replace(steady=None), stream.bytes, settings, script.first_step)
     assert two.served == script.events.size
     assert passes(stream, settings, placed=True) == (False, "backward")
 

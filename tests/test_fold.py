@@ -129,8 +129,8 @@ def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps
         else:
             live.remove(~event)
     stream = Script.of(out, []).at(1, 1)
-    run = replay(stream.script.events, stream.sizes, Settings())
-    assert run.allocated[-1] == 512 * len(live) == 512 * len(types)
+    run = replay(stream.script.course, stream.bytes, Settings())
+    assert run.left[-1] == 512 * len(live) == 512 * len(types)
 
 
 @given(TYPES, st.integers(1, 3), st.integers(1, 2))

@@ -238,7 +238,7 @@ def test_the_timeline_is_highest_at_the_peak(answer):
     top = timeline.areas[0][1]
     assert min(float(point.split(",")[1]) for point in top.split()) / 10 == pytest.approx(y, abs=0.1)
     assert all(sum(row["kinds"]) == row["allocated"] for row in timeline.rows)
-    assert [step.name for step in timeline.steps] == ["First step", "Steady step"]
+    assert [step.name for step in timeline.steps] == ["Load", "First step", "Steady step"]
     assert 2 <= len(timeline.ticks) <= 6
 
 

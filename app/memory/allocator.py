@@ -5,7 +5,8 @@ Restated from ``c10/cuda/CUDACachingAllocator.cpp`` (class ``DeviceCachingAlloca
 ``memory_reserved`` count: whole blocks, so the unsplit rest of a block (at most 1 MiB) counts as allocated.
 
 A step has some hundred thousand events and a verdict takes several replays, so the rules are compiled (numba) and the
-blocks are rows of arrays: under 100 ns an event where objects took 2000.
+blocks are rows of arrays: 20 to 40 ns an event where objects took 2000. All numbers in there are ``uint64``: numba asks
+of every signed index whether it counts from the end. (A ``uint64`` and an ``int64`` make a float: hence the constants.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from app.memory.rules import LARGE_BUFFER, MIB, Settings, Steady
+from app.errors import PlanError
+from app.memory.rules import LARGE_BUFFER, MIB, Course, Settings
 
 MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
 SMALL_SIZE = MIB  # kSmallSize: the largest request served from the small pool
@@ -23,6 +25,7 @@ SMALL_BUFFER = 2 * MIB  # kSmallBuffer: a segment of the small pool
 MIN_LARGE_ALLOC = 10 * MIB  # kMinLargeAlloc: below it a large segment is LARGE_BUFFER
 ROUND_LARGE = 2 * MIB  # kRoundLarge: segments of MIN_LARGE_ALLOC and more
 GRANULE = 32 * MIB  # what cudaMalloc takes of the address space at a time
+ADDRESSES = 1 << 54  # bytes of the address space, which fills from above
 EXPANDABLE_RANGE = 1 << 50  # the address range that an expandable segment may grow into
 REPEATS = 8  # of a steady step, at most
 
@@ -40,58 +43,90 @@ class OutOfMemory(Exception):
         self.size = size
 
 
+_U = np.uint64
+_0, _1, _2 = map(_U, range(3))
+_NONE = _U(0)  # no row; row 0 is a block that is taken, a neighbour of all that have none
+_BEYOND = _U((1 << 64) - 1)  # more than any size, address or place: the place of what is taken, a limit that is none
+_MIN, _SMALL, _SMALL_SEGMENT, _LARGE_SEGMENT = map(_U, (MIN_BLOCK, SMALL_SIZE, SMALL_BUFFER, LARGE_BUFFER))
+_LARGE_ENOUGH, _ROUND, _GRANULE, _RANGE = map(_U, (MIN_LARGE_ALLOC, ROUND_LARGE, GRANULE, EXPANDABLE_RANGE))
+
+
 class _Rules(NamedTuple):
-    """:class:`Settings` for compiled code; -1: none."""
+    """:class:`Settings` for compiled code."""
 
     expandable: bool
-    split_limit: int
-    limit: int
+    split_limit: np.uint64
+    limit: np.uint64
 
 
 def _rules(settings: Settings) -> _Rules:
-    split, limit = (-1 if size is None else size for size in (settings.max_split_size, settings.limit))
-    return _Rules(settings.expandable_segments, split, limit)
+    def bytes_of(size: int | None) -> np.uint64:
+        return _BEYOND if size is None else _U(max(0, size))
+
+    return _Rules(settings.expandable_segments, bytes_of(settings.max_split_size), bytes_of(settings.limit))
 
 
 class _State(NamedTuple):
     """The blocks, one a row, and the sets of those that are free.
 
-    ``blocks`` has the columns below; neighbours are rows (-1: none). A pool is an unordered set of blocks: their
-    ``sizes``, ``addresses`` and ``rows``; free small, free large, unmapped small, unmapped large. (PyTorch's are
-    ordered by size and address; looking through a hundred numbers takes less time than keeping them in order.)
-    ``rests`` are (address, size) of what segments left of their last granule. ``ordered`` is where a pool's order is
-    written when it is wanted, ``live`` the row of every key (-1: none).
+    ``blocks`` has :data:`_WIDTH` columns a row, named below; a row is known by where it begins. A pool (free small,
+    free large, unmapped small, unmapped large) is a set of classes, a class the blocks of one size: a hundred free
+    blocks have about eight sizes, so looking through the sizes and then through one class takes less time than keeping
+    the pool in order, as PyTorch does. Each pool has ``slots`` of them, of which ``words`` say the size (0: unused) and
+    ``counts`` how many blocks there are; ``holes`` is a stack of unused slots. A class has ``depth`` places in
+    ``cells``, unordered: each holds a block's address and row.
+
+    ``rests`` are pairs of address and size that segments left of their last granule, in order of addresses. ``ordered``
+    is where a pool's order is written when it is wanted, ``live`` the row of every key.
     """
 
     blocks: np.ndarray
-    sizes: np.ndarray
-    addresses: np.ndarray
-    rows: np.ndarray
+    words: np.ndarray
+    counts: np.ndarray
+    holes: np.ndarray
+    cells: np.ndarray
     rests: np.ndarray
     ordered: np.ndarray
     live: np.ndarray
     numbers: np.ndarray
+    slots: np.uint64
+    depth: np.uint64
 
 
-# Columns of _State.blocks. _PLACE: where in its pool, -1: taken. _SPARES is a stack of rows that were blocks once.
-_SIZE, _ADDRESS, _PREVIOUS, _NEXT, _PLACE, _MAPPED, _LARGE, _SPARES = range(8)
-# Places in _State.numbers; from _FILLED on, how many blocks each pool has
-_ALLOCATED, _RESERVED, _OPENED, _LOW, _RESTS, _UNUSED, _ROWS, _FILLED = range(8)
-_UNMAPPED = 2  # the first of the two pools of unmapped blocks
-_SPARE = 8  # rows that one request may take
-_BEYOND = 1 << 62  # more than any size or address
+# Columns of _State.blocks. _PLACE: where in the cells of its _CLASS, _BEYOND: taken. _SPARE: the next unused row
+_SIZE, _ADDRESS, _PREVIOUS, _NEXT, _PLACE, _CLASS, _POOL, _SPARE = map(_U, range(8))
+_WIDTH = _U(8)
+# Places in _State.numbers; from _SLOTS and _HOLES on, those of each pool
+_ALLOCATED, _RESERVED, _OPENED, _LOW, _RESTS, _SPARES, _ROWS, _FULL, _SLOTS, _HOLES = map(_U, (*range(9), 12))
+_UNMAPPED = _2  # the first of the two pools of unmapped blocks
+# A word is a size and its slot, a cell an address and its row: sizes and addresses are multiples of 512
+_WORD, _SLOT = _1, _U(1023)
+_CELL, _ROW, _STEP = _U(10), _U((1 << 19) - 1), _U(3)
+_MOST_ROWS = 1 << 19
 
 
-def _state(rows: int, keys: int) -> _State:
-    numbers = np.zeros(_FILLED + 4, np.int64)
-    numbers[_LOW] = 1 << 60
-    pools = (np.zeros((4, rows), np.int64) for _ in range(3))
-    rests = np.zeros((2 * rows, 2), np.int64)
-    ordered = np.zeros(rows, np.int64)
-    return _State(np.zeros((rows, 8), np.int64), *pools, rests, ordered, np.full(keys, -1, np.int64), numbers)
+def _state(rows: int, keys: int, slots: int = 64, depth: int = 256) -> _State:
+    def places(count: int) -> np.ndarray:
+        return np.zeros(count, np.uint64)
+
+    blocks = np.empty(rows * int(_WIDTH), np.uint64)
+    pools = (places(4 * slots) for _ in range(3))
+    cells, rests = np.empty(4 * slots * depth, np.uint64), np.empty(4 * rows, np.uint64)
+    found = _State(
+        blocks, *pools, cells, rests, np.empty(rows, np.uint64), places(keys), places(16), _U(slots), _U(depth)
+    )
+    _cleared(found)
+    return found
 
 
-# --- rows and pools -----------------------------------------------------------------------------------------
+def _cleared(st: _State) -> None:
+    for part in (st.words, st.live, st.numbers):
+        part.fill(0)
+    st.blocks[: int(_WIDTH)] = _BEYOND
+    st.numbers[int(_LOW)], st.numbers[int(_ROWS)] = ADDRESSES, _WIDTH
+
+
+# --- rows, classes and pools ----------------------------------------------------------------------------------
 
 
 @_compiled
@@ -101,106 +136,158 @@ def round_size(size: int) -> int:
 
 
 @_inlined
-def _new_row(st, size, address, large):
-    numbers = st.numbers
-    if numbers[_UNUSED]:
-        numbers[_UNUSED] -= 1
-        row = st.blocks[numbers[_UNUSED], _SPARES]
+def _new_row(st, size, address, pool):
+    numbers, blocks = st.numbers, st.blocks
+    row = numbers[_SPARES]
+    if row != _NONE:
+        numbers[_SPARES] = blocks[row + _SPARE]
     else:
         row = numbers[_ROWS]
-        numbers[_ROWS] += 1
-    st.blocks[row, _SIZE], st.blocks[row, _ADDRESS], st.blocks[row, _LARGE] = size, address, large
-    st.blocks[row, _PREVIOUS] = st.blocks[row, _NEXT] = -1
-    st.blocks[row, _PLACE], st.blocks[row, _MAPPED] = -1, True
+        if row + _2 * _WIDTH > _U(blocks.size):
+            numbers[_FULL] = _1
+        else:
+            numbers[_ROWS] = row + _WIDTH
+    blocks[row + _SIZE], blocks[row + _ADDRESS], blocks[row + _POOL] = size, address, pool
+    blocks[row + _PREVIOUS] = blocks[row + _NEXT] = _NONE
+    blocks[row + _PLACE] = _BEYOND
     return row
 
 
 @_inlined
 def _drop_row(st, row):
-    st.blocks[st.numbers[_UNUSED], _SPARES] = row
-    st.numbers[_UNUSED] += 1
+    st.blocks[row + _SPARE] = st.numbers[_SPARES]
+    st.numbers[_SPARES] = row
 
 
 @_inlined
-def _put(st, pool, row):
-    at = st.numbers[_FILLED + pool]
-    st.sizes[pool, at], st.addresses[pool, at] = st.blocks[row, _SIZE], st.blocks[row, _ADDRESS]
-    st.rows[pool, at], st.blocks[row, _PLACE] = row, at
-    st.numbers[_FILLED + pool] += 1
+def _word(st, pool, size):
+    """The word of the smallest class of ``pool`` that has at least ``size`` bytes; _BEYOND: none."""
+    words, want, best, base = st.words, size << _WORD, _BEYOND, pool * st.slots
+    for n in range(st.numbers[_SLOTS + pool]):
+        word = words[base + n]
+        best = min(best, word if word >= want else _BEYOND)
+    return best
 
 
 @_inlined
-def _drop(st, pool, row):
-    st.numbers[_FILLED + pool] -= 1
-    at, last = st.blocks[row, _PLACE], st.numbers[_FILLED + pool]
-    st.sizes[pool, at], st.addresses[pool, at] = st.sizes[pool, last], st.addresses[pool, last]
-    st.rows[pool, at] = st.rows[pool, last]
-    st.blocks[st.rows[pool, at], _PLACE] = at
-    st.blocks[row, _PLACE] = -1
+def _lowest(st, its):
+    """The row of the block of a class that has the lowest address."""
+    cells, begin, low = st.cells, its * st.depth, _BEYOND
+    for n in range(st.counts[its]):
+        low = min(low, cells[begin + n])
+    return (low & _ROW) << _STEP
+
+
+@_inlined
+def _put(st, row):
+    blocks, numbers, counts = st.blocks, st.numbers, st.counts
+    pool, size = blocks[row + _POOL], blocks[row + _SIZE]
+    word, base = _word(st, pool, size), pool * st.slots
+    if word | _SLOT == size << _WORD | _SLOT:
+        its = base + (word & _SLOT)
+    else:
+        its = base + _new_slot(st, pool, base)
+        st.words[its], counts[its] = size << _WORD | its - base, _0
+    at = counts[its]
+    if at + _1 == st.depth:
+        numbers[_FULL] = _1
+    else:
+        counts[its] = at + _1
+    at += its * st.depth
+    st.cells[at] = blocks[row + _ADDRESS] << _CELL | row >> _STEP
+    blocks[row + _PLACE], blocks[row + _CLASS] = at, its
+
+
+@_inlined
+def _new_slot(st, pool, base):
+    numbers, holes = st.numbers, st.numbers[_HOLES + pool]
+    if holes != _0:
+        numbers[_HOLES + pool] = holes - _1
+        return st.holes[base + holes - _1]
+    slot = numbers[_SLOTS + pool]
+    if slot + _1 == st.slots:
+        numbers[_FULL] = _1
+    else:
+        numbers[_SLOTS + pool] = slot + _1
+    return slot
+
+
+@_inlined
+def _drop(st, row):
+    blocks, counts = st.blocks, st.counts
+    its, at = blocks[row + _CLASS], blocks[row + _PLACE]
+    left = counts[its] - _1
+    counts[its] = left
+    last = st.cells[its * st.depth + left]
+    st.cells[at] = last
+    blocks[((last & _ROW) << _STEP) + _PLACE] = at
+    blocks[row + _PLACE] = _BEYOND
+    if left == _0:
+        pool = blocks[row + _POOL]
+        holes, base = st.numbers[_HOLES + pool], pool * st.slots
+        st.words[its], st.holes[base + holes] = _0, its - base
+        st.numbers[_HOLES + pool] = holes + _1
 
 
 @_inlined
 def _first(st, pool, size):
-    """The smallest block of ``pool`` that has ``size`` bytes, the lowest address among equals; -1: none."""
-    count, best = st.numbers[_FILLED + pool], _BEYOND
-    for n in range(count):
-        found = st.sizes[pool, n]
-        best = min(best, found if found >= size else _BEYOND)
-    if best == _BEYOND:
-        return -1
-    low = _BEYOND
-    for n in range(count):
-        where = st.addresses[pool, n]
-        low = min(low, where if st.sizes[pool, n] == best else _BEYOND)
-    for n in range(count):
-        if st.addresses[pool, n] == low:
-            return st.rows[pool, n]
-    return -1
+    """The smallest block of ``pool`` that has ``size`` bytes, the lowest address among equals."""
+    word = _word(st, pool, size)
+    return _NONE if word == _BEYOND else _lowest(st, pool * st.slots + (word & _SLOT))
 
 
 @_compiled
 def _after(st, pool, size, address):
-    """The block of ``pool`` that comes next, by size and address, after these; -1: none."""
-    row, best, low = -1, _BEYOND, _BEYOND
-    for n in range(st.numbers[_FILLED + pool]):
-        found, where = st.sizes[pool, n], st.addresses[pool, n]
-        if (found > size or found == size and where > address) and (found < best or found == best and where < low):
-            row, best, low = st.rows[pool, n], found, where
-    return row
+    """The block of ``pool`` that comes next, by size and address, after these."""
+    word = _word(st, pool, size)
+    if word | _SLOT == size << _WORD | _SLOT:
+        its, low = pool * st.slots + (word & _SLOT), _BEYOND
+        begin, here = its * st.depth, address << _CELL | _ROW
+        for n in range(st.counts[its]):
+            cell = st.cells[begin + n]
+            low = min(low, cell if cell > here else _BEYOND)
+        if low != _BEYOND:
+            return (low & _ROW) << _STEP
+    return _first(st, pool, size + _MIN)
 
 
 @_compiled
 def _in_order(st, pool):
     """How many blocks ``pool`` has; their rows, by size and address, are in ``st.ordered``."""
-    count, size, address = st.numbers[_FILLED + pool], 0, 0
-    for n in range(count):
-        row = _after(st, pool, size, address)
-        st.ordered[n], size, address = row, st.blocks[row, _SIZE], st.blocks[row, _ADDRESS]
+    count, row = _0, _first(st, pool, _MIN)
+    while row != _NONE:
+        st.ordered[count] = row
+        count += _1
+        row = _after(st, pool, st.blocks[row + _SIZE], st.blocks[row + _ADDRESS])
     return count
 
 
-# --- addresses ----------------------------------------------------------------------------------------------
+# --- addresses ------------------------------------------------------------------------------------------------
 
 
 @_compiled
 def _address(st, size):
     """Where ``cudaMalloc`` puts a segment; addresses order blocks of equal size, so they decide which one is taken.
+    0: the address space is full.
 
     Measured on an H100 with driver 580: new segments lie below the older ones, each on a whole number of granules;
     what a segment leaves of its last granule serves later ones, the lowest such rest that is large enough first.
     """
     numbers, rests = st.numbers, st.rests
-    for at in range(numbers[_RESTS]):
-        if rests[at, 1] >= size:
-            address = rests[at, 0]
-            rests[at, 0] += size
-            rests[at, 1] -= size
-            if rests[at, 1] == 0:
-                numbers[_RESTS] -= 1
-                for n in range(at, numbers[_RESTS]):
-                    rests[n, 0], rests[n, 1] = rests[n + 1, 0], rests[n + 1, 1]
+    for rest in range(numbers[_RESTS]):
+        at = _2 * rest
+        if rests[at + _1] >= size:
+            address = rests[at]
+            rests[at] += size
+            rests[at + _1] -= size
+            if rests[at + _1] == _0:
+                numbers[_RESTS] -= _1
+                for n in range(at, _2 * numbers[_RESTS]):
+                    rests[n] = rests[n + _2]
             return address
-    region = (size + GRANULE - 1) // GRANULE * GRANULE
+    region = (size + _GRANULE - _1) // _GRANULE * _GRANULE
+    if region >= numbers[_LOW]:
+        return _0
     numbers[_LOW] -= region
     if region > size:
         _leave(st, numbers[_LOW] + size, region - size)
@@ -209,153 +296,156 @@ def _address(st, size):
 
 @_compiled
 def _leave(st, address, size):
-    rests, at = st.rests, st.numbers[_RESTS]
-    while at > 0 and rests[at - 1, 0] > address:
-        rests[at, 0], rests[at, 1] = rests[at - 1, 0], rests[at - 1, 1]
-        at -= 1
-    rests[at, 0], rests[at, 1] = address, size
-    st.numbers[_RESTS] += 1
+    rests, at = st.rests, _2 * st.numbers[_RESTS]
+    if at + _2 * _2 > _U(rests.size):
+        st.numbers[_FULL] = _1
+        return
+    while at > _0 and rests[at - _2] > address:
+        rests[at], rests[at + _1] = rests[at - _2], rests[at - _1]
+        at -= _2
+    rests[at], rests[at + _1] = address, size
+    st.numbers[_RESTS] += _1
 
 
-# --- taking -------------------------------------------------------------------------------------------------
+# --- taking ---------------------------------------------------------------------------------------------------
 
 
 @_inlined
 def _malloc(st, rules, key, size):
-    """Serve ``size`` bytes under ``key``; False: out of memory."""
-    if size == 0:
-        return True
-    rounded = round_size(size)
-    large = 0 if rounded <= SMALL_SIZE else 1
-    row = _take_free(st, rules, rounded, large)
-    if row < 0:
-        row = _new_block(st, rules, rounded, large)
-    if row < 0 and rules.split_limit >= 0 and _release_oversize(st, rules, rounded):
-        row = _new_block(st, rules, rounded, large)
-    if row < 0:
-        _empty_cache(st, rules)
-        row = _new_block(st, rules, rounded, large)
-    if row < 0:
-        return False
-    rest = st.blocks[row, _SIZE] - rounded
-    if rest and _should_split(rules, rounded, rest, large):
-        _split(st, row, rounded, True)
+    """Serve ``size`` bytes (rounded, more than 0) under ``key``; False: out of memory."""
+    large = _0 if size <= _SMALL else _1
+    row = _take_free(st, rules, size, large)
+    if row == _NONE:
+        row = _open(st, rules, size, large)
+        if row == _NONE:
+            return False
+    rest = st.blocks[row + _SIZE] - size
+    if rest != _0 and _should_split(rules, size, rest, large):
+        _split(st, row, size, large)
     st.live[key] = row
-    st.numbers[_ALLOCATED] += st.blocks[row, _SIZE]
+    st.numbers[_ALLOCATED] += st.blocks[row + _SIZE]
     return True
 
 
 @_inlined
 def _should_split(rules, size, rest, large):
-    if not large or rules.expandable:
-        return rest >= MIN_BLOCK
-    return rest > SMALL_SIZE and (rules.split_limit < 0 or size < rules.split_limit)
+    if large == _0 or rules.expandable:
+        return rest >= _MIN
+    return rest > _SMALL and size < rules.split_limit
 
 
 @_inlined
 def _take_free(st, rules, size, large):
-    """``get_free_block``: the smallest free block that is large enough, the lowest address among equals; -1: none."""
-    row = _first(st, large, size)
-    if row < 0:
-        return -1
+    """``get_free_block``: the smallest free block that is large enough, the lowest address among equals."""
+    blocks, row, limit = st.blocks, _first(st, large, size), rules.split_limit
+    if row == _NONE:
+        return row
     if rules.expandable:
         # "the size it can expand to, not the size it currently is"
         while True:
-            after = _after(st, large, st.blocks[row, _SIZE], st.blocks[row, _ADDRESS])
-            if after < 0 or _room(st, after) >= _room(st, row):
+            after = _after(st, large, blocks[row + _SIZE], blocks[row + _ADDRESS])
+            if after == _NONE or _room(st, after) >= _room(st, row):
                 break
             row = after
-    limit, found = rules.split_limit, st.blocks[row, _SIZE]
-    if limit >= 0:
-        if size < limit <= found:
-            return -1
-        if size >= limit and found >= size + LARGE_BUFFER:
-            return -1
-    _drop(st, large, row)
+    found = blocks[row + _SIZE]
+    if size < limit and limit <= found or size >= limit and found >= size + _LARGE_SEGMENT:
+        return _NONE
+    _drop(st, row)
     return row
 
 
 @_inlined
 def _room(st, row):
     """The size that a free block can expand to (``expandable_size`` in ``get_free_block``)."""
-    tail = st.blocks[row, _NEXT]
-    return st.blocks[row, _SIZE] + (st.blocks[tail, _SIZE] if tail >= 0 and not st.blocks[tail, _MAPPED] else 0)
+    size, tail = st.blocks[row + _SIZE], st.blocks[row + _NEXT]
+    return size + st.blocks[tail + _SIZE] if tail != _NONE and st.blocks[tail + _POOL] >= _UNMAPPED else size
+
+
+@_compiled
+def _open(st, rules, size, large):
+    """What ``malloc`` tries where no free block will do: a segment, before and after giving back what is cached."""
+    row = _new_block(st, rules, size, large)
+    if row == _NONE and rules.split_limit != _BEYOND and _release_oversize(st, rules, size):
+        row = _new_block(st, rules, size, large)
+    if row == _NONE:
+        _empty_cache(st, rules)
+        row = _new_block(st, rules, size, large)
+    return row
 
 
 @_compiled
 def _new_block(st, rules, size, large):
-    """``alloc_block``: a new segment, or -1 where the limit forbids it. A limit (``set_fraction``) is asked about the
-    whole segment, also where an expandable one would grow by less."""
-    if not large:
-        segment = SMALL_BUFFER
-    elif size < MIN_LARGE_ALLOC:
-        segment = LARGE_BUFFER
+    """``alloc_block``: a new segment, where the limit allows it. A limit (``set_fraction``) is asked about the whole
+    segment, also where an expandable one would grow by less."""
+    if large == _0:
+        segment = _SMALL_SEGMENT
+    elif size < _LARGE_ENOUGH:
+        segment = _LARGE_SEGMENT
     else:
-        segment = (size + ROUND_LARGE - 1) // ROUND_LARGE * ROUND_LARGE
+        segment = (size + _ROUND - _1) // _ROUND * _ROUND
+    if st.numbers[_RESERVED] + segment > rules.limit:
+        return _NONE
     if rules.expandable:
-        if rules.limit >= 0 and st.numbers[_RESERVED] + segment > rules.limit:
-            return -1
         return _expand(st, rules, size, large)
-    if not _reserve(st, rules, segment):
-        return -1
-    return _new_row(st, segment, _address(st, segment), large)
+    address = _address(st, segment)
+    if address == _0:
+        return _NONE
+    _reserve(st, rules, segment)
+    return _new_row(st, segment, address, large)
 
 
 @_inlined
 def _reserve(st, rules, size):
-    if rules.limit >= 0 and st.numbers[_RESERVED] + size > rules.limit:
+    if st.numbers[_RESERVED] + size > rules.limit:
         return False
     st.numbers[_RESERVED] += size
-    st.numbers[_OPENED] += 1
+    st.numbers[_OPENED] += _1
     return True
 
 
 @_inlined
-def _split(st, row, size, mapped):
-    """Cut ``row`` down to ``size``; what is left is free, or not mapped."""
-    large, after = st.blocks[row, _LARGE], st.blocks[row, _NEXT]
-    rest = _new_row(st, st.blocks[row, _SIZE] - size, st.blocks[row, _ADDRESS] + size, large)
-    st.blocks[rest, _PREVIOUS], st.blocks[rest, _NEXT] = row, after
-    if after >= 0:
-        st.blocks[after, _PREVIOUS] = rest
-    st.blocks[row, _NEXT], st.blocks[row, _SIZE], st.blocks[rest, _MAPPED] = rest, size, mapped
-    _put(st, large if mapped else large + _UNMAPPED, rest)
+def _split(st, row, size, pool):
+    """Cut ``row`` down to ``size``; what is left goes to ``pool``."""
+    blocks, after = st.blocks, st.blocks[row + _NEXT]
+    rest = _new_row(st, blocks[row + _SIZE] - size, blocks[row + _ADDRESS] + size, pool)
+    blocks[rest + _PREVIOUS], blocks[rest + _NEXT] = row, after
+    blocks[after + _PREVIOUS] = rest
+    blocks[row + _NEXT], blocks[row + _SIZE] = rest, size
+    _put(st, rest)
 
 
-# --- giving back --------------------------------------------------------------------------------------------
+# --- giving back ----------------------------------------------------------------------------------------------
 
 
 @_inlined
 def _free(st, key):
     """Give back what ``key`` holds and merge it with free neighbours (``free_block``)."""
     row = st.live[key]
-    if row < 0:
-        return
-    st.live[key] = -1
-    st.numbers[_ALLOCATED] -= st.blocks[row, _SIZE]
-    _put(st, st.blocks[row, _LARGE], _merge(st, row))
+    if row != _NONE:
+        st.live[key] = _NONE
+        st.numbers[_ALLOCATED] -= st.blocks[row + _SIZE]
+        _put(st, _merge(st, row))
 
 
 @_inlined
 def _merge(st, row):
-    pool = st.blocks[row, _LARGE] + (0 if st.blocks[row, _MAPPED] else _UNMAPPED)
-    before, after = st.blocks[row, _PREVIOUS], st.blocks[row, _NEXT]
-    if before >= 0 and st.blocks[before, _PLACE] >= 0 and st.blocks[before, _MAPPED] == st.blocks[row, _MAPPED]:
-        _drop(st, pool, before)
+    blocks = st.blocks
+    pool, before, after = blocks[row + _POOL], blocks[row + _PREVIOUS], blocks[row + _NEXT]
+    if blocks[before + _PLACE] != _BEYOND and blocks[before + _POOL] == pool:
+        _drop(st, before)
         row = _join(st, before, row)
-    if after >= 0 and st.blocks[after, _PLACE] >= 0 and st.blocks[after, _MAPPED] == st.blocks[row, _MAPPED]:
-        _drop(st, pool, after)
+    if blocks[after + _PLACE] != _BEYOND and blocks[after + _POOL] == pool:
+        _drop(st, after)
         row = _join(st, row, after)
     return row
 
 
 @_inlined
 def _join(st, first, second):
-    st.blocks[first, _SIZE] += st.blocks[second, _SIZE]
-    after = st.blocks[second, _NEXT]
-    st.blocks[first, _NEXT] = after
-    if after >= 0:
-        st.blocks[after, _PREVIOUS] = first
+    blocks, after = st.blocks, st.blocks[second + _NEXT]
+    blocks[first + _SIZE] += blocks[second + _SIZE]
+    blocks[first + _NEXT] = after
+    blocks[after + _PREVIOUS] = first
     _drop_row(st, second)
     return first
 
@@ -363,223 +453,268 @@ def _join(st, first, second):
 @_compiled
 def _empty_cache(st, rules):
     """``release_cached_blocks``: give back every segment (or page) that holds nothing."""
-    for large in range(2):
+    for large in range(_2):
         for n in range(_in_order(st, large)):
-            row = st.ordered[n]
             if rules.expandable:
-                _unmap(st, row)
+                _unmap(st, st.ordered[n])
             else:
-                _give_whole(st, row)
+                _give_whole(st, st.ordered[n])
 
 
 @_compiled
 def _release_oversize(st, rules, size):
     """``release_available_cached_blocks``: give back unsplit blocks, the one that suffices or the largest first."""
     wanted = max(size, rules.split_limit)
-    enough = _first(st, 1, wanted)
-    if enough >= 0:
+    enough = _first(st, _1, wanted)
+    if enough != _NONE:
         _give_whole(st, enough)
         return True
-    last = _in_order(st, 1)
-    first, total = last, 0
-    while first > 0 and st.blocks[st.ordered[first - 1], _SIZE] >= rules.split_limit and total < wanted:
-        first -= 1
-        total += st.blocks[st.ordered[first], _SIZE]
+    last = _in_order(st, _1)
+    first, total = last, _0
+    while first > _0 and st.blocks[st.ordered[first - _1] + _SIZE] >= rules.split_limit and total < wanted:
+        first -= _1
+        total += st.blocks[st.ordered[first] + _SIZE]
     if total < wanted:
         return False
-    for n in range(last - 1, first - 1, -1):
-        _give_whole(st, st.ordered[n])
+    while last > first:
+        last -= _1
+        _give_whole(st, st.ordered[last])
     return True
 
 
 @_compiled
 def _give_whole(st, row):
-    if st.blocks[row, _PREVIOUS] < 0 and st.blocks[row, _NEXT] < 0:
-        _drop(st, st.blocks[row, _LARGE], row)
-        st.numbers[_RESERVED] -= st.blocks[row, _SIZE]
-        _leave(st, st.blocks[row, _ADDRESS], st.blocks[row, _SIZE])
+    blocks = st.blocks
+    if blocks[row + _PREVIOUS] == _NONE and blocks[row + _NEXT] == _NONE:
+        _drop(st, row)
+        st.numbers[_RESERVED] -= blocks[row + _SIZE]
+        _leave(st, blocks[row + _ADDRESS], blocks[row + _SIZE])
         _drop_row(st, row)
 
 
-# --- expandable segments ------------------------------------------------------------------------------------
+# --- expandable segments --------------------------------------------------------------------------------------
 
 
 @_compiled
 def _expand(st, rules, size, large):
-    """``try_allocate_expandable_block``: map pages behind a free tail, or at the start of a new range; -1: none."""
-    row = _expandable_tail(st, size, large)
-    if not st.blocks[row, _MAPPED]:
-        row = _map(st, rules, row, min(st.blocks[row, _SIZE], size))
-    while row >= 0 and st.blocks[row, _SIZE] < size:
-        after = st.blocks[row, _NEXT]
-        row = _map(st, rules, after, min(size - st.blocks[row, _SIZE], st.blocks[after, _SIZE]))
-    if row >= 0:
-        _drop(st, large, row)
+    """``try_allocate_expandable_block``: map pages behind a free tail, or at the start of a new range."""
+    blocks, row = st.blocks, _expandable_tail(st, size, large)
+    if row != _NONE and blocks[row + _POOL] >= _UNMAPPED:
+        row = _map(st, rules, row, min(blocks[row + _SIZE], size))
+    while row != _NONE and blocks[row + _SIZE] < size:
+        after = blocks[row + _NEXT]
+        row = _map(st, rules, after, min(size - blocks[row + _SIZE], blocks[after + _SIZE]))
+    if row != _NONE:
+        _drop(st, row)
     return row
 
 
 @_compiled
 def _expandable_tail(st, size, large):
-    pool = large + _UNMAPPED
+    blocks, pool = st.blocks, large + _UNMAPPED
     for n in range(_in_order(st, pool)):
         start = st.ordered[n]
-        before = st.blocks[start, _PREVIOUS]
-        if before >= 0 and st.blocks[before, _PLACE] >= 0:
+        before = blocks[start + _PREVIOUS]
+        if blocks[before + _PLACE] != _BEYOND:
             start = before
-        room, row = 0, start
-        while room < size and row >= 0 and st.blocks[row, _PLACE] >= 0:
-            room += st.blocks[row, _SIZE]
-            row = st.blocks[row, _NEXT]
+        room, row = _0, start
+        while room < size and blocks[row + _PLACE] != _BEYOND:
+            room += blocks[row + _SIZE]
+            row = blocks[row + _NEXT]
         if room >= size:
             return start
-    row = _new_row(st, EXPANDABLE_RANGE, _address(st, EXPANDABLE_RANGE), large)
-    st.blocks[row, _MAPPED] = False
-    _put(st, pool, row)
+    address = _address(st, _RANGE)
+    if address == _0 or size > _RANGE:
+        return _NONE
+    row = _new_row(st, _RANGE, address, pool)
+    _put(st, row)
     return row
 
 
 @_compiled
 def _map(st, rules, row, size):
-    large = st.blocks[row, _LARGE]
-    page = LARGE_BUFFER if large else SMALL_BUFFER
-    size = min((size + page - 1) // page * page, st.blocks[row, _SIZE])
+    blocks, large = st.blocks, st.blocks[row + _POOL] - _UNMAPPED
+    page = _LARGE_SEGMENT if large != _0 else _SMALL_SEGMENT
+    size = min((size + page - _1) // page * page, blocks[row + _SIZE])
     if not _reserve(st, rules, size):
-        return -1
-    _drop(st, large + _UNMAPPED, row)
-    if st.blocks[row, _SIZE] > size:
-        _split(st, row, size, False)
-    st.blocks[row, _MAPPED] = True
+        return _NONE
+    _drop(st, row)
+    if blocks[row + _SIZE] > size:
+        _split(st, row, size, large + _UNMAPPED)
+    blocks[row + _POOL] = large
     row = _merge(st, row)
-    _put(st, large, row)
+    _put(st, row)
     return row
 
 
 @_compiled
 def _unmap(st, row):
     """``unmap_block``: give back the whole pages inside a free block; what is left of it stays free."""
-    large, address, size = st.blocks[row, _LARGE], st.blocks[row, _ADDRESS], st.blocks[row, _SIZE]
-    page = LARGE_BUFFER if large else SMALL_BUFFER
-    base = address // EXPANDABLE_RANGE * EXPANDABLE_RANGE
-    start = base + (address - base + page - 1) // page * page
+    blocks, large = st.blocks, st.blocks[row + _POOL]
+    address, size = blocks[row + _ADDRESS], blocks[row + _SIZE]
+    page = _LARGE_SEGMENT if large != _0 else _SMALL_SEGMENT
+    base = address // _RANGE * _RANGE
+    start = base + (address - base + page - _1) // page * page
     end = base + (address - base + size) // page * page
     if end <= start:
         return
-    _drop(st, large, row)
+    _drop(st, row)
     st.numbers[_RESERVED] -= end - start
-    before, after = st.blocks[row, _PREVIOUS], st.blocks[row, _NEXT]
+    before, after = blocks[row + _PREVIOUS], blocks[row + _NEXT]
     if start > address:
         head = _new_row(st, start - address, address, large)
-        st.blocks[head, _PREVIOUS] = before
-        if before >= 0:
-            st.blocks[before, _NEXT] = head
-        _put(st, large, head)
+        blocks[head + _PREVIOUS], blocks[before + _NEXT] = before, head
+        _put(st, head)
         before = head
     if end < address + size:
         tail = _new_row(st, address + size - end, end, large)
-        st.blocks[tail, _NEXT] = after
-        if after >= 0:
-            st.blocks[after, _PREVIOUS] = tail
-        _put(st, large, tail)
+        blocks[tail + _NEXT], blocks[after + _PREVIOUS] = after, tail
+        _put(st, tail)
         after = tail
-    st.blocks[row, _ADDRESS], st.blocks[row, _SIZE], st.blocks[row, _MAPPED] = start, end - start, False
-    st.blocks[row, _PREVIOUS], st.blocks[row, _NEXT] = before, after
-    if before >= 0:
-        st.blocks[before, _NEXT] = row
-    if after >= 0:
-        st.blocks[after, _PREVIOUS] = row
-    _put(st, large + _UNMAPPED, _merge(st, row))
+    blocks[row + _ADDRESS], blocks[row + _SIZE], blocks[row + _POOL] = start, end - start, large + _UNMAPPED
+    blocks[row + _PREVIOUS], blocks[row + _NEXT] = before, after
+    blocks[before + _NEXT] = blocks[after + _PREVIOUS] = row
+    _put(st, _merge(st, row))
 
 
-# --- whole streams ------------------------------------------------------------------------------------------
+# --- whole streams --------------------------------------------------------------------------------------------
+
+# What is told of a stretch of events: the most allocated after one that takes memory (-1: none does) and which one it
+# is; the most reserved; allocated and reserved at its end
+_PEAK, _EVENT, _MOST, _LEFT, _KEPT = range(5)
 
 
 @_compiled
-def _run(st, rules, events, start, end, sizes, empties, limited, allocated, reserved, blocks):
-    """Serve events ``start`` to ``end``; how far that went: less than ``end`` where one could not be served, or -1
-    where rows ran out."""
-    numbers, rows = st.numbers, len(st.blocks)
-    free = _Rules(rules.expandable, rules.split_limit, -1)
-    emptied = np.searchsorted(empties, start)
-    for at in range(start, end):
+def _run(st, rules, events, size, sizes, cuts, empties, limited, first, last, blocks, out):
+    """Serve the events of the stretches from ``first`` to ``last``; how far that went: less than to their end where one
+    could not be served, or -1 where rows or places ran out."""
+    numbers = st.numbers
+    free, emptied = _Rules(rules.expandable, rules.split_limit, _BEYOND), np.searchsorted(empties, cuts[first])
+    for stretch in range(first, last):
+        at, end = cuts[stretch], cuts[stretch + 1]
         now = rules if at >= limited else free
-        while emptied < empties.size and empties[emptied] <= at:
-            _empty_cache(st, now)
-            emptied += 1
-        event = events[at]
-        if event < 0:
-            _free(st, ~event)
-        else:
-            if max(numbers[_ROWS], numbers[_RESTS]) + _SPARE > rows:
-                return -1
-            before = numbers[_ALLOCATED]
-            if not _malloc(st, now, event, sizes[event]):
-                return at
-            blocks[event] = numbers[_ALLOCATED] - before
-        allocated[at], reserved[at] = numbers[_ALLOCATED], numbers[_RESERVED]
-    return end
+        peak, event, most = _0, -1, numbers[_RESERVED]
+        while at < end:
+            while emptied < len(empties) and empties[emptied] <= at:
+                _empty_cache(st, now)
+                emptied += 1
+            stop = min(end, empties[emptied]) if emptied < len(empties) else end
+            for at in range(at, stop):
+                key = events[at]
+                if key < 0:
+                    _free(st, _U(~key))
+                else:
+                    key = _U(key)
+                    asked = sizes[size[key]]
+                    if asked != _0:
+                        if not _malloc(st, now, key, asked):
+                            return -1 if numbers[_FULL] else at
+                        blocks[key] = st.blocks[st.live[key] + _SIZE]
+                    most = max(most, numbers[_RESERVED])
+                    if numbers[_ALLOCATED] > peak or event < 0:
+                        peak, event = numbers[_ALLOCATED], at
+                if numbers[_FULL]:
+                    return -1
+            at = stop
+        out[stretch, _PEAK] = peak if event >= 0 else -1
+        out[stretch, _EVENT], out[stretch, _MOST] = event, most
+        out[stretch, _LEFT], out[stretch, _KEPT] = numbers[_ALLOCATED], numbers[_RESERVED]
+    return cuts[last]
 
 
 class Replay(NamedTuple):
-    """What serving a stream showed. ``served``: how many of its events (all, or one ran out of memory); bytes
-    ``allocated`` and ``reserved`` after each, and of the ``blocks`` of each allocation.
+    """What serving a course showed. ``served``: how many of its events (all, or one ran out of memory).
+
+    Of each stretch between two cuts, bytes: ``peak``, the most allocated after an event that takes memory, and
+    ``event``, the first such one (both -1 where none takes any); ``most``, the most reserved; ``left`` and ``kept``,
+    allocated and reserved at its end. ``blocks``: the bytes of each allocation's block.
 
     Of a step that was repeated, allocated and blocks are those of the time with the highest moment, reserved those of
     the last time.
     """
 
     served: int
-    allocated: np.ndarray
-    reserved: np.ndarray
     blocks: np.ndarray
+    stretches: np.ndarray
+
+    @property
+    def peak(self) -> np.ndarray:
+        return self.stretches[:, _PEAK]
+
+    @property
+    def event(self) -> np.ndarray:
+        return self.stretches[:, _EVENT]
+
+    @property
+    def most(self) -> np.ndarray:
+        return self.stretches[:, _MOST]
+
+    @property
+    def left(self) -> np.ndarray:
+        return self.stretches[:, _LEFT]
+
+    @property
+    def kept(self) -> np.ndarray:
+        return self.stretches[:, _KEPT]
 
 
-def replay(
-    events: np.ndarray,
-    sizes: np.ndarray,
-    settings: Settings,
-    empties: np.ndarray | None = None,
-    limited: int = 0,
-    steady: Steady | None = None,
-) -> Replay:
-    """Feed ``events`` (int32: ``k`` takes ``sizes[k]`` bytes, ``~k`` gives them back) to a fresh allocator.
+_states: list[_State] = []
+"""States that nobody uses: fresh memory costs more than what is done in it."""
 
-    ``empties`` are the events before which ``empty_cache`` is called; the limit holds from event ``limited`` on. What
-    is ``steady`` is served again as long as it opened segments the last time, :data:`REPEATS` times at most: a third
+
+def replay(course: Course, sizes: np.ndarray, settings: Settings, limited: int = 0) -> Replay:
+    """Feed ``course`` with these ``sizes`` (bytes; int64) to a fresh allocator. The limit holds from ``limited`` on,
+    which is one of its cuts.
+
+    What is steady is served again as long as it opened segments the last time, :data:`REPEATS` times at most: a third
     step may reserve more than the second, and lie in other blocks (measured on an H100: NOTES.md).
+
+    Raises :class:`PlanError` where more than half a million blocks are alive.
     """
-    empties = np.zeros(0, np.int64) if empties is None else empties
-    alive = np.cumsum(np.where(events >= 0, 1, -1), dtype=np.int32)
-    rows = 1024 + 2 * int(alive.max(initial=0))
+    sizes = (sizes + (MIN_BLOCK - 1)) // MIN_BLOCK * MIN_BLOCK
+    rows, keys = 1024 + 2 * course.alive, course.size.size
+    st = _states.pop() if _states else _state(rows, keys)
     while True:
-        found = _replay(_state(rows, sizes.size), events, sizes, _rules(settings), empties, limited, steady)
+        slots, depth = int(st.slots), int(st.depth)
+        if st.ordered.size < rows or st.live.size < keys:
+            st = _state(max(rows, st.ordered.size), max(keys, st.live.size), slots, depth)
+        else:
+            _cleared(st)
+        found = _replay(st, course, sizes.astype(np.uint64), _rules(settings), limited)
         if found.served >= 0:
+            _states.append(st)
             return found
-        rows *= 4
+        rows = 2 * st.ordered.size
+        if rows > _MOST_ROWS:
+            raise PlanError("the step has more than half a million blocks alive", "ask for a smaller batch")
+        st = _state(rows, keys, min(2 * slots, int(_SLOT) + 1), 2 * depth)
 
 
-def _replay(st, events, sizes, rules, empties, limited, steady) -> Replay:
-    def serve(start, end, *out):
-        return _run(st, rules, events, start, end, sizes, empties, limited, *out)
+def _replay(st: _State, course: Course, sizes: np.ndarray, rules: _Rules, limited: int) -> Replay:
+    def serve(first: int, last: int, *out: np.ndarray) -> int:
+        cuts, empties = course.cuts, course.empties
+        return _run(st, rules, course.events, course.size, sizes, cuts, empties, limited, first, last, *out)
 
-    allocated, reserved = np.zeros((2, events.size), np.int64)
-    blocks = np.zeros(sizes.size, np.int64)
-    start = events.size if steady is None else steady.start
-    served = serve(0, start, allocated, reserved, blocks)
-    if served < start or steady is None:
-        return Replay(served, allocated, reserved, blocks)
+    steady, last = course.steady, course.cuts.size - 1
+    blocks, stretches = np.zeros(course.size.size, np.int64), np.zeros((last, 5), np.int64)
+    first = last if steady is None else int(np.searchsorted(course.cuts, steady.start, side="right")) - 1
+    served = serve(0, first, blocks, stretches)
+    if steady is None or served < steady.start:
+        return Replay(served, blocks, stretches)
     opened = st.numbers[_OPENED]
-    served = serve(start, events.size, allocated, reserved, blocks)
+    served = serve(first, last, blocks, stretches)
     for _ in range(REPEATS):
-        if served < events.size or st.numbers[_OPENED] == opened:
+        if served < course.events.size or st.numbers[_OPENED] == opened:
             break
         if (blocks[steady.given] != blocks[steady.left]).any():  # where this stream would be told in two ways
             break
-        st.live[steady.given], st.live[steady.left] = st.live[steady.left], -1
-        opened, again, others = st.numbers[_OPENED], allocated.copy(), blocks.copy()
-        served = serve(start, events.size, again, reserved, others)
-        if again[start:].max() > allocated[start:].max():
-            allocated, blocks = again, others
-    return Replay(served, allocated, reserved, blocks)
+        st.live[steady.given], st.live[steady.left] = st.live[steady.left], _NONE
+        opened, others, again = st.numbers[_OPENED], blocks.copy(), stretches.copy()
+        served = serve(first, last, others, again)
+        if again[first:, _PEAK].max() > stretches[first:, _PEAK].max():
+            blocks, stretches = others, again
+        stretches[first:, (_MOST, _KEPT)] = again[first:, (_MOST, _KEPT)]
+    return Replay(served, blocks, stretches)
 
 
 @_compiled
@@ -611,7 +746,7 @@ class CachingAllocator:
 
     def __init__(self, settings: Settings = Settings(), keys: int = 1 << 16):
         self.rules = _rules(settings)
-        self._state = _state(4 * keys, keys)
+        self._state = _state(4 * keys, keys, int(_SLOT) + 1, 1024)
         self.peak_allocated = self.peak_reserved = 0
 
     @property
@@ -624,12 +759,9 @@ class CachingAllocator:
 
     def malloc(self, key: int, size: int) -> None:
         """Serve ``size`` bytes under ``key``. Raises :class:`OutOfMemory` where CUDA's would."""
-        numbers = self._state.numbers
-        if not 0 <= key < self._state.live.size or max(numbers[_ROWS], numbers[_RESTS]) + _SPARE > len(
-            self._state.blocks
-        ):
+        if not 0 <= key < self._state.live.size or self._state.numbers[_FULL]:
             raise ValueError(f"made for {self._state.live.size} keys")
-        if not _malloc(self._state, self.rules, key, size):
+        if size and not _malloc(self._state, self.rules, _U(key), _U(round_size(size))):
             raise OutOfMemory(int(round_size(size)))
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         self.peak_reserved = max(self.peak_reserved, self.reserved)
@@ -638,12 +770,13 @@ class CachingAllocator:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
     def free(self, key: int) -> None:
-        _free(self._state, key)
+        _free(self._state, _U(key))
 
     def empty_cache(self) -> None:
         _empty_cache(self._state, self.rules)
 
     def blocks(self) -> list[tuple[int, int]]:
         """(address, size) of every block that is taken, by address."""
-        rows = self._state.blocks[self._state.live[self._state.live >= 0]]
-        return sorted(zip(rows[:, _ADDRESS].tolist(), rows[:, _SIZE].tolist()))
+        rows = self._state.live[self._state.live != _NONE]
+        blocks = self._state.blocks
+        return sorted(zip(blocks[rows + _ADDRESS].tolist(), blocks[rows + _SIZE].tolist()))

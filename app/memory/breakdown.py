@@ -6,22 +6,20 @@ Bytes are those of blocks, as ``torch.cuda.memory_allocated`` counts them, so pa
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from app.errors import PlanError
 from app.memory.event import KINDS
 from app.memory.rules import Settings
 from app.memory.script import Stream, packed, unpacked
-from app.memory.table import NUMBER
 
 if TYPE_CHECKING:
     from app.memory.allocator import Replay
 
-POINTS = 240
-"""Points of a timeline: enough for a screen; each keeps the largest moment of its stretch."""
 HOLDERS = 24
+LOAD = "load"
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,7 @@ class Phase:
     reserved: int
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A moment: after ``event``, what each kind holds (bytes, in the order of ``KINDS``), and where it was."""
 
     event: int
@@ -83,7 +80,7 @@ class Reading:
                     "phases": [Phase(**phase) for phase in told["phases"]],
                     "peak": Phase(**told["peak"]),
                     "holders": [(module, kind, size) for module, kind, size in told["holders"]],
-                    "timeline": [Point(**{**point, "kinds": tuple(point["kinds"])}) for point in told["timeline"]],
+                    "timeline": [Point(*point, tuple(kinds)) for *point, kinds in told["timeline"]],
                 }
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -94,73 +91,52 @@ def replayed(stream: Stream, settings: Settings, limited: int = 0) -> Replay:
     """``stream`` served by the allocator, its limit from event ``limited`` on."""
     from app.memory.allocator import replay
 
-    script = stream.script
-    return replay(script.events, stream.sizes, settings, script.empties, limited, script.steady)
+    return replay(stream.script.course, stream.bytes, settings, limited)
 
 
-def read(stream: Stream, settings: Settings = Settings(), points: int = POINTS) -> Reading:
-    """Serve ``stream`` without a limit and say what it showed."""
-    from app.memory.allocator import tally
+def read(stream: Stream, settings: Settings = Settings()) -> Reading:
+    """Serve ``stream`` without a limit and say what it showed. Raises :class:`PlanError`: no memory is so large."""
+    from app.memory.allocator import ADDRESSES, tally
 
-    script = stream.script
-    events, marks = script.events, script.marks
-    run = replayed(stream, settings)
-    after = np.concatenate(([0], run.allocated))
-    held = np.concatenate(([0], run.reserved))
-    bounds = [*(mark.at for mark in marks), events.size]
-    load = script.first_step
-    phases = [Phase("load", 0, 0, int(after[load]), int(after[: load + 1].max()), int(held[: load + 1].max()))]
-    for mark, end in zip(marks, bounds[1:]):
-        if mark.step:
-            span = slice(mark.at, end + 1)
-            peaks = (int(after[span].max()), int(held[span].max()))
-            phases.append(Phase(mark.name, mark.step, int(after[mark.at]), int(after[end]), *peaks))
-    moments = _moments(
-        events, run.allocated, [(mark.at, end) for mark, end in zip(marks, bounds[1:]) if mark.step], points
-    )
-    peak = max(phases[1:], key=lambda phase: phase.peak)
-    peak_event = int(moments[np.argmax(run.allocated[moments])])
-    kinds = tally(events, script.kind, run.blocks, moments, len(KINDS))
-    steps = np.searchsorted([mark.at for mark in marks], moments, side="right") - 1
-    names = script.module[events[moments]]
-    rows = zip(moments.tolist(), steps.tolist(), names.tolist(), kinds.tolist())
+    script, run = stream.script, replayed(stream, settings)
+    if run.served < script.events.size:
+        raise PlanError(f"the step takes more than {ADDRESSES >> 50} PiB", "ask for a smaller batch or length")
+    left, kept = ([0, *column.tolist()] for column in (run.left, run.kept))
+    peaks, events, most = run.peak.tolist(), run.event.tolist(), run.most.tolist()
+
+    def phase(name: str, step: int, first: int, last: int) -> Phase:
+        peak, reserved = max([left[first], *peaks[first:last]]), max([kept[first], *most[first:last]])
+        return Phase(name, step, left[first], left[last], peak, reserved)
+
+    steps = [(mark, *span) for mark, *span in script.spans if mark.step]
+    begin = steps[0][1] if steps else len(peaks)
+    phases = [phase(LOAD, 0, 0, begin), *(phase(mark.name, mark.step, *span) for mark, *span in steps)]
+    # The highest moment of the steps; where they take nothing, the last one of the load
+    top = max(range(begin, len(peaks)), key=peaks.__getitem__, default=0)
+    if not steps or events[top] < 0:
+        top = max(n for n, event in enumerate(events) if event >= 0)
+    shown = [(n, mark) for mark, first, last in script.spans for n in range(first, last) if events[n] >= 0]
+    moments = np.array([events[n] for n, _ in shown])
+    kinds = tally(script.events, script.kind, run.blocks, moments, len(KINDS)).tolist()
+    modules = [script.modules[name] for name in script.module[script.events[moments]].tolist()]
     timeline = [
-        Point(
-            at,
-            marks[step].name,
-            marks[step].step,
-            int(run.allocated[at]),
-            int(run.reserved[at]),
-            script.modules[name],
-            tuple(row),
-        )
-        for at, step, name, row in rows
+        Point(events[n], mark.name if mark.step else LOAD, mark.step, peaks[n], most[n], module, tuple(row))
+        for (n, mark), module, row in zip(shown, modules, kinds)
     ]
-    entry = int(events[peak_event])
-    parts = next(point.kinds for point in timeline if point.event == peak_event)
+    entry = int(script.events[events[top]])
+    parts = next(point.kinds for point in timeline if point.event == events[top])
     return Reading(
         phases,
-        peak,
-        peak_event,
+        max(phases[1:], key=lambda phase: phase.peak),
+        events[top],
         script.modules[script.module[entry]],
         script.ops[script.op[entry]],
         {kind: size for kind, size in zip(KINDS, parts) if size},
-        _holders(stream, run.blocks, peak_event),
+        _holders(stream, run.blocks, events[top]),
         timeline,
-        int(after[script.empties[-1]] if script.empties.size else after[load]),
+        left[int(np.searchsorted(script.course.cuts, script.empties[-1])) if script.empties.size else begin],
         max(phase.reserved for phase in phases[1:]),
     )
-
-
-def _moments(events: np.ndarray, allocated: np.ndarray, spans: list[tuple[int, int]], points: int) -> np.ndarray:
-    """The events to show: of every stretch of a phase the one that takes memory with the most allocated after it."""
-    stride = max(1, events.size // points)
-    starts = np.concatenate([np.arange(start, end, stride) for start, end in spans])
-    ends = np.concatenate([np.minimum(np.arange(start, end, stride) + stride, end) for start, end in spans])
-    heights = np.where(events >= 0, allocated, -1)
-    out = [start + int(heights[start:end].argmax()) for start, end in zip(starts.tolist(), ends.tolist())]
-    out = [at for at in out if heights[at] >= 0]
-    return np.array(out or np.flatnonzero(events >= 0)[-1:], np.int64)  # steps that take nothing: the last of the load
 
 
 def alive_after(stream: Stream, event: int) -> np.ndarray:
@@ -176,20 +152,9 @@ def holders_after(stream: Stream, settings: Settings, event: int) -> list[tuple[
 
 def _holders(stream: Stream, blocks: np.ndarray, event: int) -> list[tuple[str, str, int]]:
     """Who holds most after ``event``: (module, kind, bytes), the largest first; modules that repeat are one."""
-    script = stream.script
-    alive = alive_after(stream, event)
-    cells = script.module[alive].astype(np.int64) * len(KINDS) + script.kind[alive]
-    found, where = np.unique(cells, return_inverse=True)
-    sums = np.bincount(where, blocks[alive], found.size).astype(np.int64)
-    together: dict[tuple[str, str], int] = {}
-    for cell, size in zip(found.tolist(), sums.tolist()):
-        key = _alike(script.modules[cell // len(KINDS)]), KINDS[cell % len(KINDS)]
-        together[key] = together.get(key, 0) + size
-    largest = sorted(together.items(), key=lambda pair: -pair[1])[:HOLDERS]
-    return [(module, kind, size) for (module, kind), size in largest]
-
-
-@lru_cache(maxsize=1 << 16)
-def _alike(path: str) -> str:
-    """A module's path with a star for its number in a list: ``model.layers.*.mlp``."""
-    return NUMBER.sub(".*", path)
+    script, alive = stream.script, alive_after(stream, event)
+    names, of = script.families
+    cells = of[script.module[alive]] * len(KINDS) + script.kind[alive]
+    sums = np.bincount(cells, blocks[alive], len(names) * len(KINDS)).astype(np.int64)
+    largest = [cell for cell in np.argsort(-sums, kind="stable")[:HOLDERS].tolist() if sums[cell]]
+    return [(names[cell // len(KINDS)], KINDS[cell % len(KINDS)], int(sums[cell])) for cell in largest]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from app.memory.breakdown import Reading, alive_after, replayed
+from app.memory.breakdown import Reading, replayed
 from app.memory.event import KINDS
 from app.memory.overheads import Room
 from app.memory.rules import LARGE_BUFFER, Settings
@@ -108,14 +106,11 @@ def judge(stream: Stream, reading: Reading, room: Room, kind: str, settings: Set
             return verdict("tight", limit - allocated)
     else:
         where = next(phase.name for phase in reading.phases if phase.peak > limit)
-    return verdict("does_not_fit", limit - needed, where, _largest_part(stream, reading, where))
+    return verdict("does_not_fit", limit - needed, where, _largest_part(reading, where))
 
 
-def _largest_part(stream: Stream, reading: Reading, phase: str) -> str:
+def _largest_part(reading: Reading, phase: str) -> str:
     """The kind that holds most at the highest moment of ``phase``."""
     moments = [point for point in reading.timeline if point.phase == phase]
-    if moments:
-        held = max(moments, key=lambda point: point.allocated).kinds
-        return KINDS[max(range(len(KINDS)), key=held.__getitem__)]
-    alive = alive_after(stream, stream.script.first_step - 1)
-    return KINDS[int(np.bincount(stream.script.kind[alive], stream.sizes[alive]).argmax())]
+    held = max(moments, key=lambda point: point.allocated).kinds
+    return KINDS[max(range(len(KINDS)), key=held.__getitem__)]

@@ -34,3 +34,19 @@ class Steady(NamedTuple):
     start: int
     given: np.ndarray
     left: np.ndarray
+
+
+class Course(NamedTuple):
+    """What of a script the allocator is fed, whatever the batch and the length.
+
+    ``events`` (int32): ``k`` takes ``sizes[size[k]]`` bytes, ``~k`` gives them back. ``cuts`` divide them into
+    stretches: of each the highest moment is told; the last is the number of events, and where the ``steady`` step
+    begins is one. Before the events ``empties`` the cache is given back. ``alive``: the most allocations at a time.
+    """
+
+    events: np.ndarray
+    size: np.ndarray
+    cuts: np.ndarray
+    empties: np.ndarray
+    steady: Steady | None
+    alive: int

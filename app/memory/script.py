@@ -16,8 +16,12 @@ from typing import Any
 import numpy as np
 
 from app.memory.event import EMPTY_CACHE, KINDS, Allocation, Books, Mark
-from app.memory.rules import Steady
+from app.memory.rules import Course, Steady
 from app.memory.sizes import compiled, text_of
+from app.memory.table import NUMBER
+
+POINTS = 240
+"""Stretches of a stream, about: enough for a screen; of each the highest moment is shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +75,7 @@ class Script:
 
     def at(self, batch: int, length: int) -> Stream:
         """The step with that batch and length."""
-        return Stream(self, np.array(self._sized(batch, length), np.int64)[self.size])
+        return Stream(self, np.array(self._sized(batch, length), np.int64))
 
     @cached_property
     def _kept(self) -> Callable[[int, int], Sequence]:
@@ -119,6 +123,37 @@ class Script:
         if given.size != left.size or (self.size[given] != self.size[left]).any():
             return None
         return Steady(start, given, left)
+
+    @cached_property
+    def families(self) -> tuple[list[str], np.ndarray]:
+        """The modules with a star for their number in a list (``model.layers.*.mlp``), and which one each module is."""
+        of, names = _numbered([NUMBER.sub(".*", path) for path in self.modules])
+        return names, of
+
+    @cached_property
+    def spans(self) -> list[tuple[Mark, int, int]]:
+        """The phases in their order, each with the first of its stretches and the one after its last."""
+        phases = [mark for mark in self.marks if mark.name != EMPTY_CACHE]
+        firsts = np.searchsorted(self._stretches[1], np.arange(len(phases) + 1)).tolist()
+        return [*zip(phases, firsts, firsts[1:])]
+
+    @cached_property
+    def _stretches(self) -> tuple[list[int], list[int]]:
+        """Where each stretch begins, and the number of its phase. What is left when the cache is given back for the
+        last time is wanted, too."""
+        stride, last = max(1, self.events.size // POINTS), self.empties[-1:].tolist()
+        starts = [mark.at for mark in self.marks if mark.name != EMPTY_CACHE]
+        begins = []
+        for number, (start, end) in enumerate(zip(starts, [*starts[1:], self.events.size])):
+            own = {start, *range(start, end, stride), *(at for at in last if start <= at < end)}
+            begins += [(at, number) for at in sorted(own)]
+        return [at for at, _ in begins], [number for _, number in begins]
+
+    @cached_property
+    def course(self) -> Course:
+        alive = np.cumsum(np.where(self.events >= 0, 1, -1), dtype=np.int32)
+        cuts = np.array([*self._stretches[0], self.events.size], np.int64)
+        return Course(self.events, self.size, cuts, self.empties, self.steady, int(alive.max(initial=0)))
 
     # --- as bytes ---------------------------------------------------------------------------------------------
 
@@ -168,7 +203,7 @@ class Script:
             raise ValueError(f"not a script: {error}") from None
 
 
-def _numbered(values: tuple) -> tuple[np.ndarray, list]:
+def _numbered(values: Sequence) -> tuple[np.ndarray, list]:
     index: dict[Any, int] = {}
     for value in values:
         if value not in index:
@@ -178,10 +213,15 @@ def _numbered(values: tuple) -> tuple[np.ndarray, list]:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A script with one batch and length: ``sizes`` are the bytes that each allocation asks for."""
+    """A script with one batch and length: ``bytes`` are those of each of its sizes, ``sizes`` those of each
+    allocation."""
 
     script: Script
-    sizes: np.ndarray
+    bytes: np.ndarray
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return self.bytes[self.script.size]
 
     def books(self) -> Books:
         """The same, entry by entry; where something was released is not kept."""

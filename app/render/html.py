@@ -390,7 +390,7 @@ def bar(answer: dict, scale: int = 0) -> Bar:
 
 
 def timeline(answer: dict) -> Timeline:
-    """The step's memory in order of its allocations."""
+    """The memory of load and steps in order of their allocations."""
     kinds = answer["timeline"]["kinds"]
     points = [point for point in answer["timeline"]["points"] if point["phase"] != "end"]
     order = [kind for kind in words.KINDS if kind in kinds]
@@ -400,7 +400,7 @@ def timeline(answer: dict) -> Timeline:
     span = max(1, last - first)
     card = words.asked_card(answer)
     limit = card["limit"] if card and 0 < card["limit"] < 1.5 * answer["peak"]["reserved"] else None
-    top = max(answer["peak"]["reserved"], limit or 0) * 1.06
+    top = max(limit or 0, *(point["reserved"] for point in points)) * 1.06
     xs = [round(1000 * (point["event"] - first) / span) for point in points]
     sums = [0] * len(points)
     areas = []
@@ -409,7 +409,7 @@ def timeline(answer: dict) -> Timeline:
         line = " ".join(f"{x},{_down(total, top)}" for x, total in zip(xs, sums))
         areas.append((order[i], f"{xs[0]},1000 {line} {xs[-1]},1000"))
     reserved = " ".join(f"{x},{_down(point['reserved'], top)}" for x, point in zip(xs, points))
-    peak = max(range(len(points)), key=lambda i: points[i]["allocated"])
+    peak = max(range(len(points)), key=lambda i: (points[i]["step"] > 0, points[i]["allocated"]))
     rows = [
         {
             "x": x / 10,
@@ -436,7 +436,7 @@ def timeline(answer: dict) -> Timeline:
 
 
 def kinds_at(timeline: Timeline, phase: dict) -> list[int]:
-    """What is alive at a phase's peak, in the order of ``timeline.kinds``; the load has no moments."""
+    """What is alive at a phase's peak, in the order of ``timeline.kinds``; nothing where the phase takes nothing."""
     rows = [row for row in timeline.rows if (row["step"], row["phase"]) == (phase["step"], phase["name"])]
     return max(rows, key=lambda row: row["allocated"])["kinds"] if rows else [0] * len(timeline.kinds)
 
