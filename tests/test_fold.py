@@ -119,7 +119,8 @@ def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps
     stacks = [Stack(("model.layers",), tuple(short), tuple(types))]
     stacked = [key for key, entry in enumerate(books.allocations) if entry.op == "stack"]
     growth = {key: 4 * (len(types) - len(short)) for key in stacked}
-    out = expand(books, stacks, growth)
+    expansion = expand(books, stacks, growth)
+    out = expansion.books()
     assert out == whole
     assert growth_of(books, stacks, whole) == (growth if len(types) > len(short) else {})
     live: set[int] = set()
@@ -128,7 +129,8 @@ def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps
             live.add(event)
         else:
             live.remove(~event)
-    stream = Script.of(out, []).at(1, 1)
+    stream = Script.of(expansion.columns(), []).at(1, 1)
+    assert stream.books() == Script.of(out.columns(), []).at(1, 1).books()
     run = replay(stream.script.course, stream.bytes, Settings())
     assert run.left[-1] == 512 * len(live) == 512 * len(types)
 
@@ -336,7 +338,7 @@ def test_folded_equals_unfolded(fold_always, kind, choice):
         return trace(bare)
 
     groups = fold.repeated(model)
-    books = fold.fold(model, watched)
+    books = fold.fold(model, watched).books()
     assert len(depths) >= 2
     assert all(depth < len(group.types) for depth, group in zip(depths[0], groups))
     assert same(books, trace(model))
@@ -345,7 +347,7 @@ def test_folded_equals_unfolded(fold_always, kind, choice):
 def test_checkpointed_layers_differ_from_the_others(fold_always):
     """The comparison itself can fail: other jobs, other depths and other widths give other books."""
     model, trace = prepare("llama", FULL)
-    books = fold.fold(model, trace)
+    books = fold.fold(model, trace).books()
     for kind, choice in (("llama", FULL | NEW), ("llama", FULL | FUSED), ("qwen2", FULL)):
         other, run = prepare(kind, choice)
         assert not same(books, run(other))

@@ -17,7 +17,7 @@ from app.dryrun.model import Weightless, bare, load
 from app.dryrun.trace import Ledger
 from app.errors import PlanError
 from app.job import Job
-from app.memory.event import Books
+from app.memory.event import Books, Columns
 from app.memory.kernels import KernelFacts
 
 MERGE, SAVE = "merge", "save"
@@ -25,7 +25,7 @@ MERGE, SAVE = "merge", "save"
 
 def finish_books(
     job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts
-) -> Books:
+) -> Columns:
     """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it. Raises
     :class:`PlanError`."""
     base, task = bare(config, job.task, job.dtype, job.attention)
@@ -50,7 +50,7 @@ def finish_books(
         return ledger.close()
 
     try:
-        return folded_books(base, run)
+        return folded_books(base, run).columns()
     except PlanError:
         raise
     except Exception as error:
@@ -62,7 +62,7 @@ def finish_books(
 
 def load_books(
     job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts
-) -> Books:
+) -> Columns:
     """The books of placing the model of ``job`` (resolved) alone."""
     base, task = bare(config, job.task, job.dtype, job.attention)
     card = cuda.Card(capability, multiprocessors, measured)
@@ -73,4 +73,4 @@ def load_books(
             load(model, job, task, ledger, Weightless())
         return ledger.close()
 
-    return folded_books(base, run)
+    return folded_books(base, run).columns()

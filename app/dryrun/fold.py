@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from app.memory.event import Books
-from app.memory.fold import Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
+from app.memory.fold import Expansion, Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
 from app.memory.sizes import Number, whole
 from app.progress import say
 
@@ -59,7 +59,7 @@ Trace = Callable[[torch.nn.Module], Books]
 
 def folded_books(
     model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None
-) -> Books:
+) -> Books | Expansion:
     """The books of ``trace(model)``, without running more layers than it takes to know them.
 
     ``trace`` may change the model it is given: it is always a copy, ``model`` itself stays as it is. ``names`` are the
@@ -92,7 +92,7 @@ def _generalised(books: Books, general: Trace, model: torch.nn.Module) -> Books:
     return replace(books, allocations=[mine._replace(size=other.size) for mine, other in pairs])
 
 
-def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None) -> Books:
+def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None) -> Expansion:
     """The books of ``trace(model)`` from two shorter runs. Raises :class:`Unfoldable` where they do not prove it.
 
     Tried with layers alike if their next neighbours are, then with two neighbours on either side. With ``general``,
@@ -141,7 +141,7 @@ class _Fold:
         self.whole = [range(len(group.types)) for group in groups]
         self.once = self._depth(1)
 
-    def books(self) -> Books:
+    def books(self) -> Expansion:
         twice = self._depth(2)
         if sum(map(len, self.once + twice)) > ENOUGH * sum(map(len, self.whole)):
             raise Unfoldable("too few layers repeat")
@@ -175,7 +175,7 @@ class _Fold:
         check = self._depth(3) if len(seen) == 1 else self._depth(2, more)
         if sum(map(len, check)) > ENOUGH * sum(map(len, self.whole)):
             raise Unfoldable("too few layers repeat to foresee how memory grows with depth")
-        if not same(expand(short, self._stacks(check), self._scaled(seen, check)), self._run(check)):
+        if not same(expand(short, self._stacks(check), self._scaled(seen, check)).books(), self._run(check)):
             raise Unfoldable("memory does not grow in proportion to depth")
         return self._scaled(seen, self.whole)
 

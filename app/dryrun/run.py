@@ -19,7 +19,7 @@ from app.dryrun.trace import DataDependent, canonical
 from app.dryrun.values import Values
 from app.errors import PlanError
 from app.job import Job, point_of
-from app.memory.event import Books
+from app.memory.event import Books, Columns
 from app.memory.fold import Unfoldable
 from app.memory.kernels import KernelFacts
 from app.memory.profile import Profile
@@ -153,7 +153,7 @@ def _books(
     symbols: dict,
     values: Values | None,
     forward_only: bool = False,
-) -> Books:
+) -> Columns:
     """The books of ``job`` on the bare ``model``, folded, with ``symbols`` for fields of the job if there are any;
     what the stack itself refuses is told as such. Raises :class:`DataDependent` where it takes ``values``."""
     names = (
@@ -162,11 +162,12 @@ def _books(
         *(job.quantization.skip_modules if job.quantization else ()),
     )
 
-    def books(tokens: int) -> Books:
+    def books(tokens: int) -> Columns:
         def run(what: Job) -> Callable[[torch.nn.Module], Books]:
             return lambda short: dry_run(short, what, task, card, 2, forward_only, values, tokens)
 
-        return folded_books(model, run(job), names, run(job.model_copy(update=symbols)) if symbols else None)
+        general = run(job.model_copy(update=symbols)) if symbols else None
+        return folded_books(model, run(job), names, general).columns()
 
     with weighed(model), _told(model, job, values is not None), understood():
         try:
@@ -240,35 +241,32 @@ def _check_length(job: Job, configuration, task: str) -> None:
         )
 
 
-def _trainable(books: Books, job: Job) -> int:
+def _trainable(books: Columns, job: Job) -> int:
     """How many parameters are trained: the gradients' elements, each of its parameter's dtype (fp32 for adapters
     unless the trainer casts them)."""
     if job.method == "inference":
         return 0
     if job.method == "full":
-        return (
-            sum(a.size for a in books.allocations if a.kind == "weights" and a.op == "place")
-            // getattr(torch, job.dtype).itemsize
-        )
-    return sum(a.size for a in books.allocations if a.kind == "adapters" and a.op == "place") // 4
+        return books.total(books.which("weights", "place")) // getattr(torch, job.dtype).itemsize
+    return books.total(books.which("adapters", "place")) // 4
 
 
-def _state_bytes(books: Books) -> int:
+def _state_bytes(books: Columns) -> int:
     """The bytes of the tensors in ``optimizer.state`` on the card, summed as a script would sum them.
 
     bitsandbytes (optim/optimizer.py ``init_state``) gives every 8-bit state, beside an absmax of its own
     (``torch.zeros``), one code book of 1024 bytes that all parameters share: it counts once for each.
     """
-    states = [a for a in books.allocations if a.kind == "optimizer_state"]
-    scales = sum(a.op == "zeros.default" for a in states)
-    shared = sum(a.op == "_to_copy.default" and a.size == 1024 for a in states)
-    return sum(a.size for a in states) + 1024 * max(scales - shared, 0)
+    scales = books.which("optimizer_state", "zeros.default").size
+    copies = books.size[books.which("optimizer_state", "_to_copy.default")].tolist()
+    shared = sum(books.sizes[number] == 1024 for number in copies)
+    return books.total(books.which("optimizer_state")) + 1024 * max(scales - shared, 0)
 
 
-def _kernel_warnings(job: Job, task: str, attention: str, books: Books) -> list[str]:
+def _kernel_warnings(job: Job, task: str, attention: str, books: Columns) -> list[str]:
     """What the kernels of this job do that a user may not expect, or that the number cannot know."""
     out = []
-    ops = {allocation.op for allocation in books.allocations}
+    ops = set(books.ops)
     if attention == "eager" and job.attention is None:
         out.append(
             "this model's class has no sdpa attention: transformers runs eager attention, which keeps its scores"

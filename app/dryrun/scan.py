@@ -68,7 +68,7 @@ class Scans:
         if not self.lengths:
             return books
         stacks = [Stack((path,), (0,) * self.few, (0,) * length) for path, length in self.lengths.items()]
-        books = expand(books, stacks)
+        books = expand(books, stacks).books()
         plain = {name: name.partition(_MARK)[0] for name in {*books.sites, *(a.module for a in books.allocations)}}
         return replace(
             books,

@@ -6,8 +6,13 @@ the breakdown, the timeline and the comparison. They meet only here.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from app.memory.sizes import Number
 
 KINDS = (
     "weights",
@@ -70,3 +75,51 @@ class Books:
     events: list[int] = field(default_factory=list)
     sites: list[str] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+
+    def columns(self) -> Columns:
+        sizes, modules, kinds, _, ops = zip(*self.allocations) if self.allocations else ((),) * 5
+        kind = np.fromiter(map(KINDS.index, kinds), np.int8, len(kinds))
+        (size, sizes), (module, modules), (op, ops) = map(numbered, (sizes, modules, ops))
+        return Columns(np.array(self.events, np.int32), size, module, kind, op, sizes, modules, ops, list(self.marks))
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Books as arrays, without their sites: of each allocation ``size``, ``module``, ``kind`` and ``op`` are numbers of
+    an entry in ``sizes`` (bytes), ``modules``, ``KINDS`` and ``ops``."""
+
+    events: np.ndarray
+    size: np.ndarray
+    module: np.ndarray
+    kind: np.ndarray
+    op: np.ndarray
+    sizes: Sequence[Number]
+    modules: Sequence[str]
+    ops: Sequence[str]
+    marks: Sequence[Mark]
+
+    def which(self, kind: str, op: str | None = None) -> np.ndarray:
+        """The allocations of a kind, made by an operator."""
+        found = self.kind == KINDS.index(kind)
+        return np.flatnonzero(found if op is None else found & (self.op == self._ops.get(op, -1)))
+
+    def total(self, which: np.ndarray) -> Number:
+        """Bytes of these allocations together."""
+        counts = np.bincount(self.size[which], minlength=len(self.sizes)).tolist()
+        return sum(count * size for count, size in zip(counts, self.sizes) if count)
+
+    @property
+    def _ops(self) -> dict[str, int]:
+        return {op: number for number, op in enumerate(self.ops)}
+
+
+Value = TypeVar("Value", bound=Hashable)
+
+
+def numbered(values: Sequence[Value]) -> tuple[np.ndarray, list[Value]]:
+    """Each value as the number of its first like, and those (int32)."""
+    index: dict[Value, int] = {}
+    for value in values:
+        if value not in index:
+            index[value] = len(index)
+    return np.fromiter(map(index.__getitem__, values), np.int32, len(values)), list(index)

@@ -12,9 +12,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple
 
-from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
+import numpy as np
+
+from app.memory.event import EMPTY_CACHE, Books, Columns, Mark, numbered
+from app.memory.sizes import Number
 
 
 class Unfoldable(Exception):
@@ -200,13 +204,13 @@ class _Piece(NamedTuple):
     blocks: dict[int, tuple[int, int]] = {}
 
 
-def expand(books: Books, stacks: Sequence[Stack], growth: Mapping[int, int] | None = None) -> Books:
+def expand(books: Books, stacks: Sequence[Stack], growth: Mapping[int, Number] | None = None) -> Expansion:
     """The books of the whole stacks from ``books`` of the short ones.
 
     ``growth`` has, by the key of an allocation that stands for itself alone, the bytes by which it is larger there.
     Raises :class:`Unfoldable` where an event has no meaning in the whole.
     """
-    return _Expansion(books, stacks, growth or {}).run()
+    return Expansion(books, stacks, growth or {})
 
 
 def same(books: Books, others: Books) -> bool:
@@ -236,25 +240,25 @@ def _settled(books: Books) -> list[tuple[int, str]]:
     return out + sorted(run)
 
 
-def growth_of(books: Books, stacks: Sequence[Stack], whole: Books) -> dict[int, int]:
+def growth_of(books: Books, stacks: Sequence[Stack], whole: Books) -> dict[int, Number]:
     """By how many bytes allocations that stand for themselves alone are larger in ``whole`` than in ``books``, by key.
 
     Raises :class:`Unfoldable` where ``whole`` is not ``books`` expanded but for that.
     """
-    expansion = _Expansion(books, stacks, {})
-    out = expansion.run()
+    expansion = expand(books, stacks)
+    out = expansion.books()
     if same(out, whole):
         return {}
     if len(out.allocations) != len(whole.allocations):
         raise Unfoldable(f"{len(out.allocations)} allocations expected, {len(whole.allocations)} made")
-    origin = {new: old for old, new in expansion.origins.items()}
+    origin = {new: old for old, new in enumerate(expansion.sole.tolist()) if new >= 0}
     growth = {}
     for key, (mine, theirs) in enumerate(zip(out.allocations, whole.allocations)):
         if mine.size != theirs.size:
             if key not in origin:
                 raise Unfoldable(f"{theirs.op} of {theirs.module}: {mine.size} bytes expected, {theirs.size} taken")
             growth[origin[key]] = theirs.size - mine.size
-    if not growth or not same(expand(books, stacks, growth), whole):
+    if not growth or not same(expand(books, stacks, growth).books(), whole):
         raise Unfoldable("the events of a deeper run are others than expected")
     return growth
 
@@ -271,26 +275,66 @@ class _Names(dict):
         return name
 
 
-class _Expansion:
-    def __init__(self, books: Books, stacks: Sequence[Stack], growth: Mapping[int, int]):
-        self.books = books
+class _Given(NamedTuple):
+    """What a block gives back that one block of one layer took: where it does in its events, and the numbers of those
+    allocations in that block. ``layer`` counts from the block's own one if it is ``near``."""
+
+    part: tuple[int, int]
+    stack: int
+    layer: int
+    near: bool
+    at: np.ndarray
+    numbers: np.ndarray
+
+
+class _Plan(NamedTuple):
+    """A block as it is written for layers with like neighbours: ``source``, the short run's events; which of them take
+    (``takes``) and which give back what no layer owns (``fixed``); ``empties``: after how many events the cache is
+    given back, and how often. ``paths``: the modules that occur."""
+
+    source: np.ndarray
+    takes: np.ndarray
+    given: list[_Given]
+    fixed: np.ndarray
+    empties: list[tuple[int, int]]
+    paths: list[str]
+
+
+class Expansion:
+    """The whole, event by event: of each, which of the short run's it repeats and in which layer.
+
+    A layer's events are the same numbers as its template's, but for where its allocations and its neighbours' begin;
+    so they are written block by block, as arrays. ``events`` and ``marks`` are as in :class:`Books`, ``source`` the
+    short run's events, ``sole`` by key of the short run the key of what stands for itself alone (-1: for several).
+    """
+
+    def __init__(self, books: Books, stacks: Sequence[Stack], growth: Mapping[int, Number]):
+        self.short = books
         self.stacks = stacks
         self.growth = growth
         self.templates = [stack.templates() for stack in stacks]
-        self.sole: list[dict[int, int]] = []
+        self.only: list[dict[int, int]] = []
         for templates in self.templates:
             uses = Counter(templates)
-            self.sole.append({position: layer for layer, position in enumerate(templates) if uses[position] == 1})
+            self.only.append({position: layer for layer, position in enumerate(templates) if uses[position] == 1})
         self.units = _Names(self._unit)
-        self.out = Books()
-        # Where an allocation of the short run was made: None, or (stack, position, key within the layer).
-        self.homes: list[tuple[int, int, tuple] | None] = [None] * len(books.allocations)
-        # Keys in the whole: of what no layer owns and is alive, and of all that stands for itself alone.
-        self.fixed: dict[int, int] = {}
-        self.ran: set[tuple[int, int] | None] = set()
-        self.origins: dict[int, int] = {}
-        self.live = [[{} for _ in stack.whole] for stack in stacks]
         self.names: dict[tuple | None, _Names] = {None: _Names(lambda path: self._name(path, None))}
+        # Where an allocation of the short run was made: None, or (stack, position, name within the layer).
+        self.homes: list[tuple[int, int, tuple] | None] = [None] * len(books.allocations)
+        self.ran: set[tuple[int, int] | None] = set()
+        # By part, stack and position the numbers of a block's allocations by name; by part, stack and layer its first
+        # key.
+        self.numbers: dict[tuple, dict[tuple, int]] = {}
+        self.begins: dict[tuple, int] = {}
+        self.plans: dict[tuple, _Plan] = {}
+        self.keys = 0
+        self.fixed = np.full(len(books.allocations), -1)
+        self.sole = np.full(len(books.allocations), -1)
+        self.blocks: list[tuple[np.ndarray, np.ndarray, tuple[int, int] | None, int]] = []
+        self.marks: list[Mark] = []
+        self.written = 0
+        self._events = np.array(books.events, np.int32)
+        self._run()
 
     # --- reading --------------------------------------------------------------------------------------------
 
@@ -306,22 +350,22 @@ class _Expansion:
 
     def _spans(self):
         """The phases: the mark that begins one, its events, and the calls of empty_cache by the event they follow."""
-        events = self.books.events
-        starts = [n for n, mark in enumerate(self.books.marks) if mark.name != EMPTY_CACHE]
-        if not starts or starts[0] != 0 or self.books.marks[0].at != 0:
+        events = self.short.events
+        starts = [n for n, mark in enumerate(self.short.marks) if mark.name != EMPTY_CACHE]
+        if not starts or starts[0] != 0 or self.short.marks[0].at != 0:
             raise Unfoldable("events before the first phase")
         for number, following in zip(starts, (*starts[1:], None)):
-            mark = self.books.marks[number]
-            end = len(events) if following is None else self.books.marks[following].at
-            empties: dict[int, int] = Counter(m.at - 1 for m in self.books.marks[number + 1 : following])
+            mark = self.short.marks[number]
+            end = len(events) if following is None else self.short.marks[following].at
+            empties: dict[int, int] = Counter(m.at - 1 for m in self.short.marks[number + 1 : following])
             yield mark, mark.at, end, empties
 
     def _chunks(self, start: int, end: int, phase: str) -> list[_Chunk]:
         """Runs of events of one layer, or of none: by where they happened, else by whose memory it is. Releases that
         come first are a run of their own."""
-        units, allocations = self.units, self.books.allocations
+        units, allocations = self.units, self.short.allocations
         chunks: list[_Chunk] = []
-        for at, (event, site) in enumerate(zip(self.books.events[start:end], self.books.sites[start:end]), start):
+        for at, (event, site) in enumerate(zip(self.short.events[start:end], self.short.sites[start:end]), start):
             unit = units[site] or units[allocations[event if event >= 0 else ~event].module]
             owner = None if unit is None else unit[:2]
             takes = event >= 0
@@ -383,35 +427,36 @@ class _Expansion:
 
     # --- writing --------------------------------------------------------------------------------------------
 
-    def run(self) -> Books:
+    def _run(self) -> None:
         for serial, (mark, start, end, empties) in enumerate(self._spans()):
-            self.out.marks.append(Mark(len(self.out.events), mark.name, mark.step))
+            self.marks.append(Mark(self.written, mark.name, mark.step))
             self._empty(empties.get(start - 1, 0), mark.step)
-            for part, piece in enumerate(self._pieces(mark, start, end)):
+            for number, piece in enumerate(self._pieces(mark, start, end)):
+                part = serial, number
                 if piece.stack is None:
-                    self._write(piece.start, piece.end, None, empties, mark.step)
+                    self._write(part, piece.start, piece.end, None, empties, mark.step)
                     continue
                 templates = self.templates[piece.stack]
                 for position, (low, high) in piece.blocks.items():
-                    self._settle((serial, part), piece.stack, position, low, high)
+                    self._settle(part, piece.stack, position, low, high)
                 order = range(len(templates))[:: piece.step]
                 last = {templates[layer]: layer for layer in order}
                 for layer in order:
                     position = templates[layer]
                     if position in piece.blocks:
                         final = last[position] == layer
-                        self._write(*piece.blocks[position], (piece.stack, layer), empties, mark.step, final)
+                        self._write(part, *piece.blocks[position], (piece.stack, layer), empties, mark.step, final)
         self._check_released()
         self._check_run()
-        return self.out
 
     def _settle(self, part: tuple, number: int, position: int, start: int, end: int) -> None:
         """Give the allocations of a block names by which the same ones of other layers are found."""
         seen: Counter = Counter()
-        for event in self.books.events[start:end]:
+        numbers = self.numbers[part, number, position] = {}
+        for event in self.short.events[start:end]:
             if event < 0:
                 continue
-            entry = self.books.allocations[event]
+            entry = self.short.allocations[event]
             unit = self.units[entry.module]
             if unit is None:
                 module: object = entry.module
@@ -420,11 +465,14 @@ class _Expansion:
             else:
                 module = unit
             what = (module, entry.op)
-            self.homes[event] = (number, position, (part, what, seen[what]))
+            name = what, seen[what]
+            self.homes[event] = (number, position, (part, name))
+            numbers[name] = len(numbers)
             seen[what] += 1
 
     def _write(
         self,
+        part: tuple[int, int],
         start: int,
         end: int,
         layer: tuple[int, int] | None,
@@ -433,50 +481,101 @@ class _Expansion:
         final: bool = True,
     ) -> None:
         """Write a block as ``layer`` of the whole; what its like share is given back by the ``final`` one of them."""
-        out, homes, events, sites = self.out, self.homes, self.books.events, self.books.sites
-        allocations, own, sole = self.books.allocations, None, True
+        which = start, end, final, self._sight(layer)
+        plan = self.plans.get(which)
+        if plan is None:
+            plan = self.plans[which] = self._plan(start, end, layer, empties, final)
         names = self.names.get(layer)
-        if layer is not None:
-            sole = self.templates[layer[0]][layer[1]] in self.sole[layer[0]]
-            own = self.live[layer[0]][layer[1]]
-            if names is None:
-                names = self.names[layer] = _Names(lambda path: self._name(path, layer))
+        if names is None:
+            names = self.names[layer] = _Names(lambda path: self._name(path, layer))
+        for path in plan.paths:
+            names[path]  # raises where it has none
+        out = self._events[plan.source]
+        taken = out[plan.takes]
+        keys = np.arange(self.keys, self.keys + taken.size)
+        if layer is None:
+            self.fixed[taken] = keys
+        else:
+            self.begins[part, *layer] = self.keys
+        if layer is None or self.templates[layer[0]][layer[1]] in self.only[layer[0]]:
+            self.sole[taken] = keys
+        given = self.fixed[~out[plan.fixed]]
+        if given.size and given.min() < 0:
+            raise self._twice(int(~out[plan.fixed][given.argmin()]))
+        out[plan.fixed] = ~given
+        for group in plan.given:
+            whose = layer[1] + group.layer if group.near else group.layer
+            begin = self.begins.get((group.part, group.stack, whose))
+            if begin is None:
+                raise self._twice(int(~out[group.at[0]]))
+            out[group.at] = ~(begin + group.numbers)
+        out[plan.takes] = keys
+        self.keys += taken.size
+        self.blocks.append((out, plan.source, layer, taken.size))
+        for after, times in plan.empties:
+            self._empty(times, step, after)
+        self.written += out.size
+
+    def _sight(self, layer: tuple[int, int] | None) -> tuple | None:
+        """What of ``layer`` decides on how its template is written: the templates around it."""
+        if layer is None:
+            return None
+        number, at = layer
+        templates, radius = self.templates[number], self.stacks[number].radius
+        return number, *templates[max(0, at - radius) : at], None, *templates[at : at + radius + 1]
+
+    def _plan(
+        self, start: int, end: int, layer: tuple[int, int] | None, empties: Mapping[int, int], final: bool
+    ) -> _Plan:
+        source, takes, fixed, marks, paths = [], [], [], [], {}
+        given: dict[tuple, tuple[list[int], list[int]]] = {}
         for at in range(start, end):
-            event = events[at]
+            event, here = self.short.events[at], len(source)
             if event >= 0:
-                size, module, kind, phase, op = allocations[event]
-                key = len(out.allocations)
-                if own is None:
-                    self.fixed[event] = key
+                takes.append(here)
+                paths[self.short.allocations[event].module] = None
+            else:
+                home = self.homes[~event]
+                if home is not None:
+                    where, number = self._given(~event, home, layer)
+                    places, numbers = given.setdefault(where, ([], []))
+                    places.append(here)
+                    numbers.append(number)
+                elif final:
+                    fixed.append(here)
                 else:
-                    own[homes[event][2]] = key
-                if sole:
-                    self.origins[event] = key
-                    size += self.growth.get(event, 0)
-                out.allocations.append(Allocation(size, names[module], kind, phase, op))
-                out.events.append(key)
-                out.sites.append(names[sites[at]])
-            elif final or homes[~event] is not None:
-                out.events.append(~self._given(~event, layer))
-                out.sites.append(names[sites[at]])
+                    if at in empties:
+                        marks.append((here, empties[at]))
+                    continue
+            source.append(at)
+            paths[self.short.sites[at]] = None
             if at in empties:
-                self._empty(empties[at], step)
+                marks.append((here + 1, empties[at]))
+        groups = [_Given(*where, np.array(at), np.array(numbers)) for where, (at, numbers) in given.items()]
+        return _Plan(np.array(source, int), np.array(takes, int), groups, np.array(fixed, int), marks, list(paths))
 
-    def _empty(self, times: int, step: int) -> None:
-        self.out.marks += [Mark(len(self.out.events), EMPTY_CACHE, step)] * times
+    def _empty(self, times: int, step: int, after: int = 0) -> None:
+        self.marks += [Mark(self.written + after, EMPTY_CACHE, step)] * times
 
-    def _given(self, key: int, layer: tuple[int, int] | None) -> int:
-        """What is given back in ``layer`` where its template gives back ``key``."""
-        home = self.homes[key]
-        try:
-            if home is None:
-                return self.fixed.pop(key)
-            number, position, name = home
-            return self.live[number][self._layer(number, position, layer)].pop(name)
-        except KeyError:
-            entry = self.books.allocations[key]
-            whose = entry.module or "the model"
-            raise Unfoldable(f"more layers give back {entry.op} of {whose} than took it") from None
+    def _given(self, key: int, home: tuple[int, int, tuple], layer: tuple[int, int] | None) -> tuple[tuple, int]:
+        """What is given back in ``layer`` where its template gives back ``key``: part, stack, layer, whether that
+        counts from ``layer``, and the number within that block."""
+        stack, position, (part, name) = home
+        whose = self._layer(stack, position, layer)
+        number = self.numbers.get((part, stack, self.templates[stack][whose]), {}).get(name)
+        if number is None:
+            raise self._twice(key)
+        near = layer is not None and layer[0] == stack and self._away(position, layer) is not None
+        return (part, stack, whose - layer[1] if near else whose, near), number
+
+    def _twice(self, key: int) -> Unfoldable:
+        entry = self.short.allocations[key]
+        return Unfoldable(f"more layers give back {entry.op} of {entry.module or 'the model'} than took it")
+
+    def _away(self, position: int, layer: tuple[int, int]) -> int | None:
+        """How far ``position`` is from the template of ``layer``; None: too far to be known as a neighbour."""
+        away = position - self.templates[layer[0]][layer[1]]
+        return away if abs(away) <= self.stacks[layer[0]].radius else None
 
     def _layer(self, number: int, position: int, layer: tuple[int, int] | None) -> int:
         """Which layer of the whole is meant in ``layer`` where its template means the one at ``position``.
@@ -484,13 +583,13 @@ class _Expansion:
         A neighbour stays a neighbour; further off only a layer that occurs once is known to be the same one.
         """
         if layer is not None and layer[0] == number:
-            away = position - self.templates[number][layer[1]]
-            if abs(away) <= self.stacks[number].radius:
+            away = self._away(position, layer)
+            if away is not None:
                 return layer[1] + away
-        if layer is None or self.templates[layer[0]][layer[1]] in self.sole[layer[0]]:
-            sole = self.sole[number].get(position)
-            if sole is not None:
-                return sole
+        if layer is None or self.templates[layer[0]][layer[1]] in self.only[layer[0]]:
+            only = self.only[number].get(position)
+            if only is not None:
+                return only
         raise Unfoldable(f"layer {position} of {self.stacks[number].paths[0]} is used from afar")
 
     def _name(self, path: str, layer: tuple[int, int] | None) -> str:
@@ -501,14 +600,29 @@ class _Expansion:
         return f"{head}.{self._layer(number, position, layer)}{tail}"
 
     def _check_released(self) -> None:
-        """What the short run gives back, and only that, is given back in the whole, by every layer."""
-        kept = set(range(len(self.homes))).difference(~event for event in self.books.events if event < 0)
-        if set(self.fixed) != {key for key in kept if self.homes[key] is None}:
+        """What the short run gives back, and only that, is given back in the whole, by every layer; nothing twice."""
+        given = ~self.events[self.events < 0]
+        times = np.bincount(given, minlength=self.keys)
+        if times.size and times.max() > 1:
+            raise self._twice(int(self.origins[times.argmax()]))
+        takes = np.flatnonzero(self.events >= 0)
+        if (takes[given] > np.flatnonzero(self.events < 0)).any():
+            raise Unfoldable("a layer gives back what is not taken yet")
+        kept = np.ones(len(self.homes), bool)
+        kept[~self._events[self._events < 0]] = False
+        free = np.array([home is None for home in self.homes], bool)
+        once = self.fixed[free]
+        if (once < 0).any() or (times[once].astype(bool) == kept[free]).any():
             raise Unfoldable("what no layer owns is given back by a layer that stands for none of the whole")
-        stay = Counter(self.homes[key][:2] for key in kept if self.homes[key] is not None)
+        stay = Counter(self.homes[key][:2] for key in np.flatnonzero(kept & ~free).tolist())
+        left = Counter()
+        at = 0
+        for _, _, layer, count in self.blocks:
+            left[layer] += count - int(times[at : at + count].sum())
+            at += count
         for number, templates in enumerate(self.templates):
             for layer, position in enumerate(templates):
-                if len(self.live[number][layer]) != stay[number, position]:
+                if left[number, layer] != stay[number, position]:
                     raise Unfoldable(f"layer {layer} of {self.stacks[number].paths[0]} does not give back what it took")
 
     def _check_run(self) -> None:
@@ -517,3 +631,48 @@ class _Expansion:
             runs = {(kind, (number, position) in self.ran) for position, kind in enumerate(stack.short)}
             if len(runs) > len(set(stack.short)):
                 raise Unfoldable(f"of layers alike in {stack.paths[0]} some run and some do not")
+
+    # --- as books -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def events(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int32), *(events for events, *_ in self.blocks)])
+
+    @cached_property
+    def origins(self) -> np.ndarray:
+        """By key the short run's allocation."""
+        source = np.concatenate([np.zeros(0, int), *(source for _, source, *_ in self.blocks)])
+        events = self._events[source]
+        return events[events >= 0]
+
+    def books(self) -> Books:
+        """Entry by entry, with the sites."""
+        short, out = self.short, Books([], self.events.tolist(), [], list(self.marks))
+        for _, source, layer, _ in self.blocks:
+            names = self.names[layer]
+            out.sites += [names[short.sites[at]] for at in source.tolist()]
+            taken = [event for event in self._events[source].tolist() if event >= 0]
+            out.allocations += [short.allocations[k]._replace(module=names[short.allocations[k].module]) for k in taken]
+        for key, more in self.growth.items():
+            if self.sole[key] >= 0:
+                entry = out.allocations[self.sole[key]]
+                out.allocations[self.sole[key]] = entry._replace(size=entry.size + more)
+        return out
+
+    def columns(self) -> Columns:
+        """As arrays."""
+        short, origins = self.short.columns(), self.origins
+        sizes, size = list(short.sizes), short.size[origins]
+        for key, more in self.growth.items():
+            if self.sole[key] >= 0:
+                size[self.sole[key]] = len(sizes)
+                sizes.append(short.sizes[short.size[key]] + more)
+        layers, width = {layer: number for number, layer in enumerate(self.names)}, len(short.modules)
+        whose = np.repeat([layers[layer] for _, _, layer, _ in self.blocks], [count for *_, count in self.blocks])
+        cells = whose * width + short.module[origins]  # a layer, and a module as the short run calls it
+        module = np.zeros(len(layers) * width, np.int32)
+        found, names = np.flatnonzero(np.bincount(cells)), list(self.names.values())
+        called = [names[cell // width][short.modules[cell % width]] for cell in found.tolist()]
+        module[found], modules = numbered(called)
+        kind, op = short.kind[origins], short.op[origins]
+        return Columns(self.events, size, module[cells], kind, op, sizes, modules, short.ops, self.marks)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from app.memory.event import EMPTY_CACHE, KINDS, Allocation, Books, Mark
+from app.memory.event import EMPTY_CACHE, KINDS, Allocation, Books, Columns, Mark, numbered
 from app.memory.rules import Course, Steady
 from app.memory.sizes import compiled, text_of
 from app.memory.table import NUMBER
@@ -25,46 +25,17 @@ POINTS = 240
 
 
 @dataclass(frozen=True, eq=False)
-class Script:
-    """``events[i]`` is ``k`` where allocation ``k`` is taken and ``~k`` where it is given back.
+class Script(Columns):
+    """Columns whose ``sizes`` are texts of b and s. ``conditions`` are what batch and length must keep. ``digest``
+    tells it from others, where it was read from bytes."""
 
-    Of each allocation, ``size``, ``module``, ``kind`` and ``op`` are numbers of an entry in ``sizes`` (text of b and
-    s, bytes), ``modules``, ``KINDS`` and ``ops``. ``conditions`` are what batch and length must keep. ``digest``
-    tells it from others, where it was read from bytes.
-    """
-
-    events: np.ndarray
-    size: np.ndarray
-    module: np.ndarray
-    kind: np.ndarray
-    op: np.ndarray
-    sizes: list[str]
-    modules: list[str]
-    ops: list[str]
-    marks: list[Mark]
-    conditions: list[str]
+    sizes: Sequence[str]
+    conditions: Sequence[str] = ()
     digest: str = ""
 
     @staticmethod
-    def of(books: Books, conditions: Iterable[str]) -> Script:
-        sizes, modules, kinds, _, ops = zip(*books.allocations) if books.allocations else ((),) * 5
-        size, numbers = _numbered(sizes)
-        module, names = _numbered(modules)
-        op, operators = _numbered(ops)
-        kind = np.fromiter(map(KINDS.index, kinds), np.int8, len(kinds))
-        events = np.array(books.events, np.int32)
-        return Script(
-            events,
-            size,
-            module,
-            kind,
-            op,
-            [*map(text_of, numbers)],
-            names,
-            operators,
-            list(books.marks),
-            list(conditions),
-        )
+    def of(books: Columns, conditions: Iterable[str]) -> Script:
+        return Script(**{**vars(books), "sizes": [*map(text_of, books.sizes)]}, conditions=list(conditions))
 
     def holds(self, batch: int, length: int) -> bool:
         """Whether the step does this for that batch and length (sequences; tokens, or 0 where there are none)."""
@@ -127,7 +98,7 @@ class Script:
     @cached_property
     def families(self) -> tuple[list[str], np.ndarray]:
         """The modules with a star for their number in a list (``model.layers.*.mlp``), and which one each module is."""
-        of, names = _numbered([NUMBER.sub(".*", path) for path in self.modules])
+        of, names = numbered([NUMBER.sub(".*", path) for path in self.modules])
         return names, of
 
     @cached_property
@@ -201,14 +172,6 @@ class Script:
             return Script(events, size, module, kind.astype(np.int8), op, *texts, marks, data["conditions"], digest)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"not a script: {error}") from None
-
-
-def _numbered(values: Sequence) -> tuple[np.ndarray, list]:
-    index: dict[Any, int] = {}
-    for value in values:
-        if value not in index:
-            index[value] = len(index)
-    return np.fromiter(map(index.__getitem__, values), np.int32, len(values)), list(index)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,14 +7,12 @@ from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from app.memory.event import Books
+import numpy as np
+
+from app.memory.event import KINDS, Columns
 from app.memory.sizes import Number, compiled, text_of
 
-_KINDS = {
-    "adapters": "adapters",
-    "gradients": "gradients",
-    "optimizer_state": "optimizer_state",
-}
+_KINDS = ("adapters", "gradients", "optimizer_state")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Layer:
 _COSTS = ("adapters", "gradients", "optimizer_state", "activations", "activations_checkpointed")
 
 
-def with_costs(rows: list[Layer], books: Books, other: Books | None, checkpointed: bool) -> list[Layer]:
+def with_costs(rows: list[Layer], books: Columns, other: Columns | None, checkpointed: bool) -> list[Layer]:
     """``rows`` with what the books of the job hold for each module, and ``other``'s activations: those of the same
     job with checkpointing the other way round (None where the model cannot).
 
@@ -49,42 +47,41 @@ def with_costs(rows: list[Layer], books: Books, other: Books | None, checkpointe
     plain, packed = (there, here) if checkpointed else (here, there)
     table: dict[str, dict[str, Any]] = {row.path: {} for row in rows}
     steps = max((mark.step for mark in books.marks), default=1)
-
-    def add(path: str, field: str, size: Number) -> None:
-        cells = table[_owner(path, table)]
-        cells[field] = cells.get(field, 0) + size
-
-    for allocation in books.allocations:
-        field = _KINDS.get(allocation.kind)
-        if field and allocation.op not in ("to", "load"):
-            add(allocation.module, field, allocation.size)
-    for sizes, field in ((plain, "activations"), (packed, "activations_checkpointed")):
-        for path, size in sizes.items():
-            add(path, field, size)
+    made = np.array([op not in ("to", "load") for op in books.ops], bool)
+    costs = {kind: by_module(books, which[made[books.op[which]]]) for kind in _KINDS for which in [books.which(kind)]}
+    for field, found in {**costs, "activations": plain, "activations_checkpointed": packed}.items():
+        for path, size in found.items():
+            cells = table[_owner(path, table)]
+            cells[field] = cells.get(field, 0) + size
     for cells in table.values():
         if "gradients" in cells:
             cells["gradients"] //= steps
     return [replace(row, **table[row.path]) for row in rows if row.base or table[row.path]]
 
 
-def saved(books: Books) -> dict[str, Number]:
+def by_module(books: Columns, which: np.ndarray) -> dict[str, Number]:
+    """Bytes of the allocations ``which``, by module path."""
+    cells = books.module[which].astype(np.int64) * len(books.sizes) + books.size[which]
+    cells, counts = np.unique(cells, return_counts=True)
+    out: dict[str, Number] = {}
+    for cell, count in zip(cells.tolist(), counts.tolist()):
+        module, size = divmod(cell, len(books.sizes))
+        path = books.modules[module]
+        out[path] = out.get(path, 0) + count * books.sizes[size]
+    return out
+
+
+def saved(books: Columns) -> dict[str, Number]:
     """Bytes of activations alive at the end of the first forward pass, by module path."""
     first = next((mark for mark in books.marks if mark.name == "forward"), None)
     if first is None:
         return {}
-    end = next((mark.at for mark in books.marks if mark.at > first.at), len(books.events))
-    alive: dict[int, None] = {}
-    for event in books.events[first.at : end]:
-        if event >= 0:
-            alive[event] = None
-        else:
-            alive.pop(~event, None)
-    out: dict[str, Number] = {}
-    for key in alive:
-        entry = books.allocations[key]
-        if entry.kind == "activations":
-            out[entry.module] = out.get(entry.module, 0) + entry.size
-    return out
+    end = next((mark.at for mark in books.marks if mark.at > first.at), books.events.size)
+    events = books.events[first.at : end]
+    alive = np.zeros(books.size.size, bool)
+    alive[events[events >= 0]] = True
+    alive[~events[events < 0]] = False
+    return by_module(books, np.flatnonzero(alive & (books.kind == KINDS.index("activations"))))
 
 
 def _owner(path: str, paths: Container[str]) -> str:

@@ -49,7 +49,7 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     if layers is None:
         stream = profile_of(job, config, gpu).script.at(*point_of(job))
     else:
-        stream = Script.of(_books_of_layers(job, config, task, gpu, layers), []).at(*point_of(job))
+        stream = Script.of(_books_of_layers(job, config, task, gpu, layers).columns(), []).at(*point_of(job))
     outside = outside_of(gpu).expected
     return Planned(job, model, config, task, gpu, stream.books(), read(stream, settings_of(job)), outside)
 
