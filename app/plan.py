@@ -157,8 +157,8 @@ class Here:
 
 tracer: ContextVar[Tracer] = ContextVar("tracer", default=Here())
 
-KEPT_EVENTS = 20_000_000
-"""Events of the profiles that are kept in memory, some ten bytes each."""
+KEPT_EVENTS = 3_000_000
+"""Events of the profiles that are kept in memory, some fifteen bytes each."""
 REGIONS = 32
 """Profiles of one kind of job that are kept."""
 ALONE = 4

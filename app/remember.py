@@ -1,31 +1,37 @@
 """Answers that were given, as the bytes that were sent: the same question again costs a look, and plans nothing.
 
-Which answers may be kept is said by who made them: :func:`keep`. What a probe finds out of a card changes answers, so
-the time of its folder is part of the question.
+Which answers may be kept is said by who made them: :func:`keep_if_lasting`. What a probe finds out of a card changes
+answers, so the time of its folder is part of the question.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.calibration import last_stored
+from app.catalog.models import find_model
 
-LIMIT = 32 << 20
+LIMIT = 16 << 20
 """Bytes of questions and answers."""
 LARGEST = 1 << 16
 """Bytes of a question that is looked up."""
-PATH = "/estimate"
+PATHS = ("/estimate", "/solve", "/advise")
 
 
-def keep(scope: Scope) -> None:
-    """The answer to this request depends on nothing but the request."""
-    scope["vramplan.keep"] = True
+def keep_if_lasting(scope: Scope, job: Any) -> None:
+    """The answer to this request about ``job`` depends on nothing but the request, unless the config is a folder's or
+    the Hub's, which may change."""
+    told = job if isinstance(job, dict) else vars(job)
+    name = told.get("model")
+    if told.get("config") is not None or name is None or find_model(name) is not None:
+        scope["vramplan.keep"] = True
 
 
 class Remember:
-    """Middleware: answers to POSTs of :data:`PATH`."""
+    """Middleware: answers to POSTs of :data:`PATHS`."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -33,7 +39,7 @@ class Remember:
         self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] != PATH:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit() or int(length) > LARGEST:
@@ -43,7 +49,7 @@ class Remember:
         if first.get("more_body"):
             return await self.app(scope, _after(first, receive), send)
         zipped = any(name == b"accept-encoding" and b"gzip" in value for name, value in scope["headers"])
-        question = (scope["query_string"], zipped, last_stored(), body)
+        question = (scope["path"], scope["query_string"], zipped, last_stored(), body)
         known = self._answers.get(question)
         if known is not None:
             self._answers.move_to_end(question)

@@ -33,7 +33,7 @@ from app.desk import Desk
 from app.errors import PlanError
 from app.form import to_job
 from app.job import Job, read_job
-from app.remember import Remember, keep
+from app.remember import Remember, keep_if_lasting
 from app.render import accuracy, html
 from app.render.table import to_csv
 from app.workers import Busy
@@ -254,8 +254,7 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
     async def estimate(request: Request, job: JobBody, all_layers: bool = False) -> Response:
         desk.admit()
         answer = await desk.plan(job, request, all_layers=all_layers)
-        if answer["model"]["kind"] in ("catalogue", "inline"):  # a folder's or the Hub's config may change
-            keep(request.scope)
+        keep_if_lasting(request.scope, job)
         return JSONResponse(answer)
 
     @app.get("/estimate.json", response_model=Answer, responses=ERRORS, summary="Plan the job of a page's address")
@@ -292,12 +291,16 @@ def _add_api(app: FastAPI, desk: Desk) -> None:
     ) -> Response:
         tag, job = unwrap(job)
         desk.admit()
-        return JSONResponse({**tag, **await desk.run(partial(solve, target=target), job, request)})
+        found = await desk.run(partial(solve, target=target), job, request)
+        keep_if_lasting(request.scope, job)
+        return JSONResponse({**tag, **found})
 
     @app.post("/advise", response_model=Advice, responses=ERRORS, summary="Find what makes a job fit its card")
     async def advice(request: Request, job: JobBody) -> Response:
         desk.admit()
-        return JSONResponse(await desk.run(advise, job, request))
+        found = await desk.run(advise, job, request)
+        keep_if_lasting(request.scope, job)
+        return JSONResponse(found)
 
     @app.post("/compare", response_model=Comparison, responses=ERRORS, summary="Hold jobs side by side")
     async def side_by_side(

@@ -34,7 +34,7 @@ MEMORY = 1536 << 20
 LINE = 16
 """Traces in line, beyond which a visitor is asked to come back."""
 ORDERS = 200
-GROWN = 96 << 20
+GROWN = 48 << 20
 """After so many traces, or with so many bytes more than at first, a process is ended: what transformers and torch
 remember of models goes with it."""
 _TICK = 0.02

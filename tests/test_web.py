@@ -221,6 +221,20 @@ def test_the_same_question_is_answered_again_without_planning(monkeypatch):
     assert len(asked) == 3
 
 
+def test_searches_are_answered_again_too(monkeypatch):
+    """Not so for a model of a folder, whose config may change."""
+    asked = []
+    real = web.Desk.run
+    monkeypatch.setattr(web.Desk, "run", lambda self, *rest: asked.append(1) or real(self, *rest))
+    with TestClient(web.create_app(local_files=True)) as client:
+        job = {**JOB, "gpu": "t4"}
+        found = [client.post(path, json=job).json() for path in ("/solve", "/solve?for=sequence_length", "/advise") * 2]
+        assert found[:3] == found[3:] and found[0] != found[1] and len(asked) == 3
+        for _ in range(2):
+            client.post("/solve", json={**job, "config": None, "model": "/nowhere"})
+        assert len(asked) == 5
+
+
 def test_who_waits_is_told_what_is_being_done():
     with TestClient(web.create_app()) as client, ThreadPoolExecutor(1) as pool:
         deep = {**JOB, "config": {**JOB["config"], "num_hidden_layers": 500}}

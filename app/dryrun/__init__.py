@@ -4,9 +4,17 @@ import logging
 import os
 
 import huggingface_hub.constants
+import torch
 
 # A stranger's config makes no requests: only app.hub may reach the network, by the user's own setting, which stays in
 # the environment.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels for the CPU
+
+# bitsandbytes has two of its functions for the CPU compiled while it is imported (backends/default/ops.py), for which
+# torch imports its compiler: 42 MiB and a second. Nothing here dequantises on a CPU.
+_compile, torch.compile = torch.compile, lambda function=None, **_: function or (lambda other: other)
+import bitsandbytes  # noqa: E402, F401
+
+torch.compile = _compile

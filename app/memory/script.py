@@ -64,12 +64,12 @@ class Script(Columns):
     @cached_property
     def taken(self) -> np.ndarray:
         """The event that takes each allocation."""
-        return np.flatnonzero(self.events >= 0)
+        return np.flatnonzero(self.events >= 0).astype(np.int32)
 
     @cached_property
     def released(self) -> np.ndarray:
         """The event that gives each allocation back; the number of events where none does."""
-        out = np.full(self.size.size, self.events.size)
+        out = np.full(self.size.size, self.events.size, np.int32)
         backs = np.flatnonzero(self.events < 0)
         out[~self.events[backs]] = backs
         return out
@@ -158,7 +158,7 @@ class Script(Columns):
             takes = back == 0
             taken = np.cumsum(takes)
             events = np.where(takes, taken - 1, ~(taken - back)).astype(np.int32)
-            module = np.cumsum(module)
+            module = np.cumsum(module, dtype=np.int32)
             count = int(taken[-1]) if taken.size else 0
             texts = [data["sizes"], data["modules"], data["ops"]]
             for column, names in zip((size, module, op), texts):
