@@ -164,8 +164,9 @@ REGIONS = 32
 ALONE = 4
 """Profiles of a kind that hold for one batch and length each, before one for all that run alike is made: that takes 4
 (405B) to 15 times (70M) as long."""
-GENERAL = 3
-"""Profiles for all of a kind that are tried."""
+NARROW = 2
+"""Of those, how many may turn out to hold for few points (a scan that runs once a token holds for one length, a length of
+1 is a kind of its own), before no more are made."""
 
 
 class _Shelf:
@@ -249,8 +250,8 @@ def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
         for profile in known:
             if profile.script.holds(*point):
                 return profile
-    general = sum(profile.general for profile in known)
-    if len(known) - general >= ALONE and general < GENERAL:
+    general = [profile for profile in known if profile.general]
+    if len(known) - len(general) >= ALONE and sum(not profile.broad(*point) for profile in general) < NARROW:
         with suppress(PlanError):
             return keep("general", order[0], tracer.get().trace("general", *order))
     return keep("step", order[0], tracer.get().trace("step", *order))

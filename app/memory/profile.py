@@ -24,6 +24,11 @@ class Profile:
         """Whether it holds for more than one batch and length."""
         return any(not condition.startswith(("b ==", "s ==")) for condition in self.script.conditions)
 
+    def broad(self, batch: int, length: int) -> bool:
+        """Whether it holds for some of the batches or lengths that follow, however divisible they are."""
+        points = [(batch + more, length) for more in range(64)] + [(batch, length + more) for more in range(64)]
+        return sum(self.script.holds(*point) for point in points) >= 8
+
     def dump(self) -> bytes:
         table = {"rows": self.table.rows, "members": self.table.members}
         return packed({**self.script.dump(), "facts": self.facts, "table": table, "warnings": self.warnings})
