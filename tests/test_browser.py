@@ -353,6 +353,7 @@ PAGES = {
     "compare": "/compare?" + urlencode([("job", address()[2:]), ("job", address(gpu="1GiB", batch_size="16")[2:])]),
     "nothing to compare": "/compare?job=nothing",
     "accuracy": "/accuracy",
+    "how it works": "/how-it-works",
 }
 
 
