@@ -165,8 +165,8 @@ ALONE = 4
 """Profiles of a kind that hold for one batch and length each, before one for all that run alike is made: that takes 4
 (405B) to 15 times (70M) as long."""
 NARROW = 2
-"""Of those, how many may turn out to hold for few points (a scan that runs once a token holds for one length, a length of
-1 is a kind of its own), before no more are made."""
+"""Of those, how many may turn out to hold for few points (a scan that runs once a token holds for one length, a length
+of 1 is a kind of its own), before no more are made."""
 
 
 class _Shelf:

@@ -134,6 +134,22 @@ def test_cache_is_given_back_before_out_of_memory():
         allocator.malloc(2, 10 * MIB)
 
 
+@pytest.mark.parametrize("sizes", [[1024] * 1500, [512 * n for n in range(1, 700)], [MIB * n for n in range(2, 300)]])
+def test_any_number_of_free_blocks_and_sizes(sizes):
+    """Every other one is given back, so that none merge; then all are asked for again, the largest first."""
+    count = len(sizes)
+    sizes = np.array([*sizes, *sorted(sizes[::2], reverse=True)], np.int64)
+    events = np.array([*range(count), *(~n for n in range(0, count, 2)), *range(count, sizes.size)], np.int32)
+    numbers = np.arange(sizes.size, dtype=np.int32)
+    course = Course(events, numbers, np.arange(events.size + 1), np.zeros(0, int), None, count)
+    found = replay(course, sizes, Settings())
+    allocator = CachingAllocator()
+    for at, event in enumerate(events.tolist()):
+        allocator.free(~event) if event < 0 else allocator.malloc(event, int(sizes[event]))
+        assert (found.left[at], found.kept[at]) == (allocator.allocated, allocator.reserved)
+    assert found.served == events.size
+
+
 @given(st.lists(SIZES, max_size=20), st.lists(SIZES, min_size=1, max_size=12), st.permutations(range(12)), FREE)
 @settings(max_examples=200, deadline=None)
 def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order, how):

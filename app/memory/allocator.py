@@ -673,7 +673,10 @@ def replay(course: Course, sizes: np.ndarray, settings: Settings, limited: int =
     """
     sizes = (sizes + (MIN_BLOCK - 1)) // MIN_BLOCK * MIN_BLOCK
     rows, keys = 1024 + 2 * course.alive, course.size.size
-    st = _states.pop() if _states else _state(rows, keys)
+    try:
+        st = _states.pop()
+    except IndexError:
+        st = _state(rows, keys)
     while True:
         slots, depth = int(st.slots), int(st.depth)
         if st.ordered.size < rows or st.live.size < keys:
