@@ -208,7 +208,7 @@ def packed(data: dict[str, Any]) -> bytes:
     blobs = {name: value for name, value in data.items() if isinstance(value, bytes)}
     head = {**{k: v for k, v in data.items() if k not in blobs}, "": {name: len(blob) for name, blob in blobs.items()}}
     text = json.dumps(head, separators=(",", ":")).encode()
-    return zlib.compress(b"".join([len(text).to_bytes(8, "little"), text, *blobs.values()]), 6)
+    return zlib.compress(b"".join([len(text).to_bytes(8, "little"), text, *blobs.values()]), 3)
 
 
 def unpacked(data: bytes) -> dict[str, Any]:
