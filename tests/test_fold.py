@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from app.dryrun import cuda, fold
 from app.dryrun.model import bare
 from app.dryrun.step import dry_run
+from app.dryrun.trace import DataDependent
+from app.errors import PlanError
 from app.job import read_job
 from app.memory.allocator import replay
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
@@ -389,6 +391,54 @@ def test_unfolded_where_the_short_model_fails(fold_always):
         return trace(bare)
 
     assert fold.folded_books(model, fails) == trace(model)
+
+
+def test_what_folded_a_model_once_folds_it_again(fold_always, monkeypatch):
+    """The ways that failed are not tried a second time, nor is any where all did."""
+    monkeypatch.setitem(CONFIGS, "llama", DECODER | {"num_hidden_layers": 12})
+    model, trace = prepare("llama", FULL)
+
+    def depths(least: int) -> list[int]:
+        ran = []
+
+        def fails(bare):
+            ran.append(len(bare.model.layers))
+            if ran[-1] < least:
+                raise IndexError("short")
+            return trace(bare)
+
+        assert fold.folded_books(model, fails) == trace(model)
+        return ran
+
+    assert depths(6) == [3, 6, 7] and depths(6) == [6, 7]
+    model, trace = prepare("llama", FULL)
+    assert depths(12) == [3, 6, 5, 12] and depths(12) == [12]
+
+
+def test_a_layer_that_is_named_though_made_like_the_others_is_none_of_them(monkeypatch):
+    """A tower whose third layer's output is a feature stays whole; one whose third layer is another is folded."""
+    monkeypatch.setitem(CONFIGS, "llama", DECODER | {"num_hidden_layers": 12})
+    model, trace = prepare("llama", FULL)
+    model.config.feature_layer_indexes = [2]
+    assert fold.repeated(model)[0].named and not fold.repeated(model, fold.APART)
+    with pytest.raises(Unfoldable, match="in no way"):
+        fold.fold(model, trace)
+    bamba, _ = prepare("bamba", FULL)
+    assert bamba.config.attn_layer_indices and not fold.repeated(bamba)[0].named
+
+
+@pytest.mark.parametrize("error", [PlanError("not so", "but so"), DataDependent("here")])
+def test_what_the_whole_would_say_too_is_said_at_once(error):
+    model, _ = prepare("llama", FULL)
+    ran = []
+
+    def refuses(bare):
+        ran.append(bare)
+        raise error
+
+    with pytest.raises(type(error)):
+        fold.folded_books(model, refuses)
+    assert len(ran) == 1
 
 
 def test_layer_types():

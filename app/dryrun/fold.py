@@ -25,6 +25,8 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 
+from app.dryrun.trace import DataDependent
+from app.errors import PlanError
 from app.memory.event import Books
 from app.memory.fold import Expansion, Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
 from app.memory.sizes import Number, whole
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
 ENOUGH = 0.75
-"""Folding is tried where both short runs together have at most this part of the layers."""
+"""Folding is tried where both short runs together have at most this part of the modules."""
 GENERAL_EVENTS = 30000
 """Runs of more events are not repeated with symbols, half a millisecond each."""
 APART = 3
@@ -44,13 +46,16 @@ WORTH = 0.05
 
 
 class Layers(NamedTuple):
-    """Layers that run one after another: the paths of their lists and the type of every layer.
+    """Layers that run one after another: the paths of their lists, the type of every layer and how many modules it has.
 
-    ``numbers`` are the integers that are merely a layer's own number: (list path, path within the layer, attribute).
+    ``named``: a config names some by their numbers that are made like the others. ``numbers`` are the integers that are
+    merely a layer's own number: (list path, path within the layer, attribute).
     """
 
     paths: tuple[str, ...]
     types: tuple[int, ...]
+    sizes: tuple[int, ...]
+    named: bool
     numbers: tuple[tuple[str, str, str], ...]
 
 
@@ -70,7 +75,11 @@ def folded_books(
         return fold(model, trace, names, general)
     except Unfoldable as reason:
         log.info("not folded: %s", reason)
-    books = trace(shortened(model, [], []))
+    try:
+        books = trace(shortened(model, [], []))
+    except Unfoldable:  # by what the whole does: its layers were not the reason
+        _way.pop(model, None)
+        raise
     return books if general is None else _generalised(books, general, shortened(model, [], []))
 
 
@@ -95,8 +104,8 @@ def _generalised(books: Books, general: Trace, model: torch.nn.Module) -> Books:
 def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None) -> Expansion:
     """The books of ``trace(model)`` from two shorter runs. Raises :class:`Unfoldable` where they do not prove it.
 
-    Tried with layers alike if their next neighbours are, then with two neighbours on either side. With ``general``,
-    which is slow, the proof is ``trace``'s as long as no allocation grows with the depth.
+    Tried are the :data:`WAYS`, or the one in which this model was folded before. With ``general``, which is slow, the
+    proof is ``trace``'s as long as no allocation grows with the depth.
     """
     for name in names:
         if re.search(r"(^|\.)\d+(\.|$)", name):
@@ -104,21 +113,30 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
     groups = repeated(model)
     if not groups:
         raise Unfoldable("no layers repeat")
+    ways = WAYS[1:2] if any(group.named for group in groups) else WAYS
     with _without_collector():
-        try:
+        for apart, radius in _way.get(model, ways):
             try:
-                return _Fold(model, groups, trace, 1, general).books()
-            except Unfoldable as reason:
-                log.info("not folded by next neighbours: %s", reason)
-            try:
-                return _Fold(model, groups, trace, 2, general).books()
-            except Unfoldable as reason:
-                log.info("not folded by two neighbours: %s", reason)
-                return _Fold(model, repeated(model, APART), trace, 1, general).books()
-        except Unfoldable:
-            raise
-        except Exception as error:
-            raise Unfoldable(f"the short model does not run: {type(error).__name__}: {error}") from error
+                books = _Fold(model, repeated(model, apart), trace, radius, general).books()
+            except (PlanError, DataDependent):  # so would the whole model
+                raise
+            except Unfoldable as error:
+                log.info("not folded with %d layers apart and %d neighbours: %s", apart, radius, error)
+            except Exception as error:
+                log.info("the short model does not run: %s: %s", type(error).__name__, error)
+            else:
+                _way[model] = ((apart, radius),)
+                return books
+    _way[model] = ()
+    raise Unfoldable("in no way that was tried do the layers repeat")
+
+
+WAYS = ((0, 1), (APART, 1), (0, 2))
+"""How layers are told to be alike: how many at the beginning are like no other, and how many neighbours on either side
+are to be alike too. Where a config names layers by number that are made like the others, their parent does something
+else with them: a feature kept, an image added."""
+_way: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], ...]] = WeakKeyDictionary()
+"""In which of them a bare model was folded, if in any: the next run of it is of the same layers."""
 
 
 @contextlib.contextmanager
@@ -143,7 +161,7 @@ class _Fold:
 
     def books(self) -> Expansion:
         twice = self._depth(2)
-        if sum(map(len, self.once + twice)) > ENOUGH * sum(map(len, self.whole)):
+        if self._size(self.once) + self._size(twice) > ENOUGH * self._size(self.whole):
             raise Unfoldable("too few layers repeat")
         short = self._run(self.once)
         expand(short, self._stacks(twice))  # says at once what cannot be repeated
@@ -173,7 +191,7 @@ class _Fold:
                     seen.append((counts, growth_of(short, self._stacks(depth), self._run(depth))))
                     more[number].add(window)
         check = self._depth(3) if len(seen) == 1 else self._depth(2, more)
-        if sum(map(len, check)) > ENOUGH * sum(map(len, self.whole)):
+        if self._size(check) > ENOUGH * self._size(self.whole):
             raise Unfoldable("too few layers repeat to foresee how memory grows with depth")
         if not same(expand(short, self._stacks(check), self._scaled(seen, check)).books(), self._run(check)):
             raise Unfoldable("memory does not grow in proportion to depth")
@@ -190,6 +208,11 @@ class _Fold:
         if any(size.denominator != 1 for size in total.values()):
             raise Unfoldable("memory grows by parts of bytes")
         return {key: whole(size) for key, size in total.items()}
+
+    def _size(self, depth: Sequence[Sequence[int]]) -> int:
+        """The modules of a run."""
+        all = sum(1 for _ in self.model.modules())
+        return all - sum(sum(g.sizes) - sum(g.sizes[index] for index in kept) for g, kept in zip(self.groups, depth))
 
     def _depth(self, repeats: int, more: Sequence[set[tuple]] | None = None) -> list[list[int]]:
         extra = more or [set()] * len(self.groups)
@@ -250,8 +273,7 @@ def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
         for paths in zipped.values():
             group = _layers(model, tuple(paths), apart)
             left_out = set(range(len(group.types))).difference(shorten(group.types, 2))
-            lists = [model.get_submodule(path) for path in paths]
-            if sum(1 for entries in lists for index in left_out for _ in entries[index].modules()) > least:
+            if sum(group.sizes[index] for index in left_out) > least:
                 found.append(group)
                 taken.update(paths)
         for name, child in parent.named_children():
@@ -280,7 +302,11 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
         for key in numbers:
             known.pop(key, None)
     said = [entry for holder in _holders(model, paths[0]) for entry in _open(holder)]
+    made, named = _number(facts), False
     for name, value in said:
+        if _selects(name, value, depth):
+            rest = {made[index] for index in range(depth) if index not in value}
+            named |= not rest.isdisjoint(made[index] for index in value)
         for index, known in enumerate(facts):
             if _selects(name, value, depth):
                 known[name] = index if apart and value else index in value
@@ -295,7 +321,9 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
             if len(set(types)) == 1 or types[period:] != types[:-period]:
                 for index, known in enumerate(facts):
                     known[name] = index % period
-    return Layers(paths, _number(facts), tuple((path, within, attribute) for path, within, attribute in numbers))
+    sizes = tuple(sum(1 for entries in lists for _ in entries[index].modules()) for index in range(depth))
+    own = tuple((path, within, attribute) for path, within, attribute in numbers)
+    return Layers(paths, _number(facts), sizes, named, own)
 
 
 def _number(facts: list[dict[Any, Any]]) -> tuple[int, ...]:
