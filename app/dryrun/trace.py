@@ -59,6 +59,11 @@ class Ledger(TorchDispatchMode):
 
     device = "meta"
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: PyTorch need not keep its compiler out of every call, which takes a tenth of it."""
+        return False
+
     def __init__(self, card: cuda.Card, padded: bool = False, length: int = 0, symbolic: bool = False):
         super().__init__()
         self.symbolic = symbolic

@@ -56,6 +56,10 @@ class Values(TorchDispatchMode):
     """Follows known values; ``routing`` is how tokens are taken to fall on experts (:class:`app.job.Job`), ``images``
     what the sequences show. ``routed`` tells afterwards whether what ran hangs on the experts that were chosen."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in the ledger
+
     def __init__(self, routing: str, images: Images | None = None):
         super().__init__()
         self.routing = routing
