@@ -11,9 +11,11 @@ import copy
 import difflib
 import io
 import math
+import re
 import time
+import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -27,8 +29,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 
 from app.dryrun.trace import Ledger, canonical
 from app.errors import PlanError
@@ -421,6 +422,7 @@ def quantize(model: torch.nn.Module, job: Job, ledger: Ledger, weights: Weightle
     model.is_loaded_in_4bit = quantization.type != "int8"
     model.is_loaded_in_8bit = quantization.type == "int8"
     model.quantization_method = "bitsandbytes"
+    _assign_is_quantized(model)  # Jamba's Mamba calls a layer then whose weight it takes otherwise
 
 
 def quantizable(model: transformers.PreTrainedModel, skip: Iterable[str] = ()) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -430,10 +432,19 @@ def quantizable(model: transformers.PreTrainedModel, skip: Iterable[str] = ()) -
     class keeps in float32 (quantizer_bnb_4bit.py, ``_process_model_before_weight_loading``).
     """
     kept = HfQuantizer.get_modules_to_not_convert(model, list(skip) or None, model._keep_in_fp32_modules)
+    leave = left_by(kept)
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear or isinstance(module, Conv1D):
-            if should_convert_module(name, kept):
+            if not leave(name):
                 yield name, module
+
+
+def left_by(patterns: list[str]) -> Callable[[str], bool]:
+    """Whether a module of that path is left as it is (quantizers_utils.py ``should_convert_module``): it begins as one
+    of the patterns says, or ends with one. Theirs looks up each of them for each path: of a model of 600 tied layers
+    for ten seconds."""
+    begins = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).match
+    return lambda path: bool(patterns) and (begins(path) is not None or path.endswith(tuple(patterns)))
 
 
 def shape_of(linear: torch.nn.Module) -> tuple[int, int]:
@@ -541,6 +552,7 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
         modules_to_save=list(lora.modules_to_save) or None,
     )
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    head = model.get_output_embeddings()
     try:
         with warnings.catch_warnings(), torch.device("meta") if device == "meta" else contextlib.nullcontext():
             warnings.simplefilter("ignore")
@@ -550,8 +562,9 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
         if job.quantization is not None and saved:  # quantised, and to be trained in full
             hint = f"leave what PEFT trains in full unquantised: quantization.skip_modules {saved}"
         else:
-            names = sorted({name.rpartition(".")[2] for name, _ in linear})
-            hint = f"set lora.target_modules; its linear layers are named {', '.join(names[:16])}"
+            refused = {*re.findall(r"'(\w+)'", str(error)), *(name for name, module in linear if module is head)}
+            names = sorted({name.rpartition(".")[2] for name, _ in linear} - refused)
+            hint = f"set lora.target_modules to some of {', '.join(names[:16])}"
         raise PlanError(f"PEFT cannot adapt this model: {_first_line(error)}", hint, "lora") from None
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -568,4 +581,7 @@ def _first_line(error: Exception) -> str:
     """The first line, and what is under it where it ends in a colon (huggingface_hub's validation errors)."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__
-    return f"it lacks {text}"[:300] if isinstance(error, KeyError) else text[:300]
+    if isinstance(error, (KeyError, AttributeError, TypeError)):  # of Python's own words: say whose
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        text = f"{'it lacks ' if isinstance(error, KeyError) else ''}{text} (in {frame.f_code.co_name})"
+    return text[:300]

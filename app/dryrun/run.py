@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import linecache
+import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import bitsandbytes as bnb
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -202,28 +206,39 @@ def _told(model, job: Job, known: bool):
 
 def _where(error: Exception, job: Job) -> tuple[str, str]:
     """The innermost module that was running, and what can be done about it."""
-    running = []
-    trace = error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
+    running, line = [], ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
         if isinstance(module, torch.nn.Module):
             running.append(module)
-        trace = trace.tb_next
+            line = linecache.getline(frame.f_code.co_filename, number)
     hint = "the installed transformers would fail the same way on a GPU; check the sizes in the config, or the job"
     if not running:
         return "", hint
-    path = {id(module): canonical(name) for name, module in running[0].named_modules()}.get(id(running[-1]), "")
+    paths = {id(module): canonical(name) for name, module in running[0].named_modules()}
+    path = paths.get(id(running[-1]), "")
     adapted = [module for module in running if isinstance(module, BaseTunerLayer)]
-    names = [name for name in path.split(".") if not name.isdigit()]
     if adapted:
         kind = type(adapted[-1].get_base_layer()).__name__
-        hint = f"PEFT's adapter does not fit a {kind}: set lora.target_modules without {names[-1] if names else kind}"
-    elif job.quantization is not None and names:
+        name = paths[id(adapted[-1])].rpartition(".")[2]
+        others = {paths[id(m)].rpartition(".")[2] for m in running[0].modules() if isinstance(m, BaseTunerLayer)}
+        rest = ", ".join(sorted(others - {name}))
+        hint = f"PEFT's adapter does not fit a {kind}: set lora.target_modules to names without {name}: {rest}"
+    elif packed := [name for name in _WEIGHT.findall(line) if _is_packed(running[-1], name)]:
+        head = paths.get(id(running[0].get_output_embeddings()))
+        left = sorted({*job.quantization.skip_modules, *packed} | ({head} if head else set()))
         hint = (
-            "if it runs unquantised, this module uses its weights in a way of its own: leave it unquantised with "
-            f"quantization.skip_modules {[names[-1]]}"
+            "its code takes a weight itself, which is packed when it is quantised: leave it as it is with "
+            f"quantization.skip_modules {left}"
         )
     return f" at {path}" if path else "", hint
+
+
+_WEIGHT = re.compile(r"self\.(\w+)\.weight")
+
+
+def _is_packed(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(getattr(getattr(module, name, None), "weight", None), (bnb.nn.Params4bit, bnb.nn.Int8Params))
 
 
 def _check_length(job: Job, configuration, task: str) -> None:
