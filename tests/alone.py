@@ -1,45 +1,40 @@
-"""Plan each job of standard input in a process of its own and say what it took: a line a job, in order.
+"""Plan jobs, each in a process of its own, and say what it took: ``python alone.py SECONDS BYTES [LANES]``.
 
-The parent is what a server's traces are forked from (``app.warmed``); a child is cold but for that. ``python alone.py
-SECONDS BYTES``: a child that takes longer is killed, one that asks for more address space is refused it.
+A line of standard input is a list of jobs of one model, its answer a line with a list, in order. The parent is what a
+server's traces are forked from (``app.warmed``), the allocator's rules compiled; a job is cold but for that and, where
+a line has several, for the model's classes: they are imported once and counted for each. A process that takes longer
+than ``SECONDS`` by the wall is killed, one that asks for more address space is refused it.
 """
 
+import gc
 import json
 import os
 import resource
 import select
 import sys
+import tempfile
 import time
+from contextlib import suppress
 
 import torch
 
 import app.batch
 import app.service
-import app.warmed  # noqa: F401
+from app import warmed
+from app.dryrun.model import bare
 
 KEPT = ("model", "peak", "warnings")
 
 
-def child(job, into: int, limit: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    try:
-        answer = app.batch.plan(job)
-        out = {key: answer[key] for key in KEPT}
-    except app.batch.PlanError as error:
-        out = {"error": error.as_dict() | {"type": type(error).__name__}}
-    os.write(into, json.dumps(out).encode())
-
-
-def alone(job, seconds: float, limit: int) -> dict:
-    """The answer, cut short, or the error; ``seconds`` by the wall, ``cpu`` seconds and ``rss`` bytes."""
+def forked(say, seconds: float) -> dict:
+    """What ``say()`` says in a forked process; ``seconds`` by the wall, ``cpu`` seconds and ``rss`` bytes."""
     reader, writer = os.pipe()
     start = time.monotonic()
     pid = os.fork()
     if not pid:
-        try:
-            child(job, writer, limit)
-        finally:
-            os._exit(0)
+        with suppress(BaseException), open(writer, "wb") as out:
+            out.write(json.dumps(say()).encode())
+        os._exit(0)
     os.close(writer)
     data = b""
     while True:
@@ -56,11 +51,63 @@ def alone(job, seconds: float, limit: int) -> dict:
     return took | (json.loads(data) if data else {"died": status})
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.setrecursionlimit(20_000)  # json.loads: hostile jobs are nested deeply
-    for line in sys.stdin:
-        job = json.loads(line)
+def planned(job, limit: int) -> dict:
+    """The answer, cut short, or the error."""
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        answer = app.batch.plan(job)
+        return {key: answer[key] for key in KEPT}
+    except app.batch.PlanError as error:
+        return {"error": error.as_dict() | {"type": type(error).__name__}}
+
+
+def family(jobs: list, seconds: float, limit: int) -> list[dict]:
+    """The answers to the jobs of one model."""
+    shared = 0.0
+    if len(jobs) > 1:
+        start = time.process_time()
+        with suppress(app.batch.PlanError):
+            bare(jobs[0]["config"], None, "bfloat16", None)
+        gc.collect()
+        gc.freeze()
+        shared = time.process_time() - start
+    answers = [forked(lambda: planned(job, limit), seconds) for job in jobs]
+    return [answer | {"cpu": answer["cpu"] + shared} for answer in answers]
+
+
+def lane(lines: list[str], seconds: float, limit: int, out) -> None:
+    for line in lines:
+        sys.setrecursionlimit(20_000)  # json.loads: hostile jobs are nested deeply
+        jobs = json.loads(line)
         sys.setrecursionlimit(1000)
-        print(json.dumps(alone(job, float(sys.argv[1]), int(sys.argv[2]))), flush=True)
+        said = forked(lambda: {"answers": family(jobs, seconds, limit)}, 2 * seconds * len(jobs))
         sys.setrecursionlimit(20_000)
+        out.write(json.dumps(said.get("answers", [said] * len(jobs))) + "\n")
+        out.flush()
+
+
+def main(seconds: float, limit: int, lanes: int) -> None:
+    torch.set_num_threads(1)
+    app.batch.plan({"config": warmed.CONFIG, "sequence_length": 16})
+    gc.collect()
+    gc.freeze()
+    lines = sys.stdin.readlines()
+    said = [tempfile.TemporaryFile("w+") for _ in range(lanes)]
+    pids = []
+    for number, out in enumerate(said):
+        pid = os.fork()
+        if not pid:
+            lane(lines[number::lanes], seconds, limit, out)
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    for out in said:
+        out.seek(0)
+    answers = [out.readlines() for out in said]
+    for number in range(len(lines)):
+        print(answers[number % lanes][number // lanes], end="")
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1)

@@ -147,14 +147,14 @@ def answers() -> dict[str, dict]:
     jobs = [{"config": config, "method": method_of(config), "sequence_length": 128} for config in CONFIGS.values()]
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "alone.py", str(PATIENCE), str(16 * GIB)],
-        input="\n".join(map(json.dumps, jobs)),
+        input="\n".join(json.dumps([job]) for job in jobs),
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == len(jobs), done.stderr[-2000:]
-    return dict(zip(CONFIGS, lines))
+    return {name: answer for name, (answer,) in zip(CONFIGS, lines)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

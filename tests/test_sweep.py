@@ -1,7 +1,7 @@
 """Published configs of 90 architectures: each is planned for every method, or refused for the stack's own reason.
 
 Every job runs in a process of its own that is cold but for the imports (``alone.py``): full, lora and qlora with
-all-linear, one sequence of 512 tokens, checkpointing on.
+all-linear, one sequence of 512 tokens, checkpointing on. Seconds are the processor's: the machine may be shared.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
 LORA = {"target_modules": "all-linear"}
 METHODS = {"full": {}, "lora": {"lora": LORA}, "qlora": {"lora": LORA}}
+SECONDS, MINUTES = 6.0, 20
+"""What one job may take, and all of them on two cores."""
 PATIENCE = 240
 """Seconds after which a job counts as hung, on the busiest machine."""
 NO_CLASS = "has no model_type"
@@ -46,10 +46,12 @@ STACK = {
     "state-spaces/mamba": "Module 'out_proj' is incompatible with Mamba-based models",
     "nvidia/Nemotron-H": "Module 'out_proj' is incompatible with Mamba-based models",
     "nvidia/NVIDIA-Nemotron": "Module 'out_proj' is incompatible with Mamba-based models",
+    "meta-llama/Llama-4-Scout": "PEFT's adapter does not fit a Llama4Router",
     "deepseek-ai/DeepSeek-V4": "PEFT's adapter does not fit a DeepseekV4GroupedLinear",
     "RedHatAI/DeepSeek-V4": "PEFT's adapter does not fit a DeepseekV4GroupedLinear",
 }
-"""By the beginning of an id, what the installed stack itself cannot run, and what is said of it."""
+"""By the beginning of an id, what the installed stack itself cannot run, and what is said of it. In ``test_stack.py``
+real models of these architectures fail so."""
 SAMPLE = {
     "full": """albert/albert-base-v1 EleutherAI/pythia-410m Qwen/Qwen2.5-VL-7B-Instruct Qwen/Qwen3-30B-A3B-FP8
         bigscience/bloom-560m deepseek-ai/DeepSeek-V3 google/flan-t5-base google/gemma-3-4b-it
@@ -72,24 +74,20 @@ def job_of(id: str, method: str) -> dict:
 
 
 def run(jobs: list[tuple[str, str]]) -> dict[tuple[str, str], dict]:
-    """What ``alone.py`` says of each id and method; two at a time."""
-
-    def half(part: list[tuple[str, str]]) -> list[dict]:
-        done = subprocess.run(
-            [sys.executable, Path(__file__).parent / "alone.py", str(PATIENCE), str(16 * GIB)],
-            input="\n".join(json.dumps(job_of(*job)) for job in part),
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(lines) == len(part), done.stderr[-2000:]
-        return lines
-
-    parts = [jobs[::2], jobs[1::2]]
-    with ThreadPoolExecutor() as threads:
-        answers = list(threads.map(half, parts))
-    return {job: answer for part, lines in zip(parts, answers) for job, answer in zip(part, lines)}
+    """What ``alone.py`` says of each id and method; the methods of an id in one process, two ids at a time."""
+    by_id: dict[str, list[str]] = {}
+    for id, method in jobs:
+        by_id.setdefault(id, []).append(method)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "alone.py", str(PATIENCE), str(16 * GIB), "2"],
+        input="\n".join(json.dumps([job_of(id, method) for method in methods]) for id, methods in by_id.items()),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == len(by_id), done.stderr[-2000:]
+    return {(id, m): answer for (id, methods), said in zip(by_id.items(), lines) for m, answer in zip(methods, said)}
 
 
 def said_of(id: str, answer: dict) -> str:
@@ -120,11 +118,10 @@ def test_a_sample_is_planned_or_refused_with_its_reason():
 @pytest.mark.slow
 def test_all_are_planned_or_refused_with_their_reason():
     """Of all that transformers builds as they stand, all but what the stack itself cannot run are planned."""
-    start = time.monotonic()
     answers = run([(id, method) for id in ids() for method in METHODS])
-    took = time.monotonic() - start
     found = Counter((method, said_of(id, answer)) for (id, method), answer in answers.items())
     slowest = sorted((answer["cpu"], *job) for job, answer in answers.items())[-5:]
-    print(found, f"{took:.0f} s", slowest)
-    assert sum(count for (_, said), count in found.items() if said == "planned") >= 600
-    assert slowest[-1][0] < 6 and took < 20 * 60
+    took = sum(answer["cpu"] for answer in answers.values())
+    print(found, f"{took:.0f} s", slowest, max(answer["rss"] for answer in answers.values()) >> 20)
+    assert sum(count for (_, said), count in found.items() if said == "planned") >= 630
+    assert slowest[-1][0] < SECONDS and took < MINUTES * 60 * 2
