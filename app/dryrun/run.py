@@ -19,7 +19,7 @@ from app.dryrun.model import bare, equal_type, quantizable
 from app.dryrun.scan import FEW
 from app.dryrun.step import dry_run
 from app.dryrun.symbols import symbol, understood
-from app.dryrun.trace import DataDependent, canonical
+from app.dryrun.trace import OTHER, DataDependent, canonical
 from app.dryrun.values import Values
 from app.errors import PlanError
 from app.job import Job, point_of
@@ -119,16 +119,12 @@ def trace(
     if values is not None and values.routed:
         warnings.append(_ROUTED[job.expert_routing])
     warnings += _kernel_warnings(job, task, facts["attention"], books)
-    checkpointed = job.gradient_checkpointing != "off"
-    other = None
-    if job.method != "inference" and base.supports_gradient_checkpointing:
-        flipped = job.model_copy(update={"gradient_checkpointing": "off" if checkpointed else "non_reentrant"})
-        other = _books(base, flipped, task, card, symbols, values, forward_only=True)
+    table = Table.of(with_costs(rows, books, OTHER, job.gradient_checkpointing != "off"))
+    books = books.until(OTHER)
     facts["trainable_parameters"] = _trainable(books, job)
     facts["optimizer_state"] = _state_bytes(books)
     if not symbols:
         conditions = {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
-    table = Table.of(with_costs(rows, books, other, checkpointed))
     return Profile(Script.of(books, conditions), facts, table, warnings)
 
 
@@ -156,19 +152,21 @@ def _books(
     card: cuda.Card,
     symbols: dict,
     values: Values | None,
-    forward_only: bool = False,
 ) -> Columns:
-    """The books of ``job`` on the bare ``model``, folded, with ``symbols`` for fields of the job if there are any;
-    what the stack itself refuses is told as such. Raises :class:`DataDependent` where it takes ``values``."""
+    """The books of ``job`` on the bare ``model``, folded, with ``symbols`` for fields of the job if there are any, and
+    of :data:`OTHER` where the model can; what the stack itself refuses is told as such. Raises :class:`DataDependent`
+    where it takes ``values``."""
     names = (
         *(job.lora.target_modules or () if job.lora and job.lora.target_modules != "all-linear" else ()),
         *(job.lora.modules_to_save if job.lora else ()),
         *(job.quantization.skip_modules if job.quantization else ()),
     )
 
+    other = job.method != "inference" and model.supports_gradient_checkpointing
+
     def books(tokens: int) -> Columns:
         def run(what: Job) -> Callable[[torch.nn.Module], Books]:
-            return lambda short: dry_run(short, what, task, card, 2, forward_only, values, tokens)
+            return lambda short: dry_run(short, what, task, card, 2, other, values, tokens)
 
         general = run(job.model_copy(update=symbols)) if symbols else None
         return folded_books(model, run(job), names, general).columns()

@@ -7,13 +7,14 @@ import contextlib
 import bitsandbytes as bnb
 import torch
 import transformers
+from peft import PeftModel
 
 from app.dryrun import cuda
 from app.dryrun.autocast import Autocast
 from app.dryrun.inputs import make_batch
 from app.dryrun.model import Weightless, load
 from app.dryrun.scan import FEW, Scans
-from app.dryrun.trace import Ledger
+from app.dryrun.trace import OTHER, Ledger
 from app.dryrun.values import Values
 from app.errors import PlanError
 from app.job import Job
@@ -80,32 +81,52 @@ def paged_states_elsewhere():
             setattr(functional, name, function)
 
 
-def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int, forward_only: bool = False) -> None:
-    """Forward, backward, step, zero_grad: ``trainer: pytorch``."""
+def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int, other: bool = False) -> None:
+    """Forward, backward, step, zero_grad: ``trainer: pytorch``; then, with ``other``, :data:`OTHER`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     ledger.mark("load", 0, "inputs")
     batch = make_batch(ledger, model, job, task)
-    optimizer = None if forward_only else make_optimizer(job.optimizer, parameters)
-    for step in range(1, steps + 1):
+    optimizer = make_optimizer(job.optimizer, parameters)
+    for step in range(1, steps + other + 1):
         for _ in range(min(job.gradient_accumulation_steps, 2)):
-            ledger.mark("forward", step, "activations")
+            begin_forward(ledger, model, job, step, steps)
             with ledger.autocast.on() if ledger.autocast else contextlib.nullcontext():
                 loss = model(**batch).loss
-            if forward_only:
-                ledger.mark("end", step, "temporaries")
-                return
+            if step > steps:
+                break
             ledger.mark("backward", step, "activation_gradients")
             ledger.in_backward = True
             loss.backward()
             ledger.in_backward = False
             settle(ledger, parameters)
-        ledger.mark("optimizer", step, "optimizer_temporaries")
-        optimizer.step()
-        settle(ledger, parameters, optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        del loss
-        ledger.mark("end", step, "temporaries")
+        else:
+            ledger.mark("optimizer", step, "optimizer_temporaries")
+            optimizer.step()
+            settle(ledger, parameters, optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            del loss
+            ledger.mark("end", step, "temporaries")
     ledger.close()
+
+
+def begin_forward(ledger: Ledger, model, job: Job, step: int, steps: int) -> None:
+    """Mark the forward pass of a step or, after the last of ``steps``, :data:`OTHER`: checkpointing off where the job
+    has it on, on where it has it off."""
+    if step <= steps:
+        ledger.mark("forward", step, "activations")
+        return
+    ledger.mark(OTHER, steps, "activations")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if job.gradient_checkpointing != "off":
+        base.gradient_checkpointing_disable()
+        for module in base.modules():  # PEFT asks for them once more: disable_input_require_grads knows the last only
+            for number, hook in [*module._forward_hooks.items()]:
+                if hook.__qualname__.startswith("PreTrainedModel.enable_input_require_grads"):
+                    del module._forward_hooks[number]
+    else:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        if job.method != "full":
+            base.enable_input_require_grads()
 
 
 def run_generate(ledger: Ledger, model, job: Job, task: str, *_) -> None:
@@ -149,11 +170,12 @@ def dry_run(
     task: str,
     card: cuda.Card,
     steps: int = 2,
-    forward_only: bool = False,
+    other: bool = False,
     values: Values | None = None,
     tokens: int = FEW,
 ) -> Books:
-    """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; or its first forward pass.
+    """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; with ``other``, of
+    :data:`OTHER` behind them.
 
     With ``values`` those that the job states are followed, which takes twice as long. Loops over tokens are run for so
     many ``tokens`` and repeated; raises :class:`Unfoldable` where they cannot be.
@@ -177,5 +199,5 @@ def dry_run(
             mode.in_modules_of(model) if mode else contextlib.nullcontext(),
             values or contextlib.nullcontext(),
         ):
-            run(ledger, model, job, task, steps, forward_only)
+            run(ledger, model, job, task, steps, other)
         return scans.whole(ledger.close())

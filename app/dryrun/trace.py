@@ -27,6 +27,8 @@ from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 
 _current_node = torch._C._current_autograd_node
 _sequence_number = torch._C._autograd._get_sequence_nr
+OTHER = "other"
+"""The phase of one more forward pass with checkpointing the other way round, which is no part of the job."""
 _UNLINKED = 1 << 63  # sequence_nr of AccumulateGrad nodes is UINT64_MAX
 
 
@@ -94,7 +96,7 @@ class Ledger(TorchDispatchMode):
         self.phase, self.step, self._kind = phase, step, kind
         self._site = None
         self.books.marks.append(Mark(len(self.books.events), phase, step))
-        if phase == "forward":
+        if phase in ("forward", OTHER):
             self._links = ([], [])
 
     def empty_cache(self) -> None:
@@ -302,7 +304,7 @@ class Ledger(TorchDispatchMode):
 
     def kind_at(self, place: str) -> str:
         """What an allocation on behalf of ``place`` is, until it proves to be another."""
-        if place in self.heads and self.phase in ("forward", "backward"):
+        if place in self.heads and self.phase in ("forward", "backward", OTHER):
             return "logits_and_loss"
         if self.in_backward and self._stack:
             return "activations"  # recomputed by a checkpoint

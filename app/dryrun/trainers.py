@@ -17,7 +17,7 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import PeftModel
 
 from app.dryrun.inputs import make_batch
-from app.dryrun.step import make_optimizer, settle
+from app.dryrun.step import begin_forward, make_optimizer, settle
 from app.dryrun.symbols import stepped
 from app.dryrun.trace import Ledger
 from app.job import Job
@@ -25,25 +25,26 @@ from app.job import Job
 MAX_GRAD_NORM = 1.0  # TrainingArguments.max_grad_norm
 
 
-def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, forward_only: bool = False) -> None:
-    """``trainer: transformers`` or ``trl``: batch to device, compute_loss, backward, clip, step, zero_grad."""
+def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: bool = False) -> None:
+    """``trainer: transformers`` or ``trl``: batch to device, compute_loss, backward, clip, step, zero_grad; then, with
+    ``other``, :data:`~app.dryrun.step.OTHER`."""
     fused = job.trainer == "trl"
     with _fused_head(model) if fused else contextlib.nullcontext():
         _wrap_forward(ledger, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = None if forward_only else make_optimizer(job.optimizer, _groups(model), _embeddings(model))
+        optimizer = make_optimizer(job.optimizer, _groups(model), _embeddings(model))
         # Accelerator.__init__; it does nothing unless enabled
         scaler = torch.amp.GradScaler(ledger.device, enabled=job.mixed_precision == "fp16")
         accumulate = min(job.gradient_accumulation_steps, 2)
         total = 0.0
-        for step in range(1, steps + 1):
+        for step in range(1, steps + other + 1):
             for _ in range(accumulate):
-                ledger.mark("forward", step, "activations")
+                begin_forward(ledger, model, job, step, steps)
                 batch = make_batch(ledger, model, job, task)
                 items = (batch["labels"] != -100).sum() if "labels" in batch else None
                 loss = (_fused_loss if fused else _loss)(model, batch, items)
-                if forward_only:
-                    return
+                if step > steps:
+                    break
                 ledger.mark("backward", step, "activation_gradients")
                 loss = loss / 1
                 ledger.in_backward = True
@@ -52,15 +53,16 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, forward_
                 settle(ledger, parameters)
                 total = total + loss.detach()
                 del loss
-            ledger.mark("optimizer", step, "optimizer_temporaries")
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-            scaler.step(optimizer)
-            scaler.update()
-            settle(ledger, parameters, optimizer)
-            model.zero_grad()
-            del norm
-            ledger.mark("end", step, "temporaries")
+            else:
+                ledger.mark("optimizer", step, "optimizer_temporaries")
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+                scaler.step(optimizer)
+                scaler.update()
+                settle(ledger, parameters, optimizer)
+                model.zero_grad()
+                del norm
+                ledger.mark("end", step, "temporaries")
         ledger.close()
 
 

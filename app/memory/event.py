@@ -7,7 +7,7 @@ the breakdown, the timeline and the comparison. They meet only here.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -107,6 +107,16 @@ class Columns:
         """Bytes of these allocations together."""
         counts = np.bincount(self.size[which], minlength=len(self.sizes)).tolist()
         return sum(count * size for count, size in zip(counts, self.sizes) if count)
+
+    def until(self, phase: str) -> Columns:
+        """The books before a phase; all of them where there is none."""
+        end = next((number for number, mark in enumerate(self.marks) if mark.name == phase), None)
+        if end is None:
+            return self
+        events = self.events[: self.marks[end].at]
+        taken = np.count_nonzero(events >= 0)
+        columns = {name: vars(self)[name][:taken] for name in ("size", "module", "kind", "op")}
+        return replace(self, events=events, marks=self.marks[:end], **columns)
 
     @property
     def _ops(self) -> dict[str, int]:

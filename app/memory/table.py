@@ -36,14 +36,14 @@ class Layer:
 _COSTS = ("adapters", "gradients", "optimizer_state", "activations", "activations_checkpointed")
 
 
-def with_costs(rows: list[Layer], books: Columns, other: Columns | None, checkpointed: bool) -> list[Layer]:
-    """``rows`` with what the books of the job hold for each module, and ``other``'s activations: those of the same
-    job with checkpointing the other way round (None where the model cannot).
+def with_costs(rows: list[Layer], books: Columns, other: str, checkpointed: bool) -> list[Layer]:
+    """``rows`` with what the books of the job hold for each module, and the activations of the phase ``other``: a
+    forward pass with checkpointing the other way round (not there where the model cannot).
 
     A cost belongs to the module itself or, for what PEFT added, to the one it wraps. Modules that hold nothing are
     left out.
     """
-    here, there = saved(books), saved(other) if other else {}
+    here, there = saved(books, "forward"), saved(books, other)
     plain, packed = (there, here) if checkpointed else (here, there)
     table: dict[str, dict[str, Any]] = {row.path: {} for row in rows}
     steps = max((mark.step for mark in books.marks), default=1)
@@ -71,13 +71,14 @@ def by_module(books: Columns, which: np.ndarray) -> dict[str, Number]:
     return out
 
 
-def saved(books: Columns) -> dict[str, Number]:
-    """Bytes of activations alive at the end of the first forward pass, by module path."""
-    first = next((mark for mark in books.marks if mark.name == "forward"), None)
-    if first is None:
+def saved(books: Columns, phase: str) -> dict[str, Number]:
+    """Bytes of activations alive at the end of the last phase of that name, by module path: the first forward pass also
+    makes what stays."""
+    last = next((mark for mark in reversed(books.marks) if mark.name == phase), None)
+    if last is None:
         return {}
-    end = next((mark.at for mark in books.marks if mark.at > first.at), books.events.size)
-    events = books.events[first.at : end]
+    end = next((mark.at for mark in books.marks if mark.at > last.at), books.events.size)
+    events = books.events[last.at : end]
     alive = np.zeros(books.size.size, bool)
     alive[events[events >= 0]] = True
     alive[~events[events < 0]] = False
