@@ -30,7 +30,8 @@ ZAMBA = {
 """Eight heads of eight: half of what Mamba's expansion makes, as in Zamba2-7B's published config."""
 STEP_TEXT = {**TEXT, "model_type": "step3p7_text", "num_key_value_heads": 2, "head_dim": 16, "n_routed_experts": 8,
              "num_experts_per_tok": 2, "moe_intermediate_size": 32, "share_expert_dim": 32}  # fmt: skip
-STEP = {"model_type": "step3p7", "architectures": ["Step3p7ForConditionalGeneration"], "text_config": STEP_TEXT}
+STEP = {"model_type": "step3p7", "architectures": ["Step3p7ForConditionalGeneration"], "text_config": STEP_TEXT,
+        "vision_config": {**TEXT, "image_size": 28, "patch_size": 14}}  # fmt: skip
 CONFIGS = {
     "step": STEP,
     "albert": {"model_type": "albert", "architectures": ["AlbertForMaskedLM"], **TEXT, "embedding_size": 32},
