@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import GRID, TEXT
+import transformers
+from tiny import GRID, LLAMA, TEXT
+from transformers.models.llama import modeling_llama
 
 from app.batch import plan
+from app.dryrun.model import read_config
 from app.dryrun.values import Values
 from app.errors import PlanError
 
@@ -23,6 +26,17 @@ SQUARE = {  # images of one size
         "image_size": 112,
         "patch_size": 14,
     },
+}
+T5 = {
+    "model_type": "t5",
+    "architectures": ["T5ForConditionalGeneration"],
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 512,
+    "decoder_start_token_id": 0,
 }
 LOOP = {  # experts one by one, each of the tokens that chose it
     "model_type": "dbrx",
@@ -103,6 +117,36 @@ def test_experts_that_run_one_by_one_take_the_stated_routing():
     assert said(balanced, "balanced") and said(same, "same")
     assert same["peak"]["allocated"] != balanced["peak"]["allocated"]
     assert balanced["model"]["parameters"] == same["model"]["parameters"]
+
+
+def test_packed_sequences_get_the_mask_that_a_real_model_makes(monkeypatch):
+    """Found by their positions: a mask of length × length where one sequence has none."""
+    made = []
+    create = modeling_llama.create_causal_mask
+
+    def watched(*args, **kwargs):
+        made.append(create(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", watched)
+    absent, packed = (ask(LLAMA, attention_mask=kind, batch_size=2) for kind in ("absent", "packed"))
+    assert said(packed, "positions that start over") and not said(absent, "start over")
+    assert made[0] is None and made[-1].shape == (2, 1, 512, 512)
+    assert packed["peak"]["allocated"] > absent["peak"]["allocated"]
+    ids = torch.ones(2, 512, dtype=torch.long)
+    model = transformers.AutoModelForCausalLM.from_config(read_config(LLAMA, None))
+    model(ids, position_ids=torch.arange(512).remainder(256).expand(2, 512), use_cache=False)
+    assert made[-1].device.type == "cpu" and (made[-1].shape, made[-1].dtype) == (made[-2].shape, made[-2].dtype)
+    model(ids, position_ids=torch.arange(512).expand(2, 512), use_cache=False)
+    assert made[-1] is None
+
+
+def test_what_cannot_be_packed_is_told():
+    for config, reason in ((GRID, "by its images"), (T5, "takes no position_ids")):
+        with pytest.raises(PlanError, match=reason) as error:
+            ask(config, attention_mask="packed")
+        assert error.value.field == "attention_mask" and "full" in error.value.hint
+    assert ask(GRID, attention_mask="packed", images=0)["peak"]["allocated"] > 0
 
 
 def program(ids: torch.Tensor) -> tuple:

@@ -18,8 +18,8 @@ from app.memory.kernels import KernelFacts
 aten = torch.ops.aten
 
 HOST_READS: dict[str, bool | str] = {
-    # transformers/masking_utils.py: "is every sequence one sequence?" The job has no packed sequences.
-    "find_packed_sequence_indices": True,
+    # transformers/masking_utils.py: "is every sequence one sequence?"
+    "find_packed_sequence_indices": "single",
     # "does the mask hide nothing?"
     "_ignore_causal_mask_sdpa": "full",
     "_ignore_bidirectional_mask_sdpa": "full",

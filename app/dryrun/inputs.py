@@ -49,16 +49,47 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         batch = {"input_ids": empty(b, s)}
         if job.method != "inference":
             batch["labels"] = empty(*labels)
-    if "input_ids" in batch and (job.attention_mask != "absent" or job.method == "inference"):
+    packed = job.attention_mask == "packed" and job.method != "inference"
+    if packed:
+        _refuse_packed(model, ledger, batch)
+        batch["position_ids"] = empty(b, s)
+    elif "input_ids" in batch and (job.attention_mask != "absent" or job.method == "inference"):
         batch["attention_mask"] = empty(b, s)
     stated = {} if ledger.images is None and ledger.values is None else _stated(model, job, ledger.images)
     for name, value in stated.items():
-        if name not in ("input_ids", "attention_mask"):
+        if name not in ("input_ids", "attention_mask", "position_ids"):
             batch[name] = empty(*value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
     ledger.arrived(batch, {name: value for name, value in stated.items() if not value.is_floating_point()})
+    if packed and ledger.device != "meta":
+        batch["position_ids"].copy_(_positions(s).expand(b, s))
     if task == "zero-shot-image-classification":
         batch["return_loss"] = True  # of every text against every image
     return batch
+
+
+def _refuse_packed(model, ledger: Ledger, batch: dict) -> None:
+    """Sequences are packed by their positions, as TRL's and transformers' collators without padding do."""
+    base = _base(model)
+    if "input_ids" not in batch or "position_ids" not in inspect.signature(type(base).forward).parameters:
+        reason = "takes no position_ids"
+    elif ledger.images is not None:
+        reason = "finds its positions by its images"
+    else:
+        return
+    raise PlanError(
+        f"sequences cannot be packed for {type(base).__name__}, which {reason}",
+        "set attention_mask to full or padded",
+        "attention_mask",
+    )
+
+
+def _positions(length: int) -> torch.Tensor:
+    """Of two sequences, one after the other."""
+    return torch.arange(length) % max(1, -(-length // 2))
+
+
+def _base(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _stated(model, job: Job, images: Images | None) -> dict[str, torch.Tensor]:
@@ -66,11 +97,15 @@ def _stated(model, job: Job, images: Images | None) -> dict[str, torch.Tensor]:
     b, s = job.batch_size, job.sequence_length or 1
     if b * s > LIMIT:
         return {}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     mask = torch.ones(b, s, dtype=torch.long)
     mask[-1, -1] = int(job.attention_mask != "padded")
     if images is None:
-        return {"input_ids": torch.ones(b, s, dtype=torch.long), "attention_mask": mask}
+        return {
+            "input_ids": torch.ones(b, s, dtype=torch.long),
+            "attention_mask": mask,
+            "position_ids": _positions(s).expand(b, s),
+        }
     ids = images.ids(s).expand(b, s)
     stated = {"input_ids": ids, "attention_mask": mask, **images.of(b)}
     taken = inspect.signature(type(base).forward).parameters

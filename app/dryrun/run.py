@@ -284,6 +284,11 @@ def _kernel_warnings(job: Job, task: str, attention: str, books: Columns) -> lis
         out.append(
             "this model's class has no sdpa attention: transformers runs eager attention, which keeps its scores"
         )
+    if job.attention_mask == "packed" and job.method != "inference":
+        out.append(
+            "each row is taken to hold several sequences, told apart by positions that start over: where attention is "
+            "not flash_attention_2, transformers makes a mask of length × length of them"
+        )
     if attention == "sdpa" and "_safe_softmax.default" in ops:
         out.append(
             "scaled_dot_product_attention falls back to PyTorch's math kernel, which keeps length × length scores: "

@@ -183,7 +183,7 @@ def dry_run(
     from app.dryrun.trainers import run_trainer
 
     symbolic = isinstance(job.batch_size, torch.SymInt)
-    ledger = Ledger(card, job.attention_mask == "padded", job.sequence_length or 0, symbolic)
+    ledger = Ledger(card, job.attention_mask, job.sequence_length or 0, symbolic)
     if job.mixed_precision != "no":
         ledger.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
     run = run_generate if job.method == "inference" else run_plain if job.trainer == "pytorch" else run_trainer

@@ -54,9 +54,9 @@ class _Watch(weakref.ref):
 class Ledger(TorchDispatchMode):
     """Keeps :class:`~app.memory.event.Books` of what runs under it.
 
-    ``card`` is the :class:`~app.dryrun.cuda.Card` whose kernels are meant; ``padded`` is the answer to a program
-    that asks whether its attention mask hides anything, ``length`` to one that asks how long a sequence is; where that
-    is a symbol, shapes are computed by PyTorch's functions in Python.
+    ``card`` is the :class:`~app.dryrun.cuda.Card` whose kernels are meant; ``mask``, what the job's batch carries, is
+    the answer to a program that asks whether its mask hides anything or sequences are packed, ``length`` to one that
+    asks how long a sequence is; where that is a symbol, shapes are computed by PyTorch's functions in Python.
     """
 
     device = "meta"
@@ -66,11 +66,11 @@ class Ledger(TorchDispatchMode):
         """Nothing is compiled here: PyTorch need not keep its compiler out of every call (8 % of it)."""
         return False
 
-    def __init__(self, card: cuda.Card, padded: bool = False, length: int = 0, symbolic: bool = False):
+    def __init__(self, card: cuda.Card, mask: str = "full", length: int = 0, symbolic: bool = False):
         super().__init__()
         self.symbolic = symbolic
         self.card = card
-        self.padded = padded
+        self.mask = mask
         self.length = length
         self.books = Books()
         self.phase = "load"
@@ -318,7 +318,7 @@ class Ledger(TorchDispatchMode):
                 break
             name = frame.f_code.co_qualname
             if name in cuda.HOST_READS:
-                told = {"full": not self.padded, "length": self.length}
+                told = {"full": self.mask != "padded", "single": self.mask != "packed", "length": self.length}
                 if cuda.HOST_READS[name] == "generated":
                     told["generated"] = frame.f_locals["length"] >= self.length
                 answer = cuda.HOST_READS[name]
