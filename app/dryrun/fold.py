@@ -285,13 +285,13 @@ def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
 
 
 def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layers:
-    """Tell the layers' types apart by all that can change what they allocate: :func:`_facts`."""
+    """Tell the layers' types apart by all that can change what they allocate: :func:`_add_facts`."""
     lists = [model.get_submodule(path) for path in paths]
     depth = len(lists[0])
-    facts: list[dict[Any, Any]] = [
-        {(path, *key): value for path, entries in zip(paths, lists) for key, value in _facts(entries[index]).items()}
-        for index in range(depth)
-    ]
+    facts: list[dict[Any, Any]] = [{} for _ in range(depth)]
+    for path, entries in zip(paths, lists):
+        for index, layer in enumerate(entries):
+            _add_facts(facts[index], path, layer)
     offsets = defaultdict(list)
     for index, known in enumerate(facts):
         for key, value in known.items():
@@ -372,20 +372,18 @@ _SPEAKS_OF_LAYERS = re.compile("layer|block|depth|ind(ex|ices)|idx")
 _PERIODIC = re.compile("(interval|period|pattern|every|freq|sparse_step|layer_step)")
 
 
-def _facts(layer: torch.nn.Module) -> dict[tuple[str, str], Any]:
-    """What a layer is made of: classes, shapes, dtypes and plain attributes, by path and name."""
-    facts: dict[tuple[str, str], Any] = {}
+def _add_facts(facts: dict[Any, Any], whose: str, layer: torch.nn.Module) -> None:
+    """What a layer is made of: classes, shapes, dtypes and plain attributes, by the path of its list, path and name."""
     for path, module in layer.named_modules():
-        facts[path, ""] = type(module)
+        facts[whose, path, ""] = type(module)
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                facts[path, name] = _plain(tensor)
+                facts[whose, path, name] = _plain(tensor)
         for name, value in vars(module).items():
             if name not in _MACHINERY:
                 # A probability of 0 or 1 changes what is run, any other (of DropPath: one a layer) does not.
                 some = "drop" in name and isinstance(value, float) and 0 < value < 1
-                facts[path, name] = "some" if some else _plain(value)
-    return facts
+                facts[whose, path, name] = "some" if some else _plain(value)
 
 
 _MACHINERY = frozenset(vars(torch.nn.Module()))
