@@ -204,7 +204,7 @@ def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
     slider, readout = page.get_by_label("Moment of the step"), page.locator(".readout")
     slider.focus()
     page.keyboard.press("Home")
-    expect(readout).to_contain_text("First step, forward")
+    expect(readout).to_contain_text("Load, in gpt_neox")
     said = readout.inner_text()
     assert "weights" in said
     expect(slider).to_have_attribute("aria-valuetext", re.compile("^" + re.escape(said.splitlines()[0])))

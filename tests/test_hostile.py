@@ -131,7 +131,6 @@ PLANNED = {
     "pruned heads",
     "chunks of one token",
     "a kernel of 10^9",
-    "a state of 2^40",
     "dropout of a thousand",
 }
 """Absurd, but the stack takes them as they are: what they ask for is planned, quickly; no code of theirs is run."""

@@ -448,7 +448,7 @@ def moments(timeline: Timeline) -> dict:
         [
             row["x"],
             row["event"],
-            f"{words.step_title(row['step'], row['phase'])}, {row['phase']}",
+            words.step_title(row["step"], row["phase"]) + (f", {row['phase']}" if row["step"] else ""),
             row["module"],
             words.size(row["allocated"]),
             [words.size(count) if count else "" for count in row["kinds"]],
