@@ -133,6 +133,80 @@ def stays(books: Books) -> list:
     return [entry for key, entry in enumerate(books.allocations) if key not in given]
 
 
+def entered(run) -> list[int]:
+    """The bytes that ``run`` enters, one by one; as in backward, outside modules."""
+    ledger = Ledger(CARD)
+    ledger.in_backward = True
+    with cuda.as_if_cuda(CARD), ledger:
+        kept = run()
+    assert kept is not None
+    return [allocation.size for allocation in ledger.books.allocations]
+
+
+def test_the_embeddings_gradient_of_many_indices():
+    """gpt2 and Qwen3-VL, event for event on an H100 and an H200: 4505 rows of 768, 2617 of 1024."""
+    for (count, rows, width), dtype, measured in (
+        ((4096, 50257, 768), torch.float32, [32768] * 3 + [154389504] + [32768] * 4 + [36040, 13839360]),
+        ((3136, 2304, 1024), torch.bfloat16, [25088] * 3 + [4718592] + [25088] * 2 + [18432, 18432, 20936, 10719232]),
+    ):
+        grad, indices = meta(count, width, dtype=dtype), meta(count, dtype=torch.long)
+        assert entered(lambda: torch.ops.aten.embedding_dense_backward(grad, indices, rows, -1, False)) == measured
+
+
+def convolved(x: tuple, w: tuple, stride: int, mask: tuple[bool, bool, bool]) -> list[int]:
+    """What a convolution and its gradients take, their results among it."""
+    x, w, padding = meta(*x), meta(*w), [1 if w[2] == 3 else 0] * (len(x) - 2)
+    rest = ([stride] * len(padding), padding, [1] * len(padding), False, [0] * len(padding), 1)
+    aten = torch.ops.aten
+    forward = entered(lambda: aten.convolution(x, w, None, *rest))
+    y = aten.convolution(x, w, None, *rest)
+    return forward + entered(lambda: aten.convolution_backward(y, x, w, [w.shape[0]], *rest, mask))
+
+
+def test_convolutions_are_transformed_in_a_workspace():
+    """Whisper's, whose workspaces an H200 took to 131 bytes, and ViT's forward."""
+    found = convolved((4, 768, 3000), (768, 768, 3), 2, (True, True, False))
+    measured = [9216000, 31187091, 18432000, 31187091, 3538944, 31186960]
+    assert len(found) == 6 and all(0 <= real - mine <= 131 for mine, real in zip(found, measured))
+    assert convolved((32, 3, 224, 224), (1024, 3, 16, 16), 16, (False, True, False))[:2] == [12845056, 42729488]
+
+
+def test_a_filter_is_copied_where_the_input_lies_channels_last():
+    """GLM-4.1V's ``downsample`` on an H200: no copy of the input, one of the filter."""
+    x, w = meta(256, 2, 2, 1536).permute(0, 3, 1, 2), meta(4096, 1536, 2, 2)
+    rest = (None, [2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+    assert entered(lambda: torch.ops.aten.convolution(x, w, *rest)) == [2097152, 50331648]
+
+
+def test_the_mean_over_what_is_not_contiguous_meets_in_global_memory():
+    """Gemma 3's ``mm_soft_emb_norm`` on an H200: 2359296 bytes beside the mean."""
+    x = meta(1, 1152, 256, dtype=torch.float32).transpose(1, 2)
+    assert entered(lambda: x.mean(-1, keepdim=True))[:2] == [1024, 2359296]
+
+
+def test_attention_without_gradients_keeps_no_logsumexp():
+    q = meta(1, 16, 1024, 80)
+    assert 16 * 1024 * 4 not in entered(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    q.requires_grad_()
+    assert 16 * 1024 * 4 in entered(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+
+
+def test_values_that_are_followed_change_nothing_but_what_they_tell():
+    """The engine's sums in place, too: a mode more holds every tensor once more."""
+    from app.dryrun.model import bare
+    from app.dryrun.step import dry_run
+    from app.dryrun.values import Values
+
+    job = read_job({"config": LLAMA, "method": "full", "sequence_length": 64}).resolved()
+
+    def events(values):
+        books = dry_run(bare(LLAMA, None, job.dtype, None)[0], job, "causal-lm", CARD, values=values)
+        return [(event >= 0, books.allocations[event if event >= 0 else ~event].size) for event in books.events]
+
+    followed = events(Values("balanced"))
+    assert Counter(followed) == Counter(events(None)) and len(followed) > 500
+
+
 def test_int8_weights_pass_through_fp16():
     """bitsandbytes quantises a weight that came as fp16 from the host, beside what arrived; neither stays."""
     books = placed(method="qlora", quantization={"type": "int8"})

@@ -42,8 +42,9 @@ class Images:
         return out
 
     def of(self, sequences: int) -> dict[str, torch.Tensor]:
-        """The tensors of that many sequences; those of numbers on the meta device."""
-        return {name: tensor.repeat(sequences, *[1] * (tensor.dim() - 1)) for name, tensor in self.inputs.items()}
+        """The tensors of that many sequences; those of numbers on the meta device, which no ledger enters."""
+        with _disable_current_modes():
+            return {name: tensor.repeat(sequences, *[1] * (tensor.dim() - 1)) for name, tensor in self.inputs.items()}
 
 
 class _Twin(weakref.ref):
