@@ -260,6 +260,7 @@ def test_every_kind_of_job_has_a_page(client, job):
         ("TITAN RTX", "a TITAN RTX"),
         ("B200", "a B200"),
         ("my card", "my card"),
+        ("this machine's NVIDIA H200", "this machine's NVIDIA H200"),
     ],
 )
 def test_cards_have_their_article(name, said):

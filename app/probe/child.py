@@ -153,7 +153,7 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
     try:
         _run(base, job, task, recorder, out, steps)
     except torch.OutOfMemoryError as error:
-        out.outcome, out.reason = OUT_OF_MEMORY, _first_line(error)
+        out.outcome, out.reason = OUT_OF_MEMORY, _first_line(error).partition(" If reserved but")[0]
     except Exception as error:
         out.outcome, out.reason = FAILED, f"{type(error).__name__}: {_first_line(error)}"
     if out.outcome != OK and not recorder.phases and recorder._open is None:

@@ -1,4 +1,7 @@
-"""Both timelines on one axis: the plan's and the card's allocated bytes, phase by phase; as PNG or as HTML."""
+"""Both timelines on one axis: the bytes requested and not given back, phase by phase; as PNG or as HTML.
+
+The card's counters also hold the rests of blocks that are not split: ``max_memory_allocated`` is a little more.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def draw(plan: Books, measured: Books, title: str, path: str | Path | io.StringI
     axes.set_xlim(0, max(len(names), 1))
     axes.set_ylim(0)
     axes.set_xticks([])
-    axes.set_ylabel("allocated, GiB")
+    axes.set_ylabel("requested, GiB")
     axes.set_title(title, pad=30, fontsize=11)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110, format=None if isinstance(path, (str, Path)) else "svg")
@@ -69,7 +72,7 @@ def in_order(theirs: Iterable[tuple], ours: Iterable[tuple]) -> list[tuple]:
 
 
 def _curves(books: Books) -> dict[tuple, list[int]]:
-    """What is allocated in each phase, by (step, phase, how often before): the highest moments of its stretches."""
+    """What is requested in each phase, by (step, phase, how often before): the highest moments of its stretches."""
     now = list(accumulate(_change(books, event) for event in books.events))
     out: dict[tuple, list[int]] = {}
     marks = [mark for mark in books.marks if mark.name != EMPTY_CACHE and mark.step <= HISTORY_STEPS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from app.errors import PlanError
 from app.probe.recording import Recording, read_recording
 
 COMMAND = (sys.executable, "-m", "app.probe.child")
+RAISED = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
+"""A traceback's last line; CUDA's errors have more lines after it."""
 READY_SECONDS = 300
 """How long the imports of a measuring process may take."""
 
@@ -92,7 +95,8 @@ class Child:
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "it said nothing"
+        raised = [line for line in lines if RAISED.match(line)]
+        return (raised or lines or ["it said nothing"])[-1][:300]
 
     def end(self) -> None:
         """End the process, if it has not ended, with everything that it started."""

@@ -14,6 +14,10 @@ HISTORY_STEPS = 2
 """Steps whose allocations are kept, one by one: the first, and a steady one. Later steps are measured only."""
 
 
+IGNORED = -100
+"""The label of a token that no loss is taken of, as collators give it to the tokens of an image (``cross_entropy``)."""
+
+
 @dataclass(frozen=True)
 class Figures:
     """One phase of one step as the card's counters have it. Bytes; ``process`` is NVML's, None where it tells none."""
@@ -130,12 +134,15 @@ class Recorder:
 
     def arrived(self, batch: dict[str, torch.Tensor], stated: dict[str, torch.Tensor]) -> None:
         """Fill a batch in place: random ids and pixels, labels that the model knows, the job's mask; where there are
-        images, all that is ``stated``."""
+        images, all that is ``stated``, and labels of the text alone."""
         for name, tensor in batch.items():
             if tensor.is_floating_point():
                 tensor.normal_()
             elif self.images is not None and name in stated:
                 tensor.copy_(stated[name])
+            elif self.images is not None and name == "labels":
+                ids = stated["input_ids"]
+                tensor.copy_(ids.masked_fill(ids == self.images.token, IGNORED))
             elif name == "attention_mask":
                 tensor.fill_(1)
                 if self.padded:

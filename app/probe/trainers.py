@@ -48,16 +48,23 @@ class _StepEnds(transformers.TrainerCallback):
 
 
 class _Rows(torch.utils.data.Dataset):
-    """``count`` rows of random data on the host, shaped as the job's batches."""
+    """``count`` rows of random data on the host, shaped as the job's batches of ``size`` sequences.
 
-    def __init__(self, count: int, batch: dict[str, torch.Tensor]):
-        self.count, self.batch = count, batch
+    A sequence's images may be many rows of a tensor: they stay together, and a batch is rows one after the other.
+    """
+
+    def __init__(self, count: int, size: int, batch: dict[str, torch.Tensor]):
+        self.count, self.size, self.batch = count, size, batch
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: tensor[index % len(tensor)] for name, tensor in self.batch.items()}
+        return {name: tensor.chunk(self.size)[index % self.size] for name, tensor in self.batch.items()}
+
+
+def _collated(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 class _OnHost:
@@ -70,11 +77,12 @@ class _OnHost:
 
 def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
     """``trainer: transformers`` or ``trl``: ``steps`` steps; of a long accumulation two batches, as in the plan."""
-    if recorder.images is not None:
-        raise PlanError("the trainers' rows hold no images", "measure it with trainer pytorch", "trainer")
+    if recorder.images is not None and job.trainer == "trl":
+        raise PlanError("SFTTrainer's rows hold no images here", "measure it with another trainer", "trainer")
     recorder.mark("load", 0)
     accumulate = min(job.gradient_accumulation_steps, 2)
-    rows = _Rows(job.batch_size * accumulate * steps, make_batch(_OnHost(recorder), model, job, task))
+    batch = make_batch(_OnHost(recorder), model, job, task)
+    rows = _Rows(job.batch_size * accumulate * steps, job.batch_size, batch)
     checkpointing = job.gradient_checkpointing != "off"
     with tempfile.TemporaryDirectory() as folder:
         common = {
@@ -122,7 +130,7 @@ def _trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transforme
         model=model,
         args=transformers.TrainingArguments(**common, remove_unused_columns=False),
         train_dataset=rows,
-        data_collator=transformers.default_data_collator,
+        data_collator=_collated,
         callbacks=[_StepEnds(recorder)],
         optimizers=_optimizers(model, job),
     )
@@ -137,7 +145,7 @@ def _sft_trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transf
 
     Probed.recorder = recorder
     keep = ("input_ids", "labels")
-    data = [{name: row[name].tolist() for name in keep} for row in (rows[i] for i in range(len(rows)))]
+    data = [{name: row[name][0].tolist() for name in keep} for row in (rows[i] for i in range(len(rows)))]
     arguments = SFTConfig(
         **common,
         max_length=job.sequence_length,

@@ -81,7 +81,7 @@ def during(phase: str) -> str:
 def with_article(name: str) -> str:
     """A card's name with *a* or *an*, as it is read aloud; a name that has its own, or is not a card's, as it is."""
     first = name.split()[0] if name.split() else ""
-    if first.lower() in ("a", "an", "my", "the", "our"):
+    if first.lower() in ("a", "an", "my", "the", "this", "our"):
         return name
     spelled = first[:2].isupper() and first != "TITAN" or first[1:2].isdigit()
     return f"an {name}" if first[:1].upper() in ("AEFHILMNORSX" if spelled else "AEIOU") else f"a {name}"
