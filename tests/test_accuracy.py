@@ -193,12 +193,14 @@ def test_our_own_rows():
 
 
 @pytest.mark.slow
-def test_probed_rows():
-    """Rows that ``vramplan probe --report`` wrote, of whole models: at least 30, every one within the bounds."""
-    rows = [row for path in OWN.parent.glob("*-probe.jsonl") for row in rows_of(path) if row["layers"] is None]
+@pytest.mark.parametrize("path", sorted(OWN.parent.glob("*-probe.jsonl")), ids=lambda path: path.stem)
+def test_probed_rows(path):
+    """Rows that ``vramplan probe --report`` wrote on a card, of whole models: at least 30, each within the bounds."""
+    rows = [row for row in rows_of(path) if row["layers"] is None]
     answers = ask([row["job"] for row in rows], "estimate")
     errors = compare(rows, answers)
-    check_readme("probe", table(f"one H100, {len(rows)} jobs", errors), "docs/probe.md")
+    card = path.stem.partition("-")[0]
+    check_readme(f"probe-{card}", table(f"one {card.upper()}, {len(rows)} jobs", errors), "docs/probe.md")
     lines = [
         "| job | allocated, bytes | plan | reserved | process | matched |",
         "| --- | --: | --: | --: | --: | --: |",
@@ -210,7 +212,7 @@ def test_probed_rows():
         ]
         matched = f"{100 * row['matched']:.2f} %"
         lines.append(f"| {row['id']} | {row['measured']['peak_allocated']:,} | {' | '.join(cells)} | {matched} |")
-    check_readme("probe-jobs", lines, "docs/probe.md")
+    check_readme(f"probe-jobs-{card}", lines, "docs/probe.md")
     assert len(rows) >= 30 and min(row["matched"] for row in rows) >= 0.99
     for figure, limits in {"peak_allocated": (0.1, 1), "peak_reserved": (1, 5), "peak_process": (2, 2)}.items():
         median, _, worst = limits_of(errors, figure)

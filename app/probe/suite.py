@@ -146,6 +146,57 @@ _MORE: list[tuple[str, dict]] = [
         "qwen2-vl-2b lora",
         {"model": "qwen2-vl-2b", "method": "lora", "task": "image-text-to-text", "images": 0, "lora": ATTENTION},
     ),
+    (
+        "qwen2-vl-2b lora with images",
+        {"model": "qwen2-vl-2b", "method": "lora", "lora": ATTENTION, "images": 1, "batch_size": 2},
+    ),
+    (
+        "qwen2.5-vl-7b qlora with images",
+        {
+            "model": "qwen2.5-vl-7b",
+            "method": "qlora",
+            "lora": ALL_LINEAR,
+            "images": 2,
+            "image_size": [504, 672],
+            "sequence_length": 2048,
+        },
+    ),
+    (
+        "qwen2-vl-2b lora trainer with images",
+        {
+            "model": "qwen2-vl-2b",
+            "method": "lora",
+            "lora": ATTENTION,
+            "images": 1,
+            "batch_size": 2,
+            "trainer": "transformers",
+        },
+    ),
+    ("qwen3-vl-2b full with an image", {"model": "qwen3-vl-2b", "method": "full", "images": 1}),
+    ("gemma-3-4b lora with an image", {"model": "gemma-3-4b", "method": "lora", "lora": ATTENTION, "images": 1}),
+    (
+        "llava-1.5-7b qlora with images",
+        {"model": "llava-1.5-7b", "method": "qlora", "lora": ALL_LINEAR, "images": 1, "batch_size": 2},
+    ),
+    (
+        "llama-3.2-11b-vision lora with an image",
+        {
+            "model": "llama-3.2-11b-vision",
+            "method": "lora",
+            "lora": ATTENTION,
+            "images": 1,
+            "gradient_checkpointing": True,
+            "sequence_length": 512,
+        },
+    ),
+    (
+        "qwen2.5-vl-7b inference with an image",
+        {"model": "qwen2.5-vl-7b", "method": "inference", "images": 1, "sequence_length": 512, "new_tokens": 32},
+    ),
+    (
+        "gemma-3-4b inference with images",
+        {"model": "gemma-3-4b", "method": "inference", "images": 2, "sequence_length": 1024, "new_tokens": 32},
+    ),
     ("mamba-130m full", {"model": "mamba-130m", "method": "full", "sequence_length": 256}),
     (
         "tinyllama lora padded",
