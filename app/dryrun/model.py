@@ -563,8 +563,9 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
             hint = f"leave what PEFT trains in full unquantised: quantization.skip_modules {saved}"
         else:
             refused = {*re.findall(r"'(\w+)'", str(error)), *(name for name, module in linear if module is head)}
-            names = sorted({name.rpartition(".")[2] for name, _ in linear} - refused)
-            hint = f"set lora.target_modules to some of {', '.join(names[:16])}"
+            names = {name.rpartition(".")[2] for name, _ in linear} - refused
+            some = f"some of {', '.join(sorted(name for name in names if not name.isdigit())[:16])}"
+            hint = f"set lora.target_modules to {some if targets else f'all-linear, or {some}'}"
         raise PlanError(f"PEFT cannot adapt this model: {_first_line(error)}", hint, "lora") from None
     for module in model.modules():
         for store in (module._parameters, module._buffers):

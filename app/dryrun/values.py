@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 LIMIT = 1 << 22
 """Elements beyond which values are not followed: masks of length × length, hidden states."""
+FLOATS = 1 << 16
+"""The same of floating point numbers: tables of sines, which no program asks."""
 _MADE = frozenset("arange zeros ones full scalar_tensor _to_copy".split())
 """Operators that make a meta tensor of numbers, or of what is in memory."""
 _INDEXED = frozenset("index index_put index_put_".split())
@@ -87,7 +89,7 @@ class Values(TorchDispatchMode):
 
     def tell(self, tensor: torch.Tensor, value: torch.Tensor, chosen: bool = False) -> None:
         """From here on ``tensor``, on the meta device, has these values; ``chosen``: they hang on a router."""
-        if tensor.numel() > LIMIT:
+        if _is_large(tensor):
             return
         storage = tensor.untyped_storage()
         twin = _Twin(storage, self._forget)
@@ -100,7 +102,7 @@ class Values(TorchDispatchMode):
     def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The values of a meta tensor, where they are known."""
         twin = self._twin(tensor)
-        return None if twin is None or tensor.numel() > LIMIT else _view(twin.values, tensor)
+        return None if twin is None or _is_large(tensor) else _view(twin.values, tensor)
 
     def _twin(self, tensor: torch.Tensor) -> _Twin | None:
         return self._twins.get(tensor.untyped_storage()._cdata)
@@ -147,13 +149,24 @@ class Values(TorchDispatchMode):
         return found
 
     def _knows(self, tensor: torch.Tensor) -> bool:
-        return tensor.numel() <= LIMIT and tensor.untyped_storage()._cdata in self._twins
+        return not _is_large(tensor) and tensor.untyped_storage()._cdata in self._twins
 
     def _compute(self, func, args, kwargs):
-        """Run an operator on values, and on the meta tensors for what it allocates."""
-        with _disable_current_modes():
-            values = tree_map_only(torch.Tensor, lambda t: self.of(t) if t.device.type == "meta" else t, args)
-            result = func(*values, **_in_memory(tree_map_only(torch.Tensor, lambda t: self.of(t), kwargs)))
+        """Run an operator on values, unless all that it makes is too large, and on the meta tensors for what it
+        allocates."""
+        out = None
+        if _shapes_tell(func) and kwargs.get("device") != torch.device("cpu"):
+            out = func(*args, **kwargs)
+            if all(_is_large(leaf) for leaf in tree_leaves(out)):
+                return out
+        try:
+            with _disable_current_modes():
+                values = tree_map_only(torch.Tensor, lambda t: self.of(t) if t.device.type == "meta" else t, args)
+                result = func(*values, **_in_memory(tree_map_only(torch.Tensor, lambda t: self.of(t), kwargs)))
+        except NotImplementedError:
+            if out is None:
+                raise
+            return out
         chosen = any(self._hangs(leaf) for leaf in tree_leaves((args, kwargs)))
         read = not isinstance(result, (torch.Tensor, tuple, list)) or kwargs.get("device") == torch.device("cpu")
         shaped_by_values = torch.Tag.dynamic_output_shape in func.tags
@@ -166,7 +179,7 @@ class Values(TorchDispatchMode):
             return func(*args, **kwargs)
         if shaped_by_values:
             out = tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), result)
-        else:
+        elif out is None:
             out = func(*args, **kwargs)
         for meta, value in zip(tree_leaves(out), tree_leaves(result)):
             if isinstance(meta, torch.Tensor) and meta.untyped_storage()._cdata not in self._twins:
@@ -195,6 +208,10 @@ class Values(TorchDispatchMode):
             return slots % max(shape[-1], 1)
 
 
+def _is_large(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > (FLOATS if tensor.dtype.is_floating_point else LIMIT)
+
+
 def _view(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
     with _disable_current_modes():
         out = torch.empty(0, dtype=like.dtype)
@@ -208,6 +225,13 @@ def _in_memory(kwargs: dict) -> dict:
 @lru_cache(maxsize=None)
 def _mutates(func) -> bool:
     return func._schema.is_mutable
+
+
+@lru_cache(maxsize=None)
+def _shapes_tell(func) -> bool:
+    """Whether what an operator makes are tensors, whose shapes hang on shapes alone."""
+    kinds = {str(made.type) for made in func._schema.returns}
+    return not _mutates(func) and torch.Tag.dynamic_output_shape not in func.tags and kinds == {"Tensor"}
 
 
 def _written(func, args, kwargs):
