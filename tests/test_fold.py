@@ -232,7 +232,7 @@ CONFIGS = {
     "llama": DECODER,
     "qwen2": DECODER,
     "qwen3": DECODER | {"head_dim": 16},
-    "mistral": DECODER | {"head_dim": 16},
+    "mistral": DECODER | {"head_dim": 16, "num_hidden_layers": 8},
     "phi3": DECODER,
     "gemma2": DECODER | {"head_dim": 16, "num_hidden_layers": 8, "sliding_window": 8},
     "gemma3_text": DECODER | {"head_dim": 16, "num_hidden_layers": 14, "sliding_window": 8},
@@ -296,7 +296,7 @@ CASES = [
     ("llama", FULL), ("llama", AUTOCAST | NEW | EIGHT | TWICE), ("llama", QLORA | NEW), ("llama", LORA | OLD | FUSED),
     ("llama", QLORA | {"trainer": "transformers"}), ("llama", FULL | {"optimizer": "adamw_torch_forloop"}),
     ("llama", QLORA | {"quantization": {"type": "int8"}, "trainer": "trl"}),
-    ("llama", FULL | {"optimizer": "adafactor"}),
+    ("mistral", FULL | {"optimizer": "adafactor"}),
     ("llama", {"method": "lora", "lora": {"use_dora": True}, "attention_mask": "padded"}),
     ("qwen2", LORA | NEW), ("qwen3", QLORA | OLD | EIGHT), ("mistral", AUTOCAST | TWICE), ("phi3", FULL | OLD),
     ("gemma2", {"method": "qlora"} | NEW), ("gemma3_text", FULL | NEW), ("gemma3_text", {"method": "lora"}),
@@ -419,14 +419,26 @@ def test_what_folded_a_model_once_folds_it_again(fold_always, monkeypatch):
     assert depths(12) == [3, 6, 5, 12] and depths(12) == [12]
 
 
-def test_a_layer_that_is_named_though_made_like_the_others_is_none_of_them(monkeypatch):
-    """A tower whose third layer's output is a feature stays whole; one whose third layer is another is folded."""
+def test_layers_that_are_named_though_made_like_the_others(fold_always, monkeypatch):
+    """They are of one kind where their parent does the same with all of them; else the list stays whole, and more
+    neighbours are not tried. Layers that are made otherwise are named for that."""
     monkeypatch.setitem(CONFIGS, "llama", DECODER | {"num_hidden_layers": 12})
     model, trace = prepare("llama", FULL)
     model.config.feature_layer_indexes = [2]
     assert fold.repeated(model)[0].named and not fold.repeated(model, fold.APART)
-    with pytest.raises(Unfoldable, match="in no way"):
-        fold.fold(model, trace)
+    ran = []
+
+    def fails(bare):
+        ran.append(len(bare.model.layers))
+        if ran[-1] < 12:
+            raise IndexError("short")
+        return trace(bare)
+
+    assert fold.fold(model, trace).books() == trace(model)
+    other, _ = prepare("llama", FULL)
+    other.config.feature_layer_indexes = [2]
+    fold.folded_books(other, fails)
+    assert len(ran) == 2 and ran[0] < ran[1] == 12
     bamba, _ = prepare("bamba", FULL)
     assert bamba.config.attn_layer_indices and not fold.repeated(bamba)[0].named
 

@@ -113,7 +113,7 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
     groups = repeated(model)
     if not groups:
         raise Unfoldable("no layers repeat")
-    ways = WAYS[1:2] if any(group.named for group in groups) else WAYS
+    ways = WAYS[:2] if any(group.named for group in groups) else WAYS
     with _without_collector():
         for apart, radius in _way.get(model, ways):
             try:
@@ -133,8 +133,8 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
 
 WAYS = ((0, 1), (APART, 1), (0, 2))
 """How layers are told to be alike: how many at the beginning are like no other, and how many neighbours on either side
-are to be alike too. Where a config names layers by number that are made like the others, their parent does something
-else with them: a feature kept, an image added."""
+are to be alike too. Where a config names layers by number that are made like the others, their parent may do something
+else with them (a feature kept, an image added): more neighbours do not help."""
 _way: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], ...]] = WeakKeyDictionary()
 """In which of them a bare model was folded, if in any: the next run of it is of the same layers."""
 
@@ -161,7 +161,7 @@ class _Fold:
 
     def books(self) -> Expansion:
         twice = self._depth(2)
-        if self._size(self.once) + self._size(twice) > ENOUGH * self._size(self.whole):
+        if not self.groups or self._size(self.once) + self._size(twice) > ENOUGH * self._size(self.whole):
             raise Unfoldable("too few layers repeat")
         short = self._run(self.once)
         expand(short, self._stacks(twice))  # says at once what cannot be repeated
