@@ -419,30 +419,6 @@ def test_what_folded_a_model_once_folds_it_again(fold_always, monkeypatch):
     assert depths(12) == [3, 6, 5, 12] and depths(12) == [12]
 
 
-def test_layers_that_are_named_though_made_like_the_others(fold_always, monkeypatch):
-    """They are of one kind where their parent does the same with all of them; else the list stays whole, and more
-    neighbours are not tried. Layers that are made otherwise are named for that."""
-    monkeypatch.setitem(CONFIGS, "llama", DECODER | {"num_hidden_layers": 12})
-    model, trace = prepare("llama", FULL)
-    model.config.feature_layer_indexes = [2]
-    assert fold.repeated(model)[0].named and not fold.repeated(model, fold.APART)
-    ran = []
-
-    def fails(bare):
-        ran.append(len(bare.model.layers))
-        if ran[-1] < 12:
-            raise IndexError("short")
-        return trace(bare)
-
-    assert fold.fold(model, trace).books() == trace(model)
-    other, _ = prepare("llama", FULL)
-    other.config.feature_layer_indexes = [2]
-    fold.folded_books(other, fails)
-    assert len(ran) == 2 and ran[0] < ran[1] == 12
-    bamba, _ = prepare("bamba", FULL)
-    assert bamba.config.attn_layer_indices and not fold.repeated(bamba)[0].named
-
-
 @pytest.mark.parametrize("error", [PlanError("not so", "but so"), DataDependent("here")])
 def test_what_the_whole_would_say_too_is_said_at_once(error):
     model, _ = prepare("llama", FULL)

@@ -48,14 +48,12 @@ WORTH = 0.05
 class Layers(NamedTuple):
     """Layers that run one after another: the paths of their lists, the type of every layer and how many modules it has.
 
-    ``named``: a config names some by their numbers that are made like the others. ``numbers`` are the integers that are
-    merely a layer's own number: (list path, path within the layer, attribute).
+    ``numbers`` are the integers that are merely a layer's own number: (list path, path within the layer, attribute).
     """
 
     paths: tuple[str, ...]
     types: tuple[int, ...]
     sizes: tuple[int, ...]
-    named: bool
     numbers: tuple[tuple[str, str, str], ...]
 
 
@@ -110,12 +108,10 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
     for name in names:
         if re.search(r"(^|\.)\d+(\.|$)", name):
             raise Unfoldable(f"the job names a layer by its number: {name}")
-    groups = repeated(model)
-    if not groups:
+    if not repeated(model):
         raise Unfoldable("no layers repeat")
-    ways = WAYS[:2] if any(group.named for group in groups) else WAYS
     with _without_collector():
-        for apart, radius in _way.get(model, ways):
+        for apart, radius in _way.get(model, WAYS):
             try:
                 books = _Fold(model, repeated(model, apart), trace, radius, general).books()
             except (PlanError, DataDependent):  # so would the whole model
@@ -133,8 +129,7 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
 
 WAYS = ((0, 1), (APART, 1), (0, 2))
 """How layers are told to be alike: how many at the beginning are like no other, and how many neighbours on either side
-are to be alike too. Where a config names layers by number that are made like the others, their parent may do something
-else with them (a feature kept, an image added): more neighbours do not help."""
+are to be alike too."""
 _way: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], ...]] = WeakKeyDictionary()
 """In which of them a bare model was folded, if in any: the next run of it is of the same layers."""
 
@@ -302,11 +297,7 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
         for key in numbers:
             known.pop(key, None)
     said = [entry for holder in _holders(model, paths[0]) for entry in _open(holder)]
-    made, named = _number(facts), False
     for name, value in said:
-        if _selects(name, value, depth):
-            rest = {made[index] for index in range(depth) if index not in value}
-            named |= not rest.isdisjoint(made[index] for index in value)
         for index, known in enumerate(facts):
             if _selects(name, value, depth):
                 known[name] = index if apart and value else index in value
@@ -323,7 +314,7 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
                     known[name] = index % period
     sizes = tuple(sum(1 for entries in lists for _ in entries[index].modules()) for index in range(depth))
     own = tuple((path, within, attribute) for path, within, attribute in numbers)
-    return Layers(paths, _number(facts), sizes, named, own)
+    return Layers(paths, _number(facts), sizes, own)
 
 
 def _number(facts: list[dict[Any, Any]]) -> tuple[int, ...]:
