@@ -1,0 +1,44 @@
+"""The jobs that were traced ahead (``make pretrace``): all there, of this engine, and equal to a fresh trace."""
+
+import pytest
+
+from app import plan, pretrace
+from app.job import read_job
+from app.memory.breakdown import read
+from app.memory.profile import Profile
+
+JOBS = pretrace.usual_jobs()
+SAMPLE = [job for job in JOBS if job["model"] in ("llama-3.2-1b", "gpt2", "gemma-2-2b")]
+
+
+def order_of(job):
+    job = read_job(job).resolved()
+    return plan.order_of(job, plan.config_of(job)[0], plan.card_of(job))
+
+
+def stored(key: str) -> list[bytes]:
+    return plan._pretraced.get(plan._digest(key))
+
+
+def test_all_usual_jobs_are_there():
+    """Not so after a change of the engine: then ``make pretrace``."""
+    missing = [f"{job['model']} {job['method']}" for job in JOBS if not stored(order_of(job)[0])]
+    assert missing == [] and plan.PRETRACED.stat().st_size < 8 << 20
+
+
+@pytest.mark.parametrize("job", SAMPLE, ids=lambda job: f"{job['model']}-{job['method']}")
+def test_a_fresh_trace_is_what_is_stored(job):
+    order = order_of(job)
+    assert plan.Here().trace("general", *order) in stored(order[0])
+
+
+def test_what_was_read_ahead_is_what_a_replay_shows():
+    """A command finds the reading there and imports no allocator."""
+    for job in SAMPLE[:3]:
+        order = order_of(job)
+        point = plan.point_of(order[1])
+        profiles = [Profile.load(data) for data in stored(order[0])]
+        profile = next(profile for profile in profiles if profile.script.holds(*point))
+        settings = plan.settings_of(order[1])
+        found = plan.reading_of(profile.script.digest, point, settings, lambda: pytest.fail("not there"))
+        assert found == read(profile.script.at(*point), settings)
