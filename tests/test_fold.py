@@ -297,7 +297,7 @@ CASES = [
     ("llama", QLORA | {"trainer": "transformers"}), ("llama", FULL | {"optimizer": "adamw_torch_forloop"}),
     ("llama", QLORA | {"quantization": {"type": "int8"}, "trainer": "trl"}),
     ("mistral", FULL | {"optimizer": "adafactor"}),
-    ("llama", {"method": "lora", "lora": {"use_dora": True}, "attention_mask": "padded"}),
+    ("llama", {"method": "lora", "attention_mask": "padded"}),
     ("qwen2", LORA | NEW), ("qwen3", QLORA | OLD | EIGHT), ("mistral", AUTOCAST | TWICE), ("phi3", FULL | OLD),
     ("gemma2", {"method": "qlora"} | NEW), ("gemma3_text", FULL | NEW), ("gemma3_text", {"method": "lora"}),
     ("gpt2", AUTOCAST | OLD | FUSED),
