@@ -520,21 +520,22 @@ def python(code: str, hub: HubServer, home: Path, **env: str) -> object:
 
 
 def test_endpoint_token_and_cache_are_the_user_s_own(hub, tmp_path):
-    """A config by name in a fresh process, after what app.dryrun tells the libraries."""
+    """A config by name in a fresh process, without torch; and after what app.dryrun tells the libraries."""
     repo = hub.add(ID, FILES, private=True)
     code = f"""
 import json, sys
 import huggingface_hub
-import app.dryrun
 from app.job import Job
 from app.plan import config_of
+before = config_of(Job(model={ID!r}, method="lora"))
+heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
+import app.dryrun
 answer = config_of(Job(model={ID!r}, method="lora"))
-heavy = sorted({{"transformers"}} & set(sys.modules))
-print(json.dumps([answer, huggingface_hub.constants.is_offline_mode(), heavy]))
+print(json.dumps([before, answer, huggingface_hub.constants.is_offline_mode(), heavy]))
 """
     answer = [CONFIG, {"kind": "hub", "id": ID, "commit": repo.commit}]
-    assert python(code, hub, tmp_path, HF_TOKEN=TOKEN) == [answer, True, []], (
-        "read, while transformers is offline, and not imported"
+    assert python(code, hub, tmp_path, HF_TOKEN=TOKEN) == [answer, answer, True, []], (
+        "read, no torch; and read while transformers is offline"
     )
     assert all(one.headers["authorization"] == f"Bearer {TOKEN}" for one in hub.log)
 
