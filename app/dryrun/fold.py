@@ -206,8 +206,8 @@ class _Fold:
 
     def _size(self, depth: Sequence[Sequence[int]]) -> int:
         """The modules of a run."""
-        all = sum(1 for _ in self.model.modules())
-        return all - sum(sum(g.sizes) - sum(g.sizes[index] for index in kept) for g, kept in zip(self.groups, depth))
+        whole = sum(1 for _ in self.model.modules())
+        return whole - sum(sum(g.sizes) - sum(g.sizes[index] for index in kept) for g, kept in zip(self.groups, depth))
 
     def _depth(self, repeats: int, more: Sequence[set[tuple]] | None = None) -> list[list[int]]:
         extra = more or [set()] * len(self.groups)
@@ -313,8 +313,7 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
                 for index, known in enumerate(facts):
                     known[name] = index % period
     sizes = tuple(sum(1 for entries in lists for _ in entries[index].modules()) for index in range(depth))
-    own = tuple((path, within, attribute) for path, within, attribute in numbers)
-    return Layers(paths, _number(facts), sizes, own)
+    return Layers(paths, _number(facts), sizes, tuple(numbers))
 
 
 def _number(facts: list[dict[Any, Any]]) -> tuple[int, ...]:

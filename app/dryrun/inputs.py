@@ -69,7 +69,7 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
 
 def _refuse_packed(model, ledger: Ledger, batch: dict) -> None:
     """Sequences are packed by their positions, as TRL's and transformers' collators without padding do."""
-    base = _base(model)
+    base = base_of(model)
     if "input_ids" not in batch or "position_ids" not in inspect.signature(type(base).forward).parameters:
         reason = "takes no position_ids"
     elif ledger.images is not None:
@@ -88,7 +88,8 @@ def _positions(length: int) -> torch.Tensor:
     return torch.arange(length) % max(1, -(-length // 2))
 
 
-def _base(model):
+def base_of(model):
+    """The model itself, without PEFT's around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -97,7 +98,7 @@ def _stated(model, job: Job, images: Images | None) -> dict[str, torch.Tensor]:
     b, s = job.batch_size, job.sequence_length or 1
     if b * s > LIMIT:
         return {}
-    base = _base(model)
+    base = base_of(model)
     mask = torch.ones(b, s, dtype=torch.long)
     mask[-1, -1] = int(job.attention_mask != "padded")
     if images is None:

@@ -7,11 +7,10 @@ import contextlib
 import bitsandbytes as bnb
 import torch
 import transformers
-from peft import PeftModel
 
 from app.dryrun import cuda
 from app.dryrun.autocast import Autocast
-from app.dryrun.inputs import make_batch
+from app.dryrun.inputs import base_of, make_batch
 from app.dryrun.model import Weightless, load
 from app.dryrun.scan import FEW, Scans
 from app.dryrun.trace import OTHER, Ledger
@@ -116,7 +115,7 @@ def begin_forward(ledger: Ledger, model, job: Job, step: int, steps: int) -> Non
         ledger.mark("forward", step, "activations")
         return
     ledger.mark(OTHER, steps, "activations")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if job.gradient_checkpointing != "off":
         base.gradient_checkpointing_disable()
         for module in base.modules():  # PEFT asks for them once more: disable_input_require_grads knows the last only

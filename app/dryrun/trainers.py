@@ -14,9 +14,8 @@ from types import MethodType
 import torch
 import transformers
 from accelerate.utils.operations import convert_outputs_to_fp32
-from peft import PeftModel
 
-from app.dryrun.inputs import make_batch
+from app.dryrun.inputs import base_of, make_batch
 from app.dryrun.step import begin_forward, make_optimizer, settle
 from app.dryrun.symbols import stepped
 from app.dryrun.trace import Ledger
@@ -83,7 +82,7 @@ def _loss(model, batch: dict, items) -> torch.Tensor:
     """``Trainer.compute_loss``: the model's own loss, over all items of the accumulated batch if it takes that."""
     extra = (
         {"num_items_in_batch": items}
-        if getattr(_base(model), "accepts_loss_kwargs", True) and items is not None
+        if getattr(base_of(model), "accepts_loss_kwargs", True) and items is not None
         else {}
     )
     outputs = model(**batch, **(extra if _takes_loss_kwargs(model) else {}))
@@ -94,7 +93,7 @@ def _takes_loss_kwargs(model) -> bool:
     """``Trainer.model_accepts_loss_kwargs``: the base model's forward takes keyword arguments."""
     import inspect
 
-    forward = type(_base(model)).forward
+    forward = type(base_of(model)).forward
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
 
 
@@ -105,10 +104,6 @@ def _fused_loss(model, batch: dict, items) -> torch.Tensor:
     for metric in (outputs.label_mask, outputs.entropy.detach(), outputs.is_top1):
         metric.sum()
     return loss
-
-
-def _base(model):
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _groups(model) -> list[dict]:
@@ -155,7 +150,7 @@ def _fused_head(model):
     for (module, name), value in replaced.items():
         setattr(module, name, value)
     try:
-        utils.add_fused_lm_head(_base(model), outputs=("log_probs", "entropy", "is_top1"))
+        utils.add_fused_lm_head(base_of(model), outputs=("log_probs", "entropy", "is_top1"))
         yield
     finally:
         for module, name in replaced:

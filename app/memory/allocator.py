@@ -579,8 +579,7 @@ def _unmap(st, row):
 
 # --- whole streams --------------------------------------------------------------------------------------------
 
-# What is told of a stretch of events: the most allocated after one that takes memory (-1: none does) and which one it
-# is; the most reserved; allocated and reserved at its end
+# What is told of a stretch of events, as Replay has it
 _PEAK, _EVENT, _MOST, _LEFT, _KEPT = range(5)
 
 
@@ -635,27 +634,11 @@ class Replay(NamedTuple):
 
     served: int
     blocks: np.ndarray
-    stretches: np.ndarray
-
-    @property
-    def peak(self) -> np.ndarray:
-        return self.stretches[:, _PEAK]
-
-    @property
-    def event(self) -> np.ndarray:
-        return self.stretches[:, _EVENT]
-
-    @property
-    def most(self) -> np.ndarray:
-        return self.stretches[:, _MOST]
-
-    @property
-    def left(self) -> np.ndarray:
-        return self.stretches[:, _LEFT]
-
-    @property
-    def kept(self) -> np.ndarray:
-        return self.stretches[:, _KEPT]
+    peak: np.ndarray
+    event: np.ndarray
+    most: np.ndarray
+    left: np.ndarray
+    kept: np.ndarray
 
 
 _states: list[_State] = []
@@ -703,7 +686,7 @@ def _replay(st: _State, course: Course, sizes: np.ndarray, rules: _Rules, limite
     first = last if steady is None else int(np.searchsorted(course.cuts, steady.start, side="right")) - 1
     served = serve(0, first, blocks, stretches)
     if steady is None or served < steady.start:
-        return Replay(served, blocks, stretches)
+        return Replay(served, blocks, *stretches.T)
     opened = st.numbers[_OPENED]
     served = serve(first, last, blocks, stretches)
     for _ in range(REPEATS):
@@ -717,7 +700,7 @@ def _replay(st: _State, course: Course, sizes: np.ndarray, rules: _Rules, limite
         if again[first:, _PEAK].max() > stretches[first:, _PEAK].max():
             blocks, stretches = others, again
         stretches[first:, (_MOST, _KEPT)] = again[first:, (_MOST, _KEPT)]
-    return Replay(served, blocks, stretches)
+    return Replay(served, blocks, *stretches.T)
 
 
 @_compiled

@@ -101,7 +101,9 @@ class Columns:
     def which(self, kind: str, op: str | None = None) -> np.ndarray:
         """The allocations of a kind, made by an operator."""
         found = self.kind == KINDS.index(kind)
-        return np.flatnonzero(found if op is None else found & (self.op == self._ops.get(op, -1)))
+        if op is not None:
+            found &= self.op == (self.ops.index(op) if op in self.ops else -1)
+        return np.flatnonzero(found)
 
     def total(self, which: np.ndarray) -> Number:
         """Bytes of these allocations together."""
@@ -117,10 +119,6 @@ class Columns:
         taken = np.count_nonzero(events >= 0)
         columns = {name: vars(self)[name][:taken] for name in ("size", "module", "kind", "op")}
         return replace(self, events=events, marks=self.marks[:end], **columns)
-
-    @property
-    def _ops(self) -> dict[str, int]:
-        return {op: number for number, op in enumerate(self.ops)}
 
 
 Value = TypeVar("Value", bound=Hashable)
