@@ -3,9 +3,11 @@
 import pytest
 
 from app import plan, pretrace
+from app.form import to_job
 from app.job import read_job
 from app.memory.breakdown import read
 from app.memory.profile import Profile
+from app.render.html import EXAMPLES, FIRST_VISIT
 
 JOBS = pretrace.usual_jobs()
 SAMPLE = [job for job in JOBS if job["model"] in ("llama-3.2-1b", "gpt2", "gemma-2-2b")]
@@ -22,8 +24,20 @@ def stored(key: str) -> list[bytes]:
 
 def test_all_usual_jobs_are_there():
     """Not so after a change of the engine: then ``make pretrace``."""
-    missing = [f"{job['model']} {job['method']}" for job in JOBS if not stored(order_of(job)[0])]
+    missing = []
+    for job in JOBS:
+        key, resolved, *_ = order_of(job)
+        point = plan.point_of(resolved)
+        if not any(Profile.load(data).script.holds(*point) for data in stored(key)):
+            missing.append(f"{job['model']} {job['method']}")
     assert missing == [] and plan.PRETRACED.stat().st_size < 8 << 20
+
+
+def test_what_the_page_shows_first_is_among_them():
+    usual = [(order[0], plan.point_of(order[1])) for order in map(order_of, JOBS)]
+    for shown in (FIRST_VISIT, *EXAMPLES.values()):
+        key, resolved, *_ = order_of(to_job(shown.items()))
+        assert (key, plan.point_of(resolved)) in usual
 
 
 @pytest.mark.parametrize("job", SAMPLE, ids=lambda job: f"{job['model']}-{job['method']}")
