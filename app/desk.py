@@ -44,11 +44,15 @@ class _Window:
 
 
 class Desk:
-    """Use cases are run here. ``local_files``: a job's model may be a path on this machine."""
+    """Use cases are run here. ``local_files``: a job's model may be a path on this machine.
+
+    ``aside`` limits what nobody asked for yet: to less at a time than there are traces, so that one who asks finds one.
+    """
 
     def __init__(self, local_files: bool, pool: Pool | None = None):
         self.local_files, self.pool = local_files, pool or Pool()
         self.threads = anyio.CapacityLimiter(THREADS)
+        self.aside = anyio.CapacityLimiter(max(1, self.pool.slots - 1))
         self._tickets: dict[str, Ticket] = {}
 
     @property

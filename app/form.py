@@ -23,12 +23,16 @@ _AMOUNT = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|MiB)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Field:
-    """One field of the job: its dotted name, what it means, and what it takes (``choices``, or a ``kind`` of text)."""
+    """One field of the job: its dotted name, what it means, and what it takes (``choices``, or a ``kind`` of text).
+
+    ``bounds``: the least number, the one that it must be above, and the greatest, as far as there are any.
+    """
 
     name: str
     help: str
     kind: str
     choices: tuple[str, ...]
+    bounds: tuple[float | None, float | None, float | None]
 
 
 @lru_cache(maxsize=1)
@@ -40,7 +44,7 @@ def fields() -> dict[str, Field]:
 
 def _fields(schema: dict, defs: dict, prefix: str) -> Iterable[Field]:
     for name, entry in schema["properties"].items():
-        kinds, choices = [], []
+        kinds, choices, bounds = [], [], (None, None, None)
         for option in entry.get("anyOf", [entry]):
             reference = option.get("$ref", "").rsplit("/", 1)[-1]
             if reference:
@@ -48,13 +52,15 @@ def _fields(schema: dict, defs: dict, prefix: str) -> Iterable[Field]:
                 continue
             choices += option.get("enum", [])
             kinds.append(option.get("type", "string"))
+            if kinds[-1] in ("integer", "number"):
+                bounds = option.get("minimum"), option.get("exclusiveMinimum"), option.get("maximum")
             if option.get("type") == "boolean":
                 choices += ["true", "false"]
         kinds = [kind for kind in kinds if kind != "null"]
         if kinds:
             kind = "array" if "array" in kinds else kinds[-1]
             help = entry.get("description", "").replace("null", "left out").replace("`", "")
-            yield Field(prefix + name, help, kind, tuple(choices))
+            yield Field(prefix + name, help, kind, tuple(choices), bounds)
 
 
 def to_job(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:

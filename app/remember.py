@@ -18,7 +18,10 @@ LIMIT = 16 << 20
 """Bytes of questions and answers."""
 LARGEST = 1 << 16
 """Bytes of a question that is looked up."""
-PATHS = ("/estimate", "/solve", "/advise")
+PARTS = ("changes", "batch_size", "sequence_length")
+"""What the page says beside the answer, part by part: what would make a job fit, and how far it goes."""
+PATHS = dict.fromkeys(("/estimate", "/solve", "/advise"), "POST") | {f"/advice/{part}": "GET" for part in PARTS}
+"""Whose answers are remembered, and how they are asked for."""
 
 
 def keep_if_lasting(scope: Scope, job: Any) -> None:
@@ -31,7 +34,7 @@ def keep_if_lasting(scope: Scope, job: Any) -> None:
 
 
 class Remember:
-    """Middleware: answers to POSTs of :data:`PATHS`."""
+    """Middleware: the answers of :data:`PATHS`."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -39,9 +42,9 @@ class Remember:
         self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+        if scope["type"] != "http" or PATHS.get(scope["path"]) != scope["method"]:
             return await self.app(scope, receive, send)
-        length = dict(scope["headers"]).get(b"content-length", b"")
+        length = dict(scope["headers"]).get(b"content-length", b"0" if scope["method"] == "GET" else b"")
         if not length.isdigit() or int(length) > LARGEST:
             return await self.app(scope, receive, send)
         first = await receive()

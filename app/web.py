@@ -33,7 +33,7 @@ from app.desk import Desk
 from app.errors import PlanError
 from app.form import to_job
 from app.job import Job, read_job
-from app.remember import Remember, keep_if_lasting
+from app.remember import PARTS, Remember, keep_if_lasting
 from app.render import accuracy, html
 from app.render.table import to_csv
 from app.workers import Busy
@@ -47,6 +47,9 @@ PROBES_WAITING = 2
 BATCH_LIMIT = 1000
 HUB_LIMIT = 20
 """Models that the Hub's search is asked for."""
+LENGTHS = 8
+"""Tokens: the page's longest sequence is a multiple of it, as kernels and collators like them. Other lengths run
+otherwise, and are traced otherwise: to the single token the search takes up to three times as long."""
 ADDRESS_LIMIT = 8000
 """Characters of a page's address: browsers, proxies and chats take that much. A form that is longer is posted."""
 STATIC = Path(__file__).parents[1] / "static"
@@ -387,14 +390,16 @@ def _add_page(app: FastAPI, desk: Desk) -> None:
         address, posted = _address(values)
         answer, more, problem = None, {}, None
         try:
+            if not values.keys() & {"model", "config"}:
+                raise PlanError("no model is named", "choose one of the list, or paste its config.json", "model")
             job = to_job(pairs)
             desk.admit()
             answer = await desk.plan(job, request)
-            if advised:
-                more = await _advise(desk, job, answer, request)
+            for part in html.parts_of(answer) if advised else ():
+                more[part] = await _part(desk, part, job, answer, request)
         except PlanError as error:
             problem = error
-        return html.View(values, answer, problem, address, str(request.base_url), posted, **more)
+        return html.View(values, answer, problem, address, str(request.base_url), posted, more)
 
     async def respond(request: Request, pairs: list[tuple[str, str]], advised: bool = False) -> Response:
         """An error is rendered at its field, the rest of the form kept."""
@@ -417,6 +422,19 @@ def _add_page(app: FastAPI, desk: Desk) -> None:
     @app.get("/advice", include_in_schema=False)
     async def page_with_advice(request: Request) -> Response:
         return await respond(request, request.query_params.multi_items(), advised=True)
+
+    @app.get("/advice/{part}", include_in_schema=False)
+    async def part_of_advice(request: Request, part: Literal[PARTS]) -> Response:
+        """One part of it alone: what the page asks for by itself once its answer is there."""
+        pairs = request.query_params.multi_items()
+        job, values = to_job(pairs), _given(pairs)
+        desk.admit()
+        async with desk.aside:
+            answer = await desk.plan(job, request)
+            found = await _part(desk, part, job, answer, request)
+        keep_if_lasting(request.scope, job)
+        view = html.View(values, answer, None, _address(values)[0], str(request.base_url), more={part: found})
+        return HTMLResponse(html.part(view, part))
 
     @app.get("/alive", include_in_schema=False)
     async def alive_then(request: Request, event: int) -> Response:
@@ -503,16 +521,12 @@ def _compact(config: str) -> str:
         return config
 
 
-async def _advise(desk: Desk, job: dict, answer: dict, request: Request) -> dict:
-    """What would make a job fit, and how far it goes on its card: the fields of a view."""
-    limit = {"memory_limit_bytes": answer["fits"][0]["limit"]}
-    fields = ["batch_size", "sequence_length"][: 2 if answer["job"]["sequence_length"] else 1]
-    return {
-        "advice": await desk.run(advise, job, request),
-        "largest": {
-            field: (await desk.run(partial(solve, target=field), {**job, **limit}, request))[field] for field in fields
-        },
-    }
+async def _part(desk: Desk, part: str, job: dict, answer: dict, request: Request) -> Any:
+    """A part of the advice on a job that names a card: what would make it fit, or how far one of its fields goes."""
+    if part == "changes":
+        return await desk.run(advise, job, request)
+    limit = {"memory_limit_bytes": answer["fits"][0]["limit"], "multiple_of": LENGTHS if part != "batch_size" else 1}
+    return (await desk.run(partial(solve, target=part), {**job, **limit}, request))[part]
 
 
 async def _posted(request: Request) -> list[tuple[str, str]]:

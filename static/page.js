@@ -20,6 +20,7 @@
     }
   };
   form.addEventListener("input", changed);
+  form.addEventListener("input", () => rest());
   form.addEventListener("change", changed);
 
   async function read(input) {
@@ -45,41 +46,90 @@
   });
 
   // While a step runs: what is being done, for how long, and a way out. What was typed stays. A request has a ticket by
-  // which the server is asked about it; a new one ends the one before, be it of the form or for advice.
-  let asking, clock, again;
+  // which the server is asked about it; a new one ends the one before.
+  const ticket = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("");
+  let asking, again;
   document.addEventListener("htmx:before:request", ({ detail: { ctx } }) => {
-    if (asking && asking.ctx.sourceElement !== ctx.sourceElement) cancel();
-    clearInterval(clock);
+    asking?.over();
     clearTimeout(again);
-    const ticket = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("");
-    ctx.request.headers["X-Ticket"] = ticket;
-    asking = { ctx, ticket, start: performance.now() };
-    byId("doing").textContent = "Running the step";
-    byId("elapsed").textContent = "";
+    const name = (ctx.request.headers["X-Ticket"] = ticket());
     byId("result").setAttribute("aria-busy", "true");
-    clock = setInterval(follow, 250, asking);
+    asking = { ctx, over: follow(name, byId("doing"), byId("elapsed"), "Running the step") };
   });
   document.addEventListener("htmx:finally:request", ({ detail: { ctx } }) => {
     if (asking?.ctx !== ctx) return;
-    clearInterval(clock);
+    asking.over();
     asking = null;
     byId("result").removeAttribute("aria-busy");
+    rest();
   });
 
-  async function follow(mine) {
-    byId("elapsed").textContent = `${((performance.now() - mine.start) / 1000).toFixed(1)} s`;
-    const said = await fetch(`/progress/${mine.ticket}`).then((answer) => answer.json()).catch(() => ({}));
-    if (mine !== asking || said.state === "done") return;
-    const doing = said.doing && said.doing[0].toUpperCase() + said.doing.slice(1);
-    byId("doing").textContent = said.line ? `In line, place ${said.line}` : doing || "Running the step";
+  function follow(name, doing, elapsed, first) {
+    const start = performance.now();
+    let over = false;
+    doing.textContent = first;
+    elapsed.textContent = "";
+    const clock = setInterval(async () => {
+      elapsed.textContent = `${((performance.now() - start) / 1000).toFixed(1)} s`;
+      const said = await fetch(`/progress/${name}`).then((answer) => answer.json()).catch(() => ({}));
+      if (over || said.state === "done") return;
+      doing.textContent = said.line ? `In line, place ${said.line}` : said.doing ? upper(said.doing) : first;
+    }, 250);
+    return () => clearInterval(clock, (over = true));
   }
 
-  const cancel = () => asking.ctx.sourceElement.dispatchEvent(new Event("htmx:abort"));
+  const upper = (text) => text[0].toUpperCase() + text.slice(1);
+
   byId("cancel").addEventListener("click", () => {
     if (!asking) return;
-    cancel();
+    form.dispatchEvent(new Event("htmx:abort"));
     announce("Cancelled. The answer is that of the job before.");
   });
+
+  // Once nobody has typed for a moment, the advice is asked for, part by part, each in its place. An edit ends it.
+  let aside = new AbortController(), resting;
+  function rest(wait = 600) {
+    aside.abort();
+    clearTimeout(resting);
+    resting = setTimeout(advise, wait);
+  }
+
+  async function advise() {
+    const section = byId("advice");
+    const parts = section?.querySelectorAll("[data-ask]") ?? [];
+    if (asking || !parts.length) return; // an answer that is on its way comes here again
+    const mine = (aside = new AbortController());
+    section.setAttribute("aria-busy", "true");
+    section.querySelector("button").onclick = () => mine.abort("stopped");
+    let ended = ": done.";
+    for (const part of parts) {
+      const trouble = await fill(part, mine.signal, section);
+      if (mine.signal.aborted && mine.signal.reason !== "stopped") return;
+      if (!trouble) continue;
+      const retry = document.createElement("button");
+      Object.assign(retry, { type: "button", className: "quiet", textContent: "Go on", onclick: () => rest(0) });
+      part.replaceChildren(`${trouble} `, retry);
+      ended = `: ${trouble}`;
+      break;
+    }
+    section.removeAttribute("aria-busy");
+    announce(section.querySelector("h2").textContent + ended);
+  }
+
+  // The part takes its place; else, why not.
+  async function fill(part, signal, section) {
+    const name = ticket();
+    const over = follow(name, section.querySelector(".doing"), section.querySelector(".elapsed"), "Working it out");
+    try {
+      const answer = await fetch(part.dataset.ask, { signal, headers: { "X-Ticket": name } });
+      if (answer.ok) part.outerHTML = await answer.text();
+      else return `This could not be worked out: ${(await answer.json()).error.message}.`;
+    } catch {
+      return signal.aborted ? "Stopped." : "The server does not answer.";
+    } finally {
+      over();
+    }
+  }
 
   // A server with too many visitors is asked again; what it does not take at all can only be the config.
   form.addEventListener("htmx:before:response", async (event) => {
@@ -107,12 +157,15 @@
 
   // Names are completed from a list: the keys of https://www.w3.org/WAI/ARIA/apg/patterns/combobox/
   const sources = {
-    "/models": async (q) =>
-      (await (await fetch(`/models?limit=12&q=${encodeURIComponent(q)}`)).json()).map((model) => [
+    "/models": async (q) => {
+      const answer = await fetch(`/models?limit=12&q=${encodeURIComponent(q)}`);
+      const silent = q && answer.headers.get("hub-search") === "unanswered";
+      return (await answer.json()).map((model) => [
         model.id,
         [model.parameters && `${(model.parameters / 1e9).toPrecision(3)} B`, model.source === "hub" && "on the Hub"]
           .filter(Boolean).join(", "),
-      ]),
+      ]).concat(silent ? [["", "The Hub does not answer: these are the built-in models."]] : []);
+    },
     "/gpus": async (q) => {
       sources.gpus ??= await (await fetch("/gpus")).json();
       const words = q.toLowerCase().split(/[\s-]+/).filter(Boolean);
@@ -127,7 +180,7 @@
     input.removeAttribute("list"); // the browser's own, for where there is no script
     Object.assign(input, { role: "combobox", ariaAutoComplete: "list", ariaExpanded: "false" });
     input.setAttribute("aria-controls", list.id);
-    const options = () => [...list.children];
+    const options = () => [...list.querySelectorAll("[data-value]")];
     let asked = 0;
 
     function close() {
@@ -157,7 +210,8 @@
       list.replaceChildren(...found.map(([value, note], i) => {
         const option = document.createElement("li");
         Object.assign(option, { id: `${list.id}-${i}`, role: "option", ariaSelected: "false" });
-        option.dataset.value = value;
+        if (value) option.dataset.value = value;
+        else option.ariaDisabled = "true"; // it only says something
         const said = document.createElement("span");
         said.textContent = note;
         option.append(value, " ", said);
@@ -173,7 +227,7 @@
     input.addEventListener("blur", close);
     list.addEventListener("pointerdown", (event) => {
       event.preventDefault();
-      const option = event.target.closest("[role=option]");
+      const option = event.target.closest("[data-value]");
       if (option) choose(option);
     });
     input.addEventListener("keydown", (event) => {
@@ -257,4 +311,5 @@
 
   form.querySelectorAll("[data-source]").forEach(combobox);
   timeline();
+  rest();
 })();

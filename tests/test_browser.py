@@ -141,17 +141,38 @@ def test_what_is_being_done_is_said_and_can_be_cancelled(tab):
     expect(page.locator(".job").first).to_contain_text("batch 1 × 64")
 
 
-def test_advice_for_the_job_before_is_given_up(tab):
+def test_advice_comes_by_itself_and_an_edit_ends_it(tab):
     page = tab()
-    page.goto(address(gpu="1GiB"))
-    page.route("**/advice?*", lambda route: None)
+    page.route("**/advice/*", lambda route: None)
     page.route("**/progress/*", lambda route: route.fulfill(json={"state": "done"}))
-    with page.expect_request("**/advice?*"):
-        page.locator("a.ask").click()
+    with page.expect_request("**/advice/changes?*"):
+        page.goto(address(gpu="1GiB", batch_size="16", sequence_length="512"))
+    expect(page.locator("#advice")).to_have_attribute("aria-busy", "true")
     with page.expect_event("requestfailed", lambda request: "/advice" in request.url):
-        page.get_by_label("Batch size").fill("2")
-    expect(page.locator(".job").first).to_contain_text("batch 2 × 64")
-    expect(page.locator("a.ask")).to_have_attribute("href", re.compile("batch_size=2"))
+        page.get_by_label("Batch size").fill("15")
+    expect(page.locator(".job").first).to_contain_text("batch 15 × 512")
+    with page.expect_request("**/advice/changes?*batch_size=15*"):
+        pass
+    expect(page.locator("#announce")).to_contain_text("Does not fit")
+
+
+def test_advice_that_does_not_come_says_why_and_can_be_asked_for_again(tab):
+    page = tab()
+    why = {"error": {"message": "too many jobs are waiting here", "hint": ""}}
+    page.route("**/advice/*", lambda route: route.fulfill(status=503, json=why))
+    page.goto(address())
+    expect(page.locator("#advice")).to_contain_text("could not be worked out: too many jobs are waiting here.")
+    page.unroute("**/advice/*")
+    page.route("**/advice/*", lambda route: None)
+    page.route("**/progress/*", lambda route: route.fulfill(json={"state": "done"}))
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#advice")).to_contain_text("Stopped.")
+    page.unroute("**/advice/*")
+    page.get_by_role("button", name="Go on").click()
+    expect(page.locator("#advice .largest li a").first).to_be_visible()
+    expect(page.locator("#advice [data-ask]")).to_have_count(0)
+    expect(page.locator("#announce")).to_have_text("How far it goes: done.")
 
 
 def test_an_error_appears_at_its_field_as_one_types_and_goes_again(tab):
@@ -159,7 +180,7 @@ def test_an_error_appears_at_its_field_as_one_types_and_goes_again(tab):
     page.goto(address())
     box = page.get_by_label("Batch size")
     box.fill("-1")
-    expect(page.locator("#e-batch_size")).to_contain_text("greater than or equal to 1")
+    expect(page.locator("#e-batch_size")).to_have_text("Batch size takes a whole number from 1 on, not -1")
     expect(box).to_have_attribute("aria-invalid", "true")
     expect(page.locator("#announce")).to_contain_text("Cannot say")
     box.fill("1")
@@ -183,19 +204,43 @@ def test_a_pasted_config_is_planned_as_one_types(tab):
     expect(page.get_by_label("Length", exact=True)).to_have_value("64")
 
 
+MISFIT = {
+    "config": json.dumps(LLAMA),
+    "method": "full",
+    "gpu": "590MiB",
+    "batch_size": "64",
+    "sequence_length": "64",
+}
+
+
 def test_advice_is_listed_in_place(tab):
     page = tab()
-    asked = {
-        "config": json.dumps(LLAMA),
-        "method": "full",
-        "gpu": "590MiB",
-        "batch_size": "64",
-        "sequence_length": "64",
-    }
-    page.goto("/?" + urlencode(asked))
+    page.goto("/?" + urlencode(MISFIT))
+    expect(page.locator("#advice .changes li").first).to_be_visible()
+    expect(page.locator("#advice [data-ask]")).to_have_count(0)
+    expect(page).to_have_url(re.compile("sequence_length=64$"))
+    page.locator("#advice .changes a").first.click()
+    expect(page.locator("h1")).to_contain_text(re.compile("Fits|Tight"))
+
+
+def test_without_javascript_advice_is_a_link(tab):
+    page = tab(java_script_enabled=False)
+    page.goto("/?" + urlencode(MISFIT))
+    expect(page.get_by_text("is the largest batch")).to_be_hidden()
     page.locator("a.ask").click()
     expect(page.locator("#advice .changes li").first).to_be_visible()
-    expect(page).to_have_url(re.compile("sequence_length=64$"))
+    expect(page.get_by_text("the largest batch")).to_be_visible()
+
+
+def test_a_hub_that_does_not_answer_is_told_where_models_are_sought(tab):
+    page = tab()
+    page.goto(address())
+    rows = [{"id": "gpt2", "source": "catalogue", "parameters": 124439808, "model_type": "gpt2", "aliases": []}]
+    page.route("**/models?*", lambda route: route.fulfill(json=rows, headers={"hub-search": "unanswered"}))
+    page.get_by_label("Model", exact=True).press_sequentially("x")
+    expect(page.get_by_role("listbox", name="Suggestions")).to_contain_text("The Hub does not answer")
+    page.keyboard.press("ArrowUp")
+    expect(page.locator("#l-model [aria-selected=true]")).to_contain_text("gpt2")
 
 
 def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
@@ -342,6 +387,10 @@ def test_the_first_screen_is_small_and_does_not_move(tab, width):
     assert sum(size for _, size in sent) <= 250_000, sent
     page.evaluate(TO_PAINT, ["f-batch_size", "2"])
     assert page.evaluate("window.shift") < 0.1
+    for asked in (address(), "/?" + urlencode(MISFIT)):
+        page.goto(asked)
+        expect(page.locator("#advice [data-ask]")).to_have_count(0)
+        assert page.evaluate("window.shift") < 0.1
 
 
 # For everybody.

@@ -141,20 +141,28 @@ def test_the_first_visit_shows_a_real_answer(client, monkeypatch):
 @pytest.mark.parametrize(
     "change, control, message",
     [
-        ({"batch_size": "-1"}, "batch_size", "greater than or equal to 1"),
+        ({"batch_size": "-1"}, "batch_size", "Batch size takes a whole number from 1 on, not -1"),
+        ({"batch_size": "9" * 9}, "batch_size", "Batch size takes a whole number up to 10,000,000, not 999999999"),
+        ({"batch_size": "1.5"}, "batch_size", "Batch size takes a whole number from 1 on, not 1.5"),
         ({"sequence_length": "5000"}, "sequence_length", "2048"),
         ({"gpu": "t44"}, "gpu", "no GPU called"),
-        ({"lora.r": "0"}, "lora.r", "greater than or equal to 1"),
+        ({"lora.r": "0"}, "lora.r", "Rank takes a whole number from 1 on, not 0"),
+        ({"lora.alpha": "0"}, "lora.alpha", "Alpha takes a number above 0, not 0"),
+        ({"lora.dropout": "2"}, "lora.dropout", "Dropout takes a number up to 1, not 2"),
+        ({"image_size": "1"}, "image_size", "Image size cannot be 1"),
+        ({"attention_mask": "some"}, "attention_mask", "Attention mask takes absent, full, padded or packed, not some"),
+        ({"model": " "}, "model", "no model is named"),
         ({"lora.target_modules": "nope"}, "lora.r", "nope"),
         ({"optimizer": "adam"}, "optimizer", "adam"),
-        ({"batchsize": "2"}, None, "unknown field `batchsize`"),
+        ({"batchsize": "2"}, None, "unknown field “batchsize”"),
     ],
 )
 def test_an_error_stands_at_its_field_and_the_rest_of_the_form_is_kept(client, change, control, message):
     response = client.get("/", params={**ADDRESS, **change})
     assert response.status_code == 422
     tags = Tags(response.text)
-    assert message in response.text and 'value="pythia-70m"' in response.text
+    assert message in response.text
+    assert 'value="pythia-70m"' in response.text or "model" in change
     wrong = [c["name"] for c in tags.all("input", "select", "textarea") if c.get("aria-invalid")]
     assert wrong == ([control] if control else [])
     if control:
@@ -194,6 +202,28 @@ def test_changes_that_make_it_fit_are_one_click_each(client):
     for change in changes:
         assert re.search("</svg>(Fits|Tight)", client.get(change.replace("&amp;", "&")).text)
     assert "What would make it fit" not in client.get("/", params=ADDRESS).text
+
+
+def test_advice_comes_in_parts_and_is_remembered(client, monkeypatch):
+    places = [tag["data-ask"] for tag in Tags(client.get("/", params=SMALL).text).all("div", "li") if "data-ask" in tag]
+    assert [urlsplit(place).path for place in places] == [
+        "/advice/changes",
+        "/advice/batch_size",
+        "/advice/sequence_length",
+    ]
+    parts = [client.get(place).text for place in places]
+    assert all(Tags(part).open == [] and "<html" not in part for part in parts)
+    assert '<ul class="changes">' in parts[0] and "the largest batch" in parts[1] and "tokens" in parts[2]
+    whole = client.get("/advice?" + urlsplit(places[0]).query).text
+    assert all(part.strip() in whole for part in parts)
+    monkeypatch.setattr(desk, "plan", lambda *_, **__: pytest.fail("planned again"))
+    assert [client.get(place).text for place in places] == parts
+
+
+def test_a_part_that_cannot_be_says_why_as_json(client):
+    wrong = client.get("/advice/changes", params={**SMALL, "batch_size": "-1"})
+    assert wrong.status_code == 422 and wrong.json()["error"]["field"] == "batch_size"
+    assert client.get("/advice/nothing", params=SMALL).status_code == 422
 
 
 def test_the_largest_batch_and_length_are_links(client):

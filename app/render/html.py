@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from app import __version__
 from app.catalog.gpus import all_gpus
 from app.catalog.models import MODELS
 from app.errors import PlanError
-from app.form import fields, to_job, to_pairs
+from app.form import Field, fields, to_job, to_pairs
 from app.render import accuracy as rows
 from app.render import words
 from app.render.words import GIB
@@ -127,8 +128,9 @@ LISTS = {"model": "models", "gpu": "gpus"}
 class View:
     """What a page is made of: the form's ``values``, and either an ``answer`` or a ``problem``.
 
-    ``advice`` is what :func:`app.service.advise` says, ``largest`` what fits by field. ``address`` is the job as a
-    query string; ``posted`` tells that the form holds a config that is too long for one.
+    ``address`` is the job as a query string; ``posted`` tells that the form holds a config that is too long for one.
+    ``more`` has what is known of :func:`parts_of` the answer: what :func:`app.advice.advise` says, and the largest that
+    fits by field.
     """
 
     values: dict[str, str]
@@ -137,8 +139,7 @@ class View:
     address: str
     base_url: str
     posted: bool = False
-    advice: dict | None = None
-    largest: dict[str, int] | None = None
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class Control(NamedTuple):
@@ -226,6 +227,22 @@ def page(view: View, live: bool = False) -> str:
     return _rendered(name, view=view, title=said(view), what=about, **_controls(view))
 
 
+def parts_of(answer: dict) -> list[str]:
+    """What there is to say beside an answer, in the order of the page: what would make the job fit its card, or
+    what its merged model takes; how many sequences it holds, how long they may be."""
+    if words.asked_card(answer) is None:
+        return []
+    largest = ["batch_size", "sequence_length"][: 2 if answer["job"]["sequence_length"] else 1]
+    if words.state(answer) == "does_not_fit":
+        return ["changes", *largest]
+    return [*largest, "changes"] if answer["job"]["lora"] else largest
+
+
+def part(view: View, name: str) -> str:
+    """One part of the advice."""
+    return _rendered("advice_part.html", view=view, name=name)
+
+
 def holders(found: list[dict]) -> str:
     """What is alive by module, for the timeline's readout."""
     return _rendered("alive.html", holders=found)
@@ -233,7 +250,54 @@ def holders(found: list[dict]) -> str:
 
 def said(view: View) -> str:
     """The verdict, or why there is none."""
-    return words.verdict(view.answer) if view.answer else f"Cannot say: {view.problem.message}"
+    return words.verdict(view.answer) if view.answer else f"Cannot say: {told(view).message}"
+
+
+_REFUSED = re.compile(r"`(?P<field>[a-z_]+(\.[a-z_]+)?)(\.\d+)?`: .* \(got .*\)", re.DOTALL)
+"""How :func:`app.job.read_job` says that a value is none of its field's."""
+_NAMED = re.compile(r"`([^`]+)`")
+
+
+def told(view: View) -> PlanError | None:
+    """The view's problem in a person's words: a value that its field does not take beside what it takes, and fields by
+    their labels. The API has the problem's own."""
+    problem, values = view.problem, view.values
+    if problem is None:
+        return None
+    found = _REFUSED.fullmatch(problem.message)
+    name = found["field"] if found else None
+    if name in fields() and name in values:
+        field, text = fields()[name], _shown(values[name])
+        hint = problem.hint if problem.hint.startswith("did you mean") else ""
+        if field.kind in ("array", "string") and not field.choices:
+            return PlanError(f"{_label(name)} cannot be {text}", hint or field.help, name)
+        return PlanError(f"{_label(name)} takes {_taken(field, values[name])}, not {text}", hint, name)
+    message, hint = (
+        _NAMED.sub(lambda word: _label(word[1]) if word[1] in fields() else f"“{word[1]}”", text)
+        for text in (problem.message, problem.hint)
+    )
+    return PlanError(message, hint, problem.field, problem.weights)
+
+
+def _taken(field: Field, text: str) -> str:
+    """What a field takes, as far as ``text`` is not that."""
+    if field.choices:
+        return f"{', '.join(field.choices[:-1])} or {field.choices[-1]}"
+    kind = {"integer": "a whole number", "number": "a number"}[field.kind]
+    least, above, most = field.bounds
+    with suppress(ValueError):
+        if most is not None and float(text) > most:
+            return f"{kind} up to {most:,}"
+    return f"{kind} above {above:g}" if above is not None else kind if least is None else f"{kind} from {least:g} on"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def _label(name: str) -> str:
+    """What a field is called on the page."""
+    return LABELS.get(name) or name.split(".")[-1].replace("_", " ").capitalize()
 
 
 def comparison(views: list[View], problem: PlanError | None, base_url: str) -> str:
@@ -293,11 +357,13 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    templates.filters |= {"size": words.size, "number": words.number, "glued": _glued}
+    templates.filters |= {"size": words.size, "number": words.number, "glued": glued}
     templates.globals |= {
         "version": __version__,
         "words": words,
         "said": said,
+        "told": told,
+        "parts_of": parts_of,
         "titles": TITLES,
         "bar_of": bar,
         "timeline": timeline,
@@ -315,31 +381,31 @@ def _templates() -> Environment:
     return templates
 
 
-def _glued(text: str) -> str:
+def glued(text: str) -> str:
     """A sentence whose amounts are not broken before their unit."""
     return text.replace(" GiB", "\u00a0GiB")
 
 
 def _controls(view: View) -> dict[str, Any]:
     controls = {name: _control(name, view) for names in (MAIN, *FOLDED.values()) for name in names}
-    at = _control_of(view.problem, controls)
+    problem = told(view)
+    at = _control_of(problem, controls)
     if at:
-        controls[at] = controls[at]._replace(error=view.problem.message)
-    elif view.problem and view.problem.field == "config":
+        controls[at] = controls[at]._replace(error=problem.message)
+    elif problem and problem.field == "config":
         at = "config"
     folded = []
     for title, names in FOLDED.items():
         group = [controls[name] for name in names]
         folded.append((title, group, any(control.value or control.error for control in group)))
-    return {"main": [controls[name] for name in MAIN], "folded": folded, "error_at": at}
+    return {"main": [controls[name] for name in MAIN], "folded": folded, "error_at": at, "problem": problem}
 
 
 def _control(name: str, view: View) -> Control:
     field = fields()[name]
-    label = LABELS.get(name) or name.split(".")[-1].replace("_", " ").capitalize()
     return Control(
         name=name,
-        label=label,
+        label=_label(name),
         help=HELP.get(name, field.help),
         choices=field.choices if field.kind != "array" else (),
         numeric=field.kind in ("integer", "number"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from app.render import words
-from app.render.html import WHAT, View, bar, said
+from app.render.html import WHAT, View, bar, glued, said
 
 STATIC = Path(__file__).parents[2] / "static"
 SIZE = (1200, 630)
@@ -27,7 +27,7 @@ def png(view: View) -> bytes:
     draw.rectangle((0, 0, SIZE[0], 14), _colour("k-weights"))
     answer = view.answer
     state = words.state(answer) if answer else "does_not_fit"
-    _paragraph(draw, said(view), 56, {"fits": "ok", "tight": "tight", "does_not_fit": "bad"}.get(state, "ink"))
+    _paragraph(draw, glued(said(view)), 56, {"fits": "ok", "tight": "tight", "does_not_fit": "bad"}.get(state, "ink"))
     if answer:
         _bar(draw, answer)
         name = f"{words.model_name(answer)}, {words.number(answer['model']['parameters'])} parameters"
@@ -52,7 +52,7 @@ def _paragraph(draw: ImageDraw.ImageDraw, text: str, top: int, colour: str) -> N
 
 def _lines(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
     lines = [""]
-    for word in text.split():
+    for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > _RIGHT - _LEFT:
             lines.append(word)

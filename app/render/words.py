@@ -208,10 +208,10 @@ def card_name(key: str) -> str:
 
 
 def largest(field: str, value: int) -> str:
-    """What the largest value of a field that fits is."""
+    """What the largest value of a field that fits is; of lengths, only multiples of eight were tried."""
     if field == "batch_size":
         return "is the largest batch at this length" if value else "No batch fits at this length"
-    return "tokens are the longest sequence at this batch size" if value else "No length fits at this batch size"
+    return "tokens are the longest at this batch size" if value else "No eight tokens fit at this batch size"
 
 
 def operator(module: str, op: str) -> str:
@@ -271,6 +271,19 @@ def phases(answer: dict) -> list[dict]:
 def options(advice: dict) -> list[dict]:
     """The changes that make a job fit: single ones, else the pair that does."""
     return advice["suggestions"] or ([advice["pair"]] if advice["pair"] else [])
+
+
+def option_title(option: dict) -> str:
+    """What a change is called, with the number or the card that it sets."""
+    change = option["change"]
+    told = [
+        f"{change[name]}{unit}" for name, unit in (("batch_size", ""), ("sequence_length", " tokens")) if name in change
+    ]
+    if "gradient_accumulation_steps" in change:
+        told[0] = f"{change['gradient_accumulation_steps']} × batch {told[0]}"
+    told += [find_gpu(change["gpu"]).name] if "gpu" in change else []
+    title = option["title"][:1].upper() + option["title"][1:]
+    return f"{title}: {', '.join(told)}" if told else title
 
 
 def split_path(path: str) -> tuple[str, str]:
