@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from app.errors import PlanError
+from app.errors import PlanError, Unanswered
 
 log = logging.getLogger("vramplan")
 
@@ -76,7 +76,7 @@ def recorded(path: str) -> tuple[dict, Any]:
 def _told(use_case: Callable[[], Any]) -> Any:
     try:
         return use_case()
-    except PlanError:
+    except (PlanError, Unanswered):
         raise
     except Exception as error:
         log.debug("planning failed", exc_info=True)

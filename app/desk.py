@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from app.batch import plan
 from app.catalog.models import find_model
-from app.errors import PlanError
+from app.errors import PlanError, Unanswered
 from app.job import Job
 from app.plan import Kernels, tracer
 from app.workers import LINE, Abandoned, Busy, Pool, Ticket
@@ -37,7 +37,10 @@ class _Window:
     alone = False
 
     def trace(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> bytes:
-        return self.pool.trace(part, key, job, config, kernels, self.ticket)
+        try:
+            return self.pool.trace(part, key, job, config, kernels, self.ticket)
+        except (Abandoned, Busy) as error:
+            raise Unanswered(error) from None
 
     def later(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> None:
         self.pool.later(part, key, job, config, kernels)
@@ -88,7 +91,10 @@ class Desk:
                 if ticket.left:
                     raise Abandoned
                 tracer.set(_Window(self.pool, ticket))
-                return use_case(job)
+                try:
+                    return use_case(job)
+                except Unanswered as given_up:
+                    raise given_up.error from None
 
             return await anyio.to_thread.run_sync(served, limiter=self.threads)
 

@@ -29,6 +29,17 @@ class PlanError(Exception):
         return out
 
 
+class Unanswered(Exception):
+    """What was asked was given up before there was an answer, for a reason that is not the job's: ``error`` tells it.
+
+    No :class:`PlanError`: a search takes those for answers, and would find less than there is.
+    """
+
+    def __init__(self, error: PlanError):
+        super().__init__(error.message)
+        self.error = error
+
+
 def near(word: str, words: Iterable[str]) -> str:
     """The hint for a word that is none of ``words``: the nearest of them, else all."""
     words = list(words)

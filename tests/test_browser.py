@@ -108,6 +108,9 @@ def test_typing_replaces_the_answer_and_the_address(tab):
     # The document is loaded anew; until its stylesheet is there, its text is that of what is hidden, too.
     expect(page.locator("#result")).to_have_text(shown, use_inner_text=True)
     expect(page.get_by_label("Batch size")).to_have_value("3")
+    page.go_forward()
+    expect(page.locator(".job").first).to_contain_text("qlora")
+    expect(page.get_by_label("QLoRA")).to_be_checked()
 
 
 def test_the_last_thing_typed_wins(tab):
@@ -279,6 +282,92 @@ def test_a_keyboard_reaches_the_answer_first(tab):
     expect(page.get_by_text("Skip to the answer")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.locator("#result")).to_be_focused()
+
+
+FOCUS = """
+() => {
+  const it = document.activeElement;
+  if (it === document.body) return ["", true];
+  const style = getComputedStyle(it.matches(".segmented input") ? it.nextElementSibling : it);
+  return [it.id || it.ariaLabel || it.textContent.trim(), style.outlineStyle !== "none" && parseFloat(style.outlineWidth) > 0];
+}
+"""
+"""What has the focus, and whether that is seen."""
+
+
+def test_by_keyboard_alone_a_job_is_asked_and_its_answer_read(tab):
+    page = tab()
+    page.goto(address())
+    expect(page.locator("#advice [data-ask]")).to_have_count(0)
+    seen = []
+    while not seen or seen[-1][0] and len(seen) < 200:
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate(FOCUS))
+    assert [name for name, visible in seen if not visible] == []
+    order = [name for name, _ in seen]
+    wanted = ["f-model", "f-method-lora", "f-gpu", "f-batch_size", "f-sequence_length", "Plan", "Training"]
+    found = [order.index(name) for name in wanted]
+    assert found == sorted(found) and order.index("The phases as a table") > found[-1]
+    page.get_by_label("Model", exact=True).focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("pythia-160")
+    expect(page.locator("#l-model [data-value]").first).to_contain_text("pythia-160m")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator(".job").first).to_contain_text("pythia-160m")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(".job").first).to_contain_text("full · batch 1 × 64")
+    page.locator("summary", has_text="The phases as a table").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("table.phases")).to_be_visible()
+    page.get_by_role("checkbox", name="gpt_neox.layers").focus()
+    page.keyboard.press("Space")
+    expect(page.get_by_role("row", name=re.compile("^mlp.dense_h_to_4h"))).to_be_visible()
+
+
+def test_behind_the_pictures_are_tables(tab):
+    """Every moment of both steps by kind, and every module with what it weighs and keeps either way."""
+    page = tab()
+    page.goto(address())
+    drawn = page.locator("svg.time text.step").all_text_contents()
+    phases = page.locator("table.phases tbody tr")
+    assert drawn == ["Load", "First step", "Steady step"]
+    assert {row.locator("th").text_content() for row in phases.all()} == set(drawn)
+    kinds = page.locator("table.phases thead th").all_text_contents()
+    assert {"Weights", "Adapters", "Activations", "Gradients", "Optimizer state"} <= set(kinds)
+    columns = page.locator("table.layers thead th").all_text_contents()
+    assert columns == ["Module", "Parameters", "Weights", "Weights as NF4", "as NF4, double", "Adapters",
+                       "Gradients", "Optimizer", "Activations", "Activations, checkpointed"]  # fmt: skip
+    together = page.locator("table.layers tfoot td").all_text_contents()
+    assert all(re.fullmatch(r"[\d.]+ [KMG]iB", cell) for cell in together[1:])
+
+
+def test_results_are_added_side_by_side_by_their_links(tab):
+    page = tab()
+    page.goto(address())
+    link = page.url
+    page.get_by_role("link", name="beside another").click()
+    for method in ("qlora", "full"):
+        page.get_by_label("Link of another result").fill(link.replace("method=lora", f"method={method}"))
+        page.get_by_role("button", name="Add").click()
+        expect(page.locator("table.compare tr.asked td").last).to_contain_text(method)
+    expect(page.locator("table.compare thead a")).to_have_count(3)
+    expect(page.locator("table.compare tr.said strong")).to_have_text([re.compile("Fits a Tesla T4")] * 3)
+    page.get_by_role("link", name="Take away 2").click()
+    expect(page.locator("table.compare tr.asked td")).to_have_text([re.compile("^lora"), re.compile("^full")])
+
+
+def test_on_paper_is_the_answer_without_the_form(tab):
+    page = tab(viewport={"width": 794, "height": 1123})
+    page.goto(address())
+    expect(page.locator("#advice [data-ask]")).to_have_count(0)
+    page.emulate_media(media="print")
+    for kept in ("h1", ".bar", "svg.time", "table.layers .inside >> nth=0"):
+        expect(page.locator(kept).first).to_be_visible()
+    for left in ("#job", ".scrub", ".top nav"):
+        expect(page.locator(left)).to_be_hidden()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 794
 
 
 # Quick.

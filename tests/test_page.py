@@ -235,6 +235,13 @@ def test_the_largest_batch_and_length_are_links(client):
     assert batch == [largest[0][1]] and int(batch[0]) > 1
 
 
+def test_a_model_that_is_shown_no_tokens_has_no_longest_sequence(client):
+    vit = {"model": "google/vit-base-patch16-224", "method": "full", "gpu": "t4", "batch_size": "2"}
+    page = client.get("/", params=vit).text
+    assert 'data-ask="/advice/batch_size' in page and 'data-ask="/advice/sequence_length' not in page
+    assert "is the largest batch<" in page
+
+
 def test_a_change_keeps_the_rest_of_the_job():
     view = html.View({**ADDRESS, "lora.r": "8", "config": "{}"}, None, None, "", "")
     kept = dict(parse_qs(html.with_change(view, {"lora": {"r": 4, "use_dora": True, "modules_to_save": ()}})))

@@ -8,10 +8,14 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing import forkserver
 
+import anyio
 import pytest
 
+from app.batch import solve
+from app.desk import Desk
 from app.errors import PlanError
 from app.job import read_job
 from app.memory.profile import Profile
@@ -144,3 +148,24 @@ def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
         asked.result()
     until(lambda: kept)
     assert kept[job[0]].general
+
+
+def test_a_search_whose_visitor_leaves_finds_nothing():
+    """Rather than that what was not traced any more does not fit: the answer would be remembered."""
+
+    class Until(Pool):
+        def trace(self, *order):
+            traced.append(order)
+            if len(traced) > 1:
+                raise Abandoned
+            return Here().trace(*order[:-1])
+
+        later = trace
+
+    traced = []
+    desk = Desk(local_files=False, pool=Until(slots=1))
+    job = {"config": {**LLAMA, "hidden_size": 96, "vocab_size": 72}, "method": "full", "sequence_length": 32}
+    job |= {"gpu": {"name": "a card", "memory_bytes": 1 << 30}}
+    with pytest.raises(Abandoned):
+        anyio.run(desk.run, partial(solve, target="batch_size"), job)
+    assert len(traced) == 2

@@ -232,7 +232,7 @@ def parts_of(answer: dict) -> list[str]:
     what its merged model takes; how many sequences it holds, how long they may be."""
     if words.asked_card(answer) is None:
         return []
-    largest = ["batch_size", "sequence_length"][: 2 if answer["job"]["sequence_length"] else 1]
+    largest = ["batch_size", "sequence_length"][: 2 if words.length(answer) else 1]
     if words.state(answer) == "does_not_fit":
         return ["changes", *largest]
     return [*largest, "changes"] if answer["job"]["lora"] else largest

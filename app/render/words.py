@@ -207,10 +207,10 @@ def card_name(key: str) -> str:
     return name[:1].upper() + name[1:]
 
 
-def largest(field: str, value: int) -> str:
+def largest(answer: dict, field: str, value: int) -> str:
     """What the largest value of a field that fits is; of lengths, only multiples of eight were tried."""
     if field == "batch_size":
-        return "is the largest batch at this length" if value else "No batch fits at this length"
+        return ("is the largest batch" if value else "No batch fits") + (" at this length" if length(answer) else "")
     return "tokens are the longest at this batch size" if value else "No eight tokens fit at this batch size"
 
 
@@ -225,6 +225,11 @@ def model_name(answer: dict) -> str:
     return answer["model"].get("id") or answer["model"]["class"]
 
 
+def length(answer: dict) -> int | None:
+    """The tokens of a sequence; None: the model is shown none."""
+    return None if answer["model"]["task"] == "image-classification" else answer["job"]["sequence_length"]
+
+
 def settings(answer: dict) -> str:
     """The job on one line, as its answer resolved it."""
     job = answer["job"]
@@ -236,8 +241,7 @@ def settings(answer: dict) -> str:
         targets = job["lora"]["target_modules"]
         where = targets if isinstance(targets, str) else ", ".join(targets or ())
         out.append(f"LoRA r{job['lora']['r']}" + (f" on {where}" if where else ""))
-    length = job["sequence_length"] if answer["model"]["task"] != "image-classification" else None
-    out.append(f"batch {job['batch_size']}" + (f" × {length}" if length else ""))
+    out.append(f"batch {job['batch_size']}" + (f" × {length(answer)}" if length(answer) else ""))
     if job["method"] == "inference":
         out.append(f"{job['new_tokens']} new tokens")
     else:
