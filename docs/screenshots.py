@@ -50,6 +50,8 @@ def main(names: list[str]) -> None:
                         base_url=address, viewport=window, color_scheme=scheme, reduced_motion="reduce"
                     )
                     page.goto(STATES[name], timeout=600_000)
+                    page.reload()  # a font that comes late is for the next visit
+                    page.locator("#advice [data-ask]").first.wait_for(state="detached", timeout=600_000)
                     page.evaluate("document.fonts.ready")
                     picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
                     path = OUT / f"{name}-{width}-{scheme}.webp"
