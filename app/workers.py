@@ -93,8 +93,8 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        """Traces in line."""
-        return sum(flight.started is None for flight in [*self._flights.values()])
+        """Traces in line that somebody waits for."""
+        return sum(flight.started is None and flight.waiting > 0 for flight in [*self._flights.values()])
 
     def ready(self) -> None:
         """Import the stack now, not when the first job comes."""

@@ -124,6 +124,21 @@ def test_a_full_line_is_busy(pool, monkeypatch):
         assert [one.result() for one in asked] == [b""] * (LINE + 1)
 
 
+def test_those_who_left_are_in_nobody_s_way(pool, monkeypatch):
+    gate, tickets = threading.Event(), [Ticket() for _ in range(LINE + 1)]
+    monkeypatch.setattr(pool, "_run", lambda *_: gate.wait(60) and b"")
+    with ThreadPoolExecutor(LINE + 2) as threads:
+        asked = [threads.submit(pool.trace, "step", *order(batch_size=n + 1), t) for n, t in enumerate(tickets)]
+        until(lambda: pool.waiting == LINE)
+        for ticket in tickets:
+            ticket.left = True
+        assert all(isinstance(one.exception(), Abandoned) for one in asked)
+        came = threads.submit(pool.trace, "step", *order(batch_size=LINE + 2), Ticket())
+        until(lambda: pool.waiting == 1)
+        gate.set()
+        assert came.result() == b""
+
+
 def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
     kept = {}
     monkeypatch.setattr("app.workers.keep", lambda part, key, data: kept.setdefault(key, Profile.load(data)))
