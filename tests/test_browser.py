@@ -289,7 +289,8 @@ FOCUS = """
   const it = document.activeElement;
   if (it === document.body) return ["", true];
   const style = getComputedStyle(it.matches(".segmented input") ? it.nextElementSibling : it);
-  return [it.id || it.ariaLabel || it.textContent.trim(), style.outlineStyle !== "none" && parseFloat(style.outlineWidth) > 0];
+  const name = it.id || it.ariaLabel || it.textContent.trim();
+  return [name, style.outlineStyle !== "none" && parseFloat(style.outlineWidth) > 0];
 }
 """
 """What has the focus, and whether that is seen."""
