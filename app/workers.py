@@ -37,6 +37,9 @@ ORDERS = 200
 GROWN = 48 << 20
 """After so many traces, or with so many bytes more than at first, a process is ended: what transformers and torch
 remember of models goes with it."""
+IDLE = 10.0
+"""Seconds after which a process that has nothing to trace is ended: what it holds is nobody's, and the next is forked
+in 60 ms."""
 _TICK = 0.02
 log = logging.getLogger("vramplan")
 
@@ -98,9 +101,7 @@ class Pool:
 
     def ready(self) -> None:
         """Import the stack now, not when the first job comes."""
-        worker = _Worker(self._context, self.memory)
-        with self._lock:
-            self._workers.append(worker)
+        self._rest(_Worker(self._context, self.memory))
 
     def close(self) -> None:
         """End every trace."""
@@ -186,9 +187,7 @@ class Pool:
         """Trace in a process of its own. Raises :class:`PlanError`."""
         if unwanted():
             raise Abandoned
-        with self._lock:
-            worker = self._workers.pop() if self._workers else None
-        worker = worker or _Worker(self._context, self.memory)
+        worker = self._take() or _Worker(self._context, self.memory)
         try:
             worker.pipe.send(flight.order)
             result = self._hear(worker, flight, unwanted)
@@ -199,15 +198,44 @@ class Pool:
             worker.end()
             raise
         worker.orders += 1
-        with self._lock:
-            keep = worker.orders < ORDERS and worker.grown < GROWN and not self._closed
-            if keep:
-                self._workers.append(worker)
-        if not keep:
+        if worker.orders < ORDERS and worker.grown < GROWN:
+            self._rest(worker)
+        else:
             worker.end()
         if isinstance(result, PlanError):
             raise result
         return result
+
+    def _take(self) -> _Worker | None:
+        """The process that was used last, if there is one that nobody has ended."""
+        with self._lock:
+            while self._workers:
+                worker = self._workers.pop()
+                if worker.alive:
+                    return worker
+                worker.end()
+        return None
+
+    def _rest(self, worker: _Worker) -> None:
+        """Keep a process for :data:`IDLE` seconds, or until it is taken."""
+        worker.since = time.monotonic()
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._workers.append(worker)
+        if closed:
+            worker.end()
+            return
+        timer = threading.Timer(IDLE, self._dismiss)
+        timer.daemon = True
+        timer.start()
+
+    def _dismiss(self) -> None:
+        with self._lock:
+            old = [worker for worker in self._workers if time.monotonic() - worker.since >= IDLE]
+            self._workers = [worker for worker in self._workers if worker not in old]
+        for worker in old:
+            worker.end()
 
     def _hear(self, worker: _Worker, flight: Flight, unwanted: Callable[[], bool]) -> bytes | PlanError:
         deadline = time.monotonic() + self.seconds
@@ -237,7 +265,11 @@ class _Worker:
         self._process.start()
         theirs.close()
         self._start = _resident(self._process.pid)
-        self.orders = 0
+        self.orders, self.since = 0, time.monotonic()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
 
     @property
     def grown(self) -> int:

@@ -119,9 +119,7 @@ def train(job: Job) -> None:
     if job.method != "full":
         targets = job.lora.target_modules
         targets = targets if isinstance(targets, str) else list(targets)
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=4, target_modules=targets, task_type=PEFT_TASKS.get(task))
-        )
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type=PEFT_TASKS.get(task)))
     ids = torch.randint(3, 40, (1, job.sequence_length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     if task == "sequence-classification":

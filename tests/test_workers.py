@@ -101,6 +101,22 @@ def test_a_killed_process_is_an_error_of_its_job_alone(pool):
     assert pool.trace("step", *order(), Ticket())
 
 
+def test_a_process_with_nothing_to_do_is_ended_and_a_dead_one_is_not_asked(monkeypatch):
+    monkeypatch.setattr("app.workers.IDLE", 0.3)
+    pool = Pool(slots=1)
+    pool.ready()
+    (first,) = pool._workers
+    os.kill(first._process.pid, signal.SIGKILL)
+    until(lambda: not first.alive)
+    assert pool.trace("step", *order(), Ticket())
+    (second,) = pool._workers
+    assert second.orders == 1 and second.alive
+    until(lambda: not pool._workers, 5)
+    until(lambda: not second.alive)
+    assert pool.trace("step", *order(), Ticket())
+    pool.close()
+
+
 def test_limits_of_time_and_memory(pool):
     hasty = Pool(slots=1, seconds=0.2)
     with pytest.raises(PlanError, match="more than 0 s"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 
-from app.dryrun.model import quantizable
 from app.memory.table import Layer
 
 
@@ -17,9 +18,9 @@ def nf4_bytes(elements: int, double_quant: bool) -> int:
     return packed + blocks + 4 * -(-blocks // 256) + 1024 + 4
 
 
-def weights_table(model: torch.nn.Module, skip: tuple[str, ...]) -> list[Layer]:
-    """Every module of the bare model with the parameters that are its own, in order; a tied weight counts once."""
-    linear = {path for path, _ in quantizable(model, skip)}
+def weights_table(model: torch.nn.Module, linear: Container[str]) -> list[Layer]:
+    """Every module of the bare model with the parameters that are its own, in order; a tied weight counts once.
+    ``linear``: the paths of those that are packed when the model is quantised."""
     rows, seen = [], set()
     for path, module in model.named_modules():
         parameters = [p for p in module._parameters.values() if p is not None and id(p) not in seen]

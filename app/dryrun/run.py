@@ -96,7 +96,8 @@ def trace(
     with weighed(base):
         images, shown = images_of(base, job, task)
     skip = job.quantization.skip_modules if job.quantization else ()
-    rows = layers.weights_table(base, skip)
+    linear = dict(quantizable(base, skip))
+    rows = layers.weights_table(base, linear)
     facts = {
         "task": task,
         "class": type(base).__name__,
@@ -105,7 +106,7 @@ def trace(
         "supports_checkpointing": bool(base.supports_gradient_checkpointing),
         "attention": base.config._attn_implementation or "eager",
     }
-    warnings = [*said, *([shown] if shown else []), *_weight_warnings(job, base)]
+    warnings = [*said, *([shown] if shown else []), *_weight_warnings(job, facts["parameters"], linear)]
     conditions: dict[str, None] = {}
     values = None if images is None else Values(job.expert_routing, images)
     symbols = _symbols(job, conditions) if general and values is None else {}
@@ -307,13 +308,13 @@ def _kernel_warnings(job: Job, task: str, attention: str, books: Columns) -> lis
     return out
 
 
-def _weight_warnings(job: Job, model) -> list[str]:
-    """What a quantised job would not expect: modules that bitsandbytes leaves as they are, and what is cast."""
+def _weight_warnings(job: Job, total: int, linear: dict[str, torch.nn.Module]) -> list[str]:
+    """What a quantised job of so many parameters would not expect: modules that bitsandbytes leaves as they are, all
+    but the ``linear`` ones, and what is cast."""
     out = []
     if job.quantization is not None:
         itemsize = getattr(torch, job.dtype).itemsize
-        total = sum(parameter.numel() for parameter in model.parameters())
-        quantized = sum(module.weight.numel() for _, module in quantizable(model, job.quantization.skip_modules))
+        quantized = sum(module.weight.numel() for module in linear.values())
         left = (total - quantized) * itemsize
         if total and quantized / total < 0.5:
             out.append(

@@ -44,9 +44,10 @@ class OutOfMemory(Exception):
 
 
 _U = np.uint64
-_0, _1, _2 = map(_U, range(3))
+_0, _1, _2, _3, _4 = map(_U, range(5))
 _NONE = _U(0)  # no row; row 0 is a block that is taken, a neighbour of all that have none
 _BEYOND = _U((1 << 64) - 1)  # more than any size, address or place: the place of what is taken, a limit that is none
+_NOTHING = _U(1 << 63)  # a difference from here on is less than nothing
 _MIN, _SMALL, _SMALL_SEGMENT, _LARGE_SEGMENT = map(_U, (MIN_BLOCK, SMALL_SIZE, SMALL_BUFFER, LARGE_BUFFER))
 _LARGE_ENOUGH, _ROUND, _GRANULE, _RANGE = map(_U, (MIN_LARGE_ALLOC, ROUND_LARGE, GRANULE, EXPANDABLE_RANGE))
 
@@ -72,9 +73,10 @@ class _State(NamedTuple):
     ``blocks`` has :data:`_WIDTH` columns a row, named below; a row is known by where it begins. A pool (free small,
     free large, unmapped small, unmapped large) is a set of classes, a class the blocks of one size: a hundred free
     blocks have about eight sizes, so looking through the sizes and then through one class takes less time than keeping
-    the pool in order, as PyTorch does. Each pool has ``slots`` of them, of which ``words`` say the size (0: unused) and
-    ``counts`` how many blocks there are; ``holes`` is a stack of unused slots. A class has ``depth`` places in
-    ``cells``, unordered: each holds a block's address and row.
+    the pool in order, as PyTorch does. Each pool has ``slots`` of them, of which ``words`` say the size (0: never used; _HOLE: no longer) and
+    ``counts`` how many blocks there are; ``holes`` is a stack of unused slots. ``marks`` count a pool's classes by a hash
+    of their size: where there are none, no class has to be looked for. A class has ``depth`` places in ``cells``,
+    unordered: each holds a block's address and row.
 
     ``rests`` are pairs of address and size that segments left of their last granule, in order of addresses. ``ordered``
     is where a pool's order is written when it is wanted, ``live`` the row of every key.
@@ -84,6 +86,7 @@ class _State(NamedTuple):
     words: np.ndarray
     counts: np.ndarray
     holes: np.ndarray
+    marks: np.ndarray
     cells: np.ndarray
     rests: np.ndarray
     ordered: np.ndarray
@@ -100,9 +103,12 @@ _WIDTH = _U(8)
 _ALLOCATED, _RESERVED, _OPENED, _LOW, _RESTS, _SPARES, _ROWS, _FULL, _SLOTS, _HOLES = map(_U, (*range(9), 12))
 _UNMAPPED = _2  # the first of the two pools of unmapped blocks
 # A word is a size and its slot, a cell an address and its row: sizes and addresses are multiples of 512
-_WORD, _SLOT = _1, _U(1023)
+_WORD, _SLOT, _HOLE = _1, _U(1023), _1
 _CELL, _ROW, _STEP = _U(10), _U((1 << 19) - 1), _U(3)
 _MOST_ROWS = 1 << 19
+# A mark is the upper bits of a size times the golden ratio (Knuth, The Art of Computer Programming 3, 6.4)
+_MARKS = 1 << 8
+_GOLDEN, _UPPER, _MARK = _U(0x9E3779B97F4A7C15), _U(56), _U(8)
 
 
 def _state(rows: int, keys: int, slots: int = 64, depth: int = 256) -> _State:
@@ -112,15 +118,14 @@ def _state(rows: int, keys: int, slots: int = 64, depth: int = 256) -> _State:
     blocks = np.empty(rows * int(_WIDTH), np.uint64)
     pools = (places(4 * slots) for _ in range(3))
     cells, rests = np.empty(4 * slots * depth, np.uint64), np.empty(4 * rows, np.uint64)
-    found = _State(
-        blocks, *pools, cells, rests, np.empty(rows, np.uint64), places(keys), places(16), _U(slots), _U(depth)
-    )
+    ordered, marks = np.empty(rows, np.uint64), places(4 * _MARKS)
+    found = _State(blocks, *pools, marks, cells, rests, ordered, places(keys), places(16), _U(slots), _U(depth))
     _cleared(found)
     return found
 
 
 def _cleared(st: _State) -> None:
-    for part in (st.words, st.live, st.numbers):
+    for part in (st.words, st.marks, st.live, st.numbers):
         part.fill(0)
     st.blocks[: int(_WIDTH)] = _BEYOND
     st.numbers[int(_LOW)], st.numbers[int(_ROWS)] = ADDRESSES, _WIDTH
@@ -161,12 +166,28 @@ def _drop_row(st, row):
 
 @_inlined
 def _word(st, pool, size):
-    """The word of the smallest class of ``pool`` that has at least ``size`` bytes; _BEYOND: none."""
-    words, want, best, base = st.words, size << _WORD, _BEYOND, pool * st.slots
-    for n in range(st.numbers[_SLOTS + pool]):
-        word = words[base + n]
-        best = min(best, word if word >= want else _BEYOND)
-    return best
+    """The word of the smallest class of ``pool`` that has at least ``size`` bytes; _BEYOND: none.
+
+    Smaller ones and holes, less what is wanted, are less than nothing: more than any size. Four minima, so that none
+    waits for the last; to the first slot that was never used, for a loop of a known number of turns LLVM makes vectors
+    that must be shuffled.
+    """
+    words, want, base = st.words, size << _WORD, pool * st.slots
+    best = second = third = fourth = _BEYOND
+    n = base
+    while words[n] != _0:
+        best = min(best, words[n] - want)
+        second = min(second, words[n + _1] - want)
+        third = min(third, words[n + _2] - want)
+        fourth = min(fourth, words[n + _3] - want)
+        n += _4
+    best = min(min(best, second), min(third, fourth))
+    return best + want if best < _NOTHING else _BEYOND
+
+
+@_inlined
+def _mark(pool, size):
+    return pool << _MARK | size * _GOLDEN >> _UPPER
 
 
 @_inlined
@@ -180,17 +201,19 @@ def _lowest(st, its):
 
 @_inlined
 def _put(st, row):
-    blocks, numbers, counts = st.blocks, st.numbers, st.counts
+    blocks, counts, marks = st.blocks, st.counts, st.marks
     pool, size = blocks[row + _POOL], blocks[row + _SIZE]
-    word, base = _word(st, pool, size), pool * st.slots
+    base, mark = pool * st.slots, _mark(pool, size)
+    word = _word(st, pool, size) if marks[mark] != _0 else _BEYOND
     if word | _SLOT == size << _WORD | _SLOT:
         its = base + (word & _SLOT)
     else:
         its = base + _new_slot(st, pool, base)
         st.words[its], counts[its] = size << _WORD | its - base, _0
+        marks[mark] += _1
     at = counts[its]
     if at + _1 == st.depth:
-        numbers[_FULL] = _1
+        st.numbers[_FULL] = _1
     else:
         counts[its] = at + _1
     at += its * st.depth
@@ -205,7 +228,7 @@ def _new_slot(st, pool, base):
         numbers[_HOLES + pool] = holes - _1
         return st.holes[base + holes - _1]
     slot = numbers[_SLOTS + pool]
-    if slot + _1 == st.slots:
+    if slot + _4 == st.slots:  # the last four stay unused: there a search ends
         numbers[_FULL] = _1
     else:
         numbers[_SLOTS + pool] = slot + _1
@@ -218,15 +241,17 @@ def _drop(st, row):
     its, at = blocks[row + _CLASS], blocks[row + _PLACE]
     left = counts[its] - _1
     counts[its] = left
-    last = st.cells[its * st.depth + left]
-    st.cells[at] = last
-    blocks[((last & _ROW) << _STEP) + _PLACE] = at
-    blocks[row + _PLACE] = _BEYOND
-    if left == _0:
+    if left != _0:
+        last = st.cells[its * st.depth + left]
+        st.cells[at] = last
+        blocks[((last & _ROW) << _STEP) + _PLACE] = at
+    else:
         pool = blocks[row + _POOL]
         holes, base = st.numbers[_HOLES + pool], pool * st.slots
-        st.words[its], st.holes[base + holes] = _0, its - base
+        st.words[its], st.holes[base + holes] = _HOLE, its - base
         st.numbers[_HOLES + pool] = holes + _1
+        st.marks[_mark(pool, blocks[row + _SIZE])] -= _1
+    blocks[row + _PLACE] = _BEYOND
 
 
 @_inlined
@@ -452,13 +477,20 @@ def _join(st, first, second):
 
 @_compiled
 def _empty_cache(st, rules):
-    """``release_cached_blocks``: give back every segment (or page) that holds nothing."""
+    """``release_cached_blocks``: give back every segment (or page) that holds nothing. Pages in order; the order of
+    segments leaves no trace."""
     for large in range(_2):
-        for n in range(_in_order(st, large)):
-            if rules.expandable:
+        if rules.expandable:
+            for n in range(_in_order(st, large)):
                 _unmap(st, st.ordered[n])
-            else:
-                _give_whole(st, st.ordered[n])
+        else:
+            base = large * st.slots
+            for its in range(base, base + st.numbers[_SLOTS + large]):
+                if st.words[its] != _HOLE:
+                    at = st.counts[its]
+                    while at > _0:  # from the last: what is dropped is followed by what was looked at
+                        at -= _1
+                        _give_whole(st, (st.cells[its * st.depth + at] & _ROW) << _STEP)
 
 
 @_compiled

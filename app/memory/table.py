@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,9 +113,7 @@ class Table:
         rows = []
         for layer, members in groups.values():
             costs = {name: text_of(getattr(layer, name)) for name in _COSTS}
-            rows.append(
-                {**asdict(replace(layer, **costs)), "path": _span([path for _, path in members]), "count": len(members)}
-            )
+            rows.append({**vars(layer), **costs, "path": _span([path for _, path in members]), "count": len(members)})
         return Table(rows, [members for _, members in groups.values()])
 
     def at(self, batch: int, length: int, every: bool = False) -> list[Layer]:
