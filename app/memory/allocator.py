@@ -73,10 +73,10 @@ class _State(NamedTuple):
     ``blocks`` has :data:`_WIDTH` columns a row, named below; a row is known by where it begins. A pool (free small,
     free large, unmapped small, unmapped large) is a set of classes, a class the blocks of one size: a hundred free
     blocks have about eight sizes, so looking through the sizes and then through one class takes less time than keeping
-    the pool in order, as PyTorch does. Each pool has ``slots`` of them, of which ``words`` say the size (0: never used; _HOLE: no longer) and
-    ``counts`` how many blocks there are; ``holes`` is a stack of unused slots. ``marks`` count a pool's classes by a hash
-    of their size: where there are none, no class has to be looked for. A class has ``depth`` places in ``cells``,
-    unordered: each holds a block's address and row.
+    the pool in order, as PyTorch does. Each pool has ``slots`` of them, of which ``words`` say the size (0: never
+    used; _HOLE: no longer) and ``counts`` how many blocks there are; ``holes`` is a stack of those no longer used.
+    ``marks`` count a pool's classes by a hash of their size: where there are none, none has to be looked for. A class
+    has ``depth`` places in ``cells``, unordered: each holds a block's address and row.
 
     ``rests`` are pairs of address and size that segments left of their last granule, in order of addresses. ``ordered``
     is where a pool's order is written when it is wanted, ``live`` the row of every key.
