@@ -160,13 +160,14 @@ tracer: ContextVar[Tracer] = ContextVar("tracer", default=Here())
 KEPT_EVENTS = 3_000_000
 """Events of the profiles that are kept in memory, some fifteen bytes each."""
 REGIONS = 32
-"""Profiles of one kind of job that are kept."""
+"""Profiles of one kind of job that are kept, in memory and on disk: the ones traced last, and before those that hold for
+one batch and length those that hold for many."""
 ALONE = 4
 """Profiles of a kind that hold for one batch and length each, before one for all that run alike is made: that takes 4
 (405B) to 15 times (70M) as long."""
 NARROW = 2
-"""Of those, how many may turn out to hold for few points (a scan that runs once a token holds for one length, a length
-of 1 is a kind of its own), before no more are made."""
+"""Of the latter, how many may turn out to hold for few points (a scan that runs once a token holds for one length, a
+length of 1 is a kind of its own), before no more are made."""
 
 
 class _Shelf:
@@ -200,7 +201,7 @@ class _Shelf:
 
     def keep(self, kind: str, data: bytes, read: Callable[[bytes], Any]) -> Any:
         """Store it, and what it says."""
-        self.own.put(_digest(kind), data)
+        self.own.put(_digest(kind), data, REGIONS)
         return self._put(kind, data, read)
 
     def _put(self, kind: str, data: bytes, read: Callable[[bytes], Any]) -> Any:
@@ -219,7 +220,8 @@ class _Shelf:
             here[name] = said
             self._events += _events(said)
             while len(here) > REGIONS:
-                self._events -= _events(here.pop(next(iter(here))))
+                single = (name for name, one in here.items() if isinstance(one, Profile) and not one.general)
+                self._events -= _events(here.pop(next(single, next(iter(here)))))
             while self._events > KEPT_EVENTS and len(self._kinds) > 1:
                 _, gone = self._kinds.popitem(last=False)
                 self._events -= sum(map(_events, gone.values()))
@@ -251,7 +253,7 @@ def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
             if profile.script.holds(*point):
                 return profile
     general = [profile for profile in known if profile.general]
-    if len(known) - len(general) >= ALONE and sum(not profile.broad(*point) for profile in general) < NARROW:
+    if len(known) - len(general) >= ALONE and sum(not profile.broad for profile in general) < NARROW:
         with suppress(PlanError):
             return keep("general", order[0], tracer.get().trace("general", *order))
     return keep("step", order[0], tracer.get().trace("step", *order))
@@ -342,7 +344,7 @@ def reading_of(digest: str, point: tuple[int, int], settings: Settings, read: Ca
                 return Reading.load(data)
     reading = read()
     if tracer.get().alone:
-        _shelf.own.put(_digest(kind), reading.dump())
+        _shelf.own.put(_digest(kind), reading.dump(), 1)
     return reading
 
 

@@ -53,9 +53,9 @@ class Store:
             return []
         return self._done(lambda base: self._get(base, kind)) or []
 
-    def put(self, kind: str, data: bytes) -> None:
-        """Keep an entry; what exceeds the limit goes."""
-        self._done(lambda base: self._put(base, kind, data))
+    def put(self, kind: str, data: bytes, most: int) -> None:
+        """Keep an entry; what exceeds the limit goes, and of this kind the oldest beyond so many."""
+        self._done(lambda base: self._put(base, kind, data, most))
 
     def _get(self, base: sqlite3.Connection, kind: str) -> list[bytes]:
         rows = base.execute("select digest, data, used from entries where kind = ?", (kind,)).fetchall()
@@ -66,10 +66,15 @@ class Store:
                 base.executemany("update entries set used = ? where kind = ? and digest = ?", stale)
         return [data for _, data, _ in rows]
 
-    def _put(self, base: sqlite3.Connection, kind: str, data: bytes) -> None:
+    def _put(self, base: sqlite3.Connection, kind: str, data: bytes, most: int) -> None:
         with base:
             row = (kind, sha256(data).hexdigest(), data, time.time())
             base.execute("insert or replace into entries values (?, ?, ?, ?)", row)
+            base.execute(
+                "delete from entries where rowid in "
+                "(select rowid from entries where kind = ? order by rowid desc limit -1 offset ?)",
+                (kind, most),
+            )
             total = base.execute("select sum(length(data)) from entries").fetchone()[0]
             if total <= self.limit:
                 return

@@ -27,10 +27,10 @@ def store(tmp_path):
 
 def test_what_is_kept_is_found_again(store):
     assert store.get("a") == []
-    store.put("a", b"one")
-    store.put("a", b"two")
-    store.put("a", b"one")
-    store.put("b", b"three")
+    store.put("a", b"one", 240)
+    store.put("a", b"two", 240)
+    store.put("a", b"one", 240)
+    store.put("b", b"three", 240)
     again = Store(store.path)
     assert sorted(again.get("a")) == [b"one", b"two"] and again.get("b") == [b"three"]
 
@@ -41,30 +41,37 @@ def test_what_was_not_asked_for_longest_goes(tmp_path, monkeypatch):
     store = Store(tmp_path / "profiles.db", limit=10_000)
     for name in "abc":
         now[0] += 10_000
-        store.put(name, name.encode() * 3000)
+        store.put(name, name.encode() * 3000, 240)
     now[0] += 10_000
     assert store.get("a")
-    store.put("d", b"d" * 3000)
+    store.put("d", b"d" * 3000, 240)
     assert [name for name in "abcd" if store.get(name)] == ["a", "c", "d"]
+
+
+def test_of_one_kind_the_latest_stay(store):
+    for number in range(9):
+        store.put("a", b"%d" % number, 4)
+    store.put("b", b"one", 4)
+    assert sorted(store.get("a")) == [b"5", b"6", b"7", b"8"] and store.get("b") == [b"one"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"no database at all", b"SQLite format 3\0" + b"\xff" * 5000])
 def test_a_damaged_file_is_begun_anew(store, damage):
-    store.put("a", b"one")
+    store.put("a", b"one", 240)
     del store._local.base, store._local.process
     for name in os.listdir(store.path.parent):
         (store.path.parent / name).unlink()
     store.path.write_bytes(damage)
     store.get("a")
-    store.put("a", b"two")
-    store.put("a", b"two")
+    store.put("a", b"two", 240)
+    store.put("a", b"two", 240)
     assert Store(store.path).get("a") == [b"two"]
 
 
 def test_a_place_that_cannot_be_written_holds_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file" / "profiles.db")
-    store.put("a", b"one")
+    store.put("a", b"one", 240)
     assert store.get("a") == []
 
 
@@ -75,7 +82,7 @@ from pathlib import Path
 from app.store import Store
 store = Store(Path(sys.argv[1]))
 for number in range(60):
-    store.put("all", f"{sys.argv[2]} {number}".encode())
+    store.put("all", f"{sys.argv[2]} {number}".encode(), 240)
     store.get("all")
 """
     running = [subprocess.Popen([sys.executable, "-c", code, str(store.path), str(who)]) for who in range(4)]
@@ -135,6 +142,51 @@ def test_another_engine_s_entries_are_not_found(store, monkeypatch):
     monkeypatch.setattr(plan.Here, "trace", lambda self, part, *order: traced.append(part) or real(self, part, *order))
     estimate(JOB)
     assert "step" in traced
+
+
+def traces(monkeypatch) -> list[str]:
+    """The parts that are traced from now on."""
+    parts = []
+    real = plan.Here.trace
+    monkeypatch.setattr(plan.Here, "trace", lambda self, part, *order: parts.append(part) or real(self, part, *order))
+    return parts
+
+
+WINDOW = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 96}
+
+
+def ask(length: int) -> str:
+    """A length of one kind: what it is stored under."""
+    job = read_job({"config": WINDOW, "method": "full", "sequence_length": length}).resolved()
+    profile = plan.profile_of(job, WINDOW, plan.card_of(job))
+    assert profile.script.holds(1, length) and profile.point[0] == 1
+    return plan._digest(plan.key_of(job, WINDOW, plan.card_of(job)))
+
+
+def test_a_region_of_its_own_is_not_taken_for_a_narrow_one(store, monkeypatch):
+    """Lengths below a sliding window, and above: what holds for the former was said to hold for few of the latter."""
+    fresh(monkeypatch, store)
+    parts = traces(monkeypatch)
+    for length in (40, 41, 42, 44, 48, 49, 50, 128, 129, 130, 131, 132, 133, 136, 140, 141):
+        ask(length)
+    assert parts[:4] == ["step"] * 4 and set(parts[4:]) == {"general"} and len(parts) < 12
+    before = len(parts)
+    for length in (43, 51, 52, 56, 134, 135, 137, 144, 152):
+        ask(length)
+    assert len(parts) == before
+
+
+def test_no_more_of_a_kind_are_in_memory_than_are_kept(store, monkeypatch):
+    fresh(monkeypatch, store)
+    monkeypatch.setattr(plan, "ALONE", 2)
+    monkeypatch.setattr(plan, "REGIONS", 3)
+    parts = traces(monkeypatch)
+    for length in (40, 41, 42, 44, 128, 129, 132):
+        kind = ask(length)
+    assert len(parts) > 3
+    (here,) = plan._shelf._kinds.values()
+    assert len(here) == len(store.get(kind)) == 3
+    assert sum(profile.general for profile in here.values()) == min(parts.count("general"), 3)
 
 
 def test_profiles_and_readings_are_bytes_and_back(store, monkeypatch):

@@ -126,7 +126,7 @@ def trace(
     facts["optimizer_state"] = _state_bytes(books)
     if not symbols:
         conditions = {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
-    return Profile(Script.of(books, conditions), facts, table, warnings)
+    return Profile(Script.of(books, conditions), facts, table, warnings, point_of(job))
 
 
 def _symbols(job: Job, conditions: dict[str, None]) -> dict[str, torch.SymInt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -12,26 +13,31 @@ from app.memory.table import Table
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """``facts`` of the model, its ``table`` and ``warnings``, and the ``script`` of the step."""
+    """``facts`` of the model, its ``table`` and ``warnings``, and the ``script`` of the step, traced at ``point`` (batch
+    and length)."""
 
     script: Script
     facts: dict[str, Any]
     table: Table
     warnings: list[str]
+    point: tuple[int, int]
 
     @property
     def general(self) -> bool:
         """Whether it holds for more than one batch and length."""
         return any(not condition.startswith(("b ==", "s ==")) for condition in self.script.conditions)
 
-    def broad(self, batch: int, length: int) -> bool:
-        """Whether it holds for some of the batches or lengths that follow, however divisible they are."""
+    @cached_property
+    def broad(self) -> bool:
+        """Whether it holds for some of the batches or lengths that follow its own, however divisible they are."""
+        batch, length = self.point
         points = [(batch + more, length) for more in range(64)] + [(batch, length + more) for more in range(64)]
         return sum(self.script.holds(*point) for point in points) >= 8
 
     def dump(self) -> bytes:
         table = {"rows": self.table.rows, "members": self.table.members}
-        return packed({**self.script.dump(), "facts": self.facts, "table": table, "warnings": self.warnings})
+        told = {"facts": self.facts, "table": table, "warnings": self.warnings, "point": list(self.point)}
+        return packed({**self.script.dump(), **told})
 
     @staticmethod
     def load(data: bytes) -> Profile:
@@ -42,6 +48,7 @@ class Profile:
             table = Table(
                 told["table"]["rows"], [[(place, path) for place, path in group] for group in told["table"]["members"]]
             )
-            return Profile(script, dict(told["facts"]), table, list(told["warnings"]))
+            batch, length = told["point"]
+            return Profile(script, dict(told["facts"]), table, list(told["warnings"]), (batch, length))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a profile: {error}") from None
