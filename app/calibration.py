@@ -48,6 +48,7 @@ class Facts:
         return f"measured by a probe of this card, {self.date}, driver {self.driver}, torch {self.torch}"
 
 
+@lru_cache(maxsize=1)
 def folder() -> Path:
     """Where facts are kept: the user's data folder, as each system has it."""
     return platformdirs.user_data_path("vramplan") / "cards"

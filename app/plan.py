@@ -61,13 +61,18 @@ def card_of(job: Job) -> Gpu | OwnGpu:
     return find_gpu(job.gpu or DEFAULT_GPU)
 
 
-def kernels_of(gpu: Gpu | OwnGpu) -> Kernels:
-    """Compute capability and multiprocessors that are traced for a card, and what a probe here found its kernels to do
-    otherwise; an own card has those of the card that it is like, else the default card's."""
+def chip_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors that are traced for a card; an own card has those of the card that it is
+    like, else the default card's. Raises :class:`PlanError`."""
     known = gpu if isinstance(gpu, Gpu) else find_gpu(gpu.like or DEFAULT_GPU)
     if known.compute_capability is None:
         raise PlanError(f"{known.name} runs ROCm, whose kernels are not modelled", "choose an NVIDIA card", "gpu")
-    return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count, kernels_found(gpu)
+    return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count
+
+
+def kernels_of(gpu: Gpu | OwnGpu) -> Kernels:
+    """:func:`chip_of`, and what a probe here found the card's kernels to do otherwise."""
+    return *chip_of(gpu), kernels_found(gpu)
 
 
 def config_of(job: Job) -> tuple[dict, dict]:
@@ -160,8 +165,8 @@ tracer: ContextVar[Tracer] = ContextVar("tracer", default=Here())
 KEPT_EVENTS = 3_000_000
 """Events of the profiles that are kept in memory, some fifteen bytes each."""
 REGIONS = 32
-"""Profiles of one kind of job that are kept, in memory and on disk: the ones traced last, and before those that hold for
-one batch and length those that hold for many."""
+"""Profiles of one kind of job that are kept, in memory and on disk: the latest; in memory those that hold for one batch
+and length go first."""
 ALONE = 4
 """Profiles of a kind that hold for one batch and length each, before one for all that run alike is made: that takes 4
 (405B) to 15 times (70M) as long."""
@@ -276,17 +281,18 @@ def keep(part: str, key: str, data: bytes) -> Any:
 
 def order_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Order:
     """A job (resolved) as a :class:`Tracer` takes it."""
-    return key_of(job, config, card), job, config, kernels_of(card)
+    kernels = kernels_of(card)
+    return key_of(job, config, kernels), job, config, kernels
 
 
-def key_of(job: Job, config: dict, card: Gpu | OwnGpu) -> str:
+def key_of(job: Job, config: dict, kernels: Kernels) -> str:
     """Everything that shapes a profile, as one string: the job without its batch and length and without what only
     reads a profile, the config, the kernels. More than two accumulated passes are like the second."""
     shape = job.model_dump(
         exclude={"model", "config", "revision", "gpu", "reserve", "allocator", "batch_size", "sequence_length"}
     )
     shape["gradient_accumulation_steps"] = min(job.gradient_accumulation_steps, 2)
-    return json.dumps([shape, config, kernels_of(card)], sort_keys=True, default=str)
+    return json.dumps([shape, config, kernels], sort_keys=True, default=str)
 
 
 def _digest(kind: str) -> str:

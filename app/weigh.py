@@ -18,9 +18,9 @@ from app.memory.script import Stream
 from app.plan import (
     DEFAULT_GPU,
     card_of,
+    chip_of,
     config_of,
     finish_of,
-    kernels_of,
     profile_of,
     reading_of,
     refuse_unplanned,
@@ -183,10 +183,10 @@ def fit_on(weighing: Weighing, card: Gpu | OwnGpu) -> dict:
         "gpu": id_of(card),
         "name": card.name,
         "memory_bytes": usable(card),
-        **asdict(verdict),
+        **vars(verdict),
         "interval": list(verdict.interval),
         "cannot": cannot(weighing, verdict),
-        "same_kernels": kernels_of(card)[0] == kernels_of(weighing.card)[0],
+        "same_kernels": chip_of(card)[0] == chip_of(weighing.card)[0],
     }
 
 

@@ -13,8 +13,8 @@ from app.memory.table import Table
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """``facts`` of the model, its ``table`` and ``warnings``, and the ``script`` of the step, traced at ``point`` (batch
-    and length)."""
+    """``facts`` of the model, its ``table`` and ``warnings``, and the ``script`` of the step; traced at ``point``, a
+    batch and length."""
 
     script: Script
     facts: dict[str, Any]
