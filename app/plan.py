@@ -21,7 +21,7 @@ from app.catalog.models import find_model
 from app.config import refuse_impossible
 from app.errors import PlanError
 from app.job import Job, OwnGpu, point_of
-from app.memory.breakdown import Reading
+from app.memory.breakdown import Reading, read
 from app.memory.kernels import KernelFacts
 from app.memory.profile import Profile
 from app.memory.rules import MIB, Settings
@@ -30,6 +30,8 @@ from app.store import Store, own_path
 
 Kernels = tuple[tuple[int, int], int, KernelFacts]
 """Compute capability, multiprocessors, and what a probe found otherwise."""
+Point = tuple[int, int, int]
+"""Batch, length and the card's multiprocessors."""
 Order = tuple[str, Job, dict, Kernels]
 """What a :class:`Tracer` needs: the key of :func:`key_of`, the job (resolved), its config, and the kernels."""
 DEFAULT_GPU = "a100-80gb"
@@ -153,8 +155,7 @@ class Here:
 
         if part in ("step", "general"):
             return run.trace(job, config, *kernels, general=part == "general").dump()
-        books = {"finish": finish.finish_books, "load": finish.load_books}[part](job, config, *kernels)
-        return packed(Script.of(books, []).dump())
+        return packed(finish.trace(part, job, config, *kernels).dump())
 
     def later(self, part: str, key: str, job: Job, config: dict, kernels: Kernels) -> None:
         """There is no later here."""
@@ -179,7 +180,7 @@ class _Shelf:
     """What was read from the stores or traced, by kind: in memory, the kinds asked for last."""
 
     def __init__(self):
-        self._kinds: OrderedDict[str, dict[bytes, Profile | Stream | PlanError]] = OrderedDict()
+        self._kinds: OrderedDict[str, dict[bytes, Profile | Script | PlanError]] = OrderedDict()
         self._events = 0
         self._lock = threading.Lock()
         self.own = Store(own_path())
@@ -244,14 +245,17 @@ def store_in(path: Path) -> None:
     _shelf.own = Store(path)
 
 
-def _events(said: Profile | Stream | PlanError) -> int:
-    return 0 if isinstance(said, PlanError) else said.script.events.size
+def _events(said: Profile | Script | PlanError) -> int:
+    if isinstance(said, PlanError):
+        return 0
+    return (said.script if isinstance(said, Profile) else said).events.size
 
 
 def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
     """A profile that holds for the job (resolved), known or traced. The first of a kind get one of their own, the next
     one for all that run alike; where that holds for few, there is one each again. Raises :class:`PlanError`."""
-    order, point = order_of(job, config, card), point_of(job)
+    order = order_of(job, config, card)
+    point = place_of(order)
     for search in (_shelf.known, _shelf.look):
         known = search(order[0], Profile.load)
         for profile in known:
@@ -276,7 +280,7 @@ def keep(part: str, key: str, data: bytes) -> Any:
     """Keep what a :class:`Tracer` made of a job with this key: what the bytes say."""
     if part in ("step", "general"):
         return _shelf.keep(key, data, Profile.load)
-    return _shelf.keep(f"{part} {key}", data, _stream)
+    return _shelf.keep(f"{part} {key}", data, _script)
 
 
 def order_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Order:
@@ -285,14 +289,22 @@ def order_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Order:
     return key_of(job, config, kernels), job, config, kernels
 
 
+def place_of(order: Order) -> Point:
+    """Where in its profile an order is."""
+    _, job, _, (_, multiprocessors, _) = order
+    return *point_of(job), multiprocessors
+
+
 def key_of(job: Job, config: dict, kernels: Kernels) -> str:
     """Everything that shapes a profile, as one string: the job without its batch and length and without what only
-    reads a profile, the config, the kernels. More than two accumulated passes are like the second."""
+    reads a profile, the config, the kernels but for the number of multiprocessors. More than two accumulated passes are
+    like the second."""
     shape = job.model_dump(
         exclude={"model", "config", "revision", "gpu", "reserve", "allocator", "batch_size", "sequence_length"}
     )
     shape["gradient_accumulation_steps"] = min(job.gradient_accumulation_steps, 2)
-    return json.dumps([shape, config, kernels], sort_keys=True, default=str)
+    capability, _, measured = kernels
+    return json.dumps([shape, config, capability, measured], sort_keys=True, default=str)
 
 
 def _digest(kind: str) -> str:
@@ -323,32 +335,39 @@ def load_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
 
 def _stream_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
     order = order_of(job, config, card)
-    known = _shelf.known(f"{part} {order[0]}", _stream)
-    if not known:
+    point = (1, 1, place_of(order)[2])
+    known = _shelf.known(f"{part} {order[0]}", _script)
+    script = next((one for one in known if isinstance(one, PlanError) or one.holds(*point)), None)
+    if script is None:
         try:
             data = tracer.get().trace(part, *order)
         except PlanError as error:
             data = packed({"refused": error.as_dict()})
-        known = [keep(part, order[0], data)]
-    if isinstance(known[0], PlanError):
-        raise known[0]
-    return known[0]
+        script = keep(part, order[0], data)
+    if isinstance(script, PlanError):
+        raise script
+    return _stream_at(script, point)
 
 
-def _stream(data: bytes) -> Stream | PlanError:
+@lru_cache(maxsize=64)
+def _stream_at(script: Script, point: Point) -> Stream:
+    return script.at(*point)
+
+
+def _script(data: bytes) -> Script | PlanError:
     told = unpacked(data)
-    return PlanError(**told["refused"]) if "refused" in told else Script.load(told, sha256(data).hexdigest()).at(1, 1)
+    return PlanError(**told["refused"]) if "refused" in told else Script.load(told, sha256(data).hexdigest())
 
 
-def reading_of(digest: str, point: tuple[int, int], settings: Settings, read: Callable[[], Reading]) -> Reading:
-    """What :func:`~app.memory.breakdown.read` says of a script with this digest: as it is stored, or as ``read`` reads
-    it. A command line stores it: reading takes numba, whose import takes longer than all the rest."""
-    kind = f"reading {digest} {point} {settings}"
+def reading_of(stream: Stream, settings: Settings) -> Reading:
+    """What :func:`~app.memory.breakdown.read` says, or as it is stored. A command line stores it: reading takes numba,
+    whose import takes longer than all the rest."""
+    kind = f"reading {stream.script.digest} {stream.point} {settings}"
     if tracer.get().alone:
         for data in _shelf.stored(kind):
             with suppress(ValueError):
                 return Reading.load(data)
-    reading = read()
+    reading = read(stream, settings)
     if tracer.get().alone:
         _shelf.own.put(_digest(kind), reading.dump(), 1)
     return reading

@@ -8,7 +8,7 @@ from typing import Any
 from app.calibration import warnings_of
 from app.cards import every_card, outside_of
 from app.errors import PlanError
-from app.job import point_of, read_job
+from app.job import read_job
 from app.memory.breakdown import holders_after
 from app.memory.event import KINDS
 from app.plan import generalise, stack
@@ -29,7 +29,7 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         following = after(weighing)
     except PlanError as error:
         unknown = [error.message]
-    layers = weighing.profile.table.at(*point_of(job), all_layers)
+    layers = weighing.profile.table.at(*weighing.point, all_layers)
     load = reading.phases[0]
     return {
         "job": {**job.model_dump(exclude={"config"}, mode="json"), "attention": facts["attention"]},

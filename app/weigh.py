@@ -9,7 +9,7 @@ from app.cards import MEASURED_KERNELS, id_of, known, room, usable
 from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
 from app.job import Job, OwnGpu, point_of
-from app.memory.breakdown import Phase, Reading, read
+from app.memory.breakdown import Phase, Reading
 from app.memory.fit import Verdict, judge, passes
 from app.memory.overheads import Room
 from app.memory.profile import Profile
@@ -17,6 +17,7 @@ from app.memory.rules import Settings
 from app.memory.script import Stream
 from app.plan import (
     DEFAULT_GPU,
+    Point,
     card_of,
     chip_of,
     config_of,
@@ -50,13 +51,17 @@ class Weighing:
         return self.profile.facts
 
     @property
+    def point(self) -> Point:
+        return *point_of(self.job), chip_of(self.card)[1]
+
+    @property
     def stream(self) -> Stream:
-        return _stream(self.profile, point_of(self.job))
+        return _stream(self.profile, self.point)
 
     @property
     def reading(self) -> Reading:
         """The stream without a limit."""
-        return _reading(self.profile, point_of(self.job), self.settings)
+        return _reading(self.profile, self.point, self.settings)
 
     @cached_property
     def following(self) -> dict[str, int]:
@@ -69,13 +74,13 @@ class Weighing:
 
 
 @lru_cache(maxsize=16)
-def _stream(profile: Profile, point: tuple[int, int]) -> Stream:
+def _stream(profile: Profile, point: Point) -> Stream:
     return profile.script.at(*point)
 
 
 @lru_cache(maxsize=64)
-def _reading(profile: Profile, point: tuple[int, int], settings: Settings) -> Reading:
-    return reading_of(profile.script.digest, point, settings, lambda: read(_stream(profile, point), settings))
+def _reading(profile: Profile, point: Point, settings: Settings) -> Reading:
+    return reading_of(_stream(profile, point), settings)
 
 
 def weigh(job: Job) -> Weighing:
@@ -121,11 +126,11 @@ def kind_of(job: Job) -> str:
 def verdict_on(weighing: Weighing, card: Gpu | OwnGpu) -> Verdict:
     """The verdict on a card, by the books of the job's own card."""
     space = room(card, weighing.job.reserve, weighing.reading.parts.get("kernel_workspace", 0))
-    return _verdict(weighing.profile, point_of(weighing.job), weighing.settings, space, kind_of(weighing.job))
+    return _verdict(weighing.profile, weighing.point, weighing.settings, space, kind_of(weighing.job))
 
 
 @lru_cache(maxsize=4096)
-def _verdict(profile: Profile, point: tuple[int, int], settings: Settings, space: Room, kind: str) -> Verdict:
+def _verdict(profile: Profile, point: Point, settings: Settings, space: Room, kind: str) -> Verdict:
     return judge(_stream(profile, point), _reading(profile, point, settings), space, kind, settings)
 
 
@@ -168,7 +173,7 @@ _BARE = {
 
 @lru_cache(maxsize=64)
 def _finish(stream: Stream, settings: Settings) -> list[Phase]:
-    return reading_of(stream.script.digest, (1, 1), settings, lambda: read(stream, settings)).phases
+    return reading_of(stream, settings).phases
 
 
 def cannot(weighing: Weighing, verdict: Verdict) -> list[str]:

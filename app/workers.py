@@ -23,7 +23,7 @@ from multiprocessing.context import BaseContext
 
 from app.batch import Unexpected
 from app.errors import PlanError
-from app.job import Job
+from app.job import Job, point_of
 from app.plan import Here, Kernels, keep
 from app.progress import listener
 
@@ -117,7 +117,7 @@ class Pool:
     def trace(self, part: str, key: str, job: Job, config: dict, kernels: Kernels, ticket: Ticket) -> bytes:
         """As :meth:`app.plan.Tracer.trace`. Raises :class:`Busy`; :class:`Abandoned` when the ticket's visitor left;
         :class:`PlanError` also for a trace that takes too long or too much."""
-        name = (part, key, job.batch_size, job.sequence_length)
+        name = (part, key, *point_of(job), kernels[1])
         while True:
             flight = ticket.flight = self._board(name, (part, key, job, config, kernels))
             try:

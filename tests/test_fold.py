@@ -131,8 +131,8 @@ def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps
             live.add(event)
         else:
             live.remove(~event)
-    stream = Script.of(expansion.columns(), []).at(1, 1)
-    assert stream.books() == Script.of(out.columns(), []).at(1, 1).books()
+    stream = Script.of(expansion.columns(), []).at(1, 1, 1)
+    assert stream.books() == Script.of(out.columns(), []).at(1, 1, 1).books()
     run = replay(stream.script.course, stream.bytes, Settings())
     assert run.left[-1] == 512 * len(live) == 512 * len(types)
 

@@ -26,18 +26,17 @@ def test_all_usual_jobs_are_there():
     """Not so after a change of the engine: then ``make pretrace``."""
     missing = []
     for job in JOBS:
-        key, resolved, *_ = order_of(job)
-        point = plan.point_of(resolved)
-        if not any(Profile.load(data).script.holds(*point) for data in stored(key)):
+        order = order_of(job)
+        if not any(Profile.load(data).script.holds(*plan.place_of(order)) for data in stored(order[0])):
             missing.append(f"{job['model']} {job['method']}")
     assert missing == [] and plan.PRETRACED.stat().st_size < 8 << 20
 
 
 def test_what_the_page_shows_first_is_among_them():
-    usual = [(order[0], plan.point_of(order[1])) for order in map(order_of, JOBS)]
+    usual = [(order[0], plan.place_of(order)) for order in map(order_of, JOBS)]
     for shown in (FIRST_VISIT, *EXAMPLES.values()):
-        key, resolved, *_ = order_of(to_job(shown.items()))
-        assert (key, plan.point_of(resolved)) in usual
+        order = order_of(to_job(shown.items()))
+        assert (order[0], plan.place_of(order)) in usual
 
 
 @pytest.mark.parametrize("job", SAMPLE, ids=lambda job: f"{job['model']}-{job['method']}")
@@ -46,13 +45,16 @@ def test_a_fresh_trace_is_what_is_stored(job):
     assert plan.Here().trace("general", *order) in stored(order[0])
 
 
-def test_what_was_read_ahead_is_what_a_replay_shows():
+def test_what_was_read_ahead_is_what_a_replay_shows(monkeypatch):
     """A command finds the reading there and imports no allocator."""
     for job in SAMPLE[:3]:
         order = order_of(job)
-        point = plan.point_of(order[1])
+        point = plan.place_of(order)
         profiles = [Profile.load(data) for data in stored(order[0])]
         profile = next(profile for profile in profiles if profile.script.holds(*point))
         settings = plan.settings_of(order[1])
-        found = plan.reading_of(profile.script.digest, point, settings, lambda: pytest.fail("not there"))
-        assert found == read(profile.script.at(*point), settings)
+        stream = profile.script.at(*point)
+        with monkeypatch.context() as now:
+            now.setattr(plan, "read", lambda *_: pytest.fail("not there"))
+            found = plan.reading_of(stream, settings)
+        assert found == read(stream, settings)

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.catalog.gpus import find_gpu
+from app.cards import every_card
+from app.catalog.gpus import Gpu, find_gpu
 from app.dryrun.run import trace
 from app.job import point_of, read_job
 from app.memory.profile import Profile
-from app.memory.sizes import Size, compiled, decided, divided, function, remainder, text_of
-from app.plan import config_of, kernels_of
+from app.memory.sizes import SYMBOLS, Size, compiled, decided, divided, function, remainder, text_of
+from app.plan import chip_of, config_of, kernels_of
 from tests.tiny import LLAMA
 
 WINDOW = {
@@ -42,32 +43,42 @@ JOBS = [
 
 def traced(job, general: bool) -> Profile:
     job = job.resolved()
-    return trace(job, config_of(job)[0], *kernels_of(find_gpu(job.gpu or "h100-80gb")), general=general)
+    return trace(job, config_of(job)[0], *kernels_of(find_gpu(job.gpu)), general=general)
+
+
+def traced_with_numbers(job) -> Profile:
+    """Without any symbol, the card's multiprocessors included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.dryrun.run.symbol", lambda name, value, seen: value)
+        return traced(job, general=False)
 
 
 @cache
-def points(number: int, count: int) -> list[tuple[int, int]]:
+def points(number: int, count: int) -> list[tuple[int, int, Gpu]]:
+    """Batches, lengths, and cards with the same kernels."""
     dice = random.Random(number)
     fixed = JOBS[number].get("sequence_length")
     most = LIMIT.get(JOBS[number].get("model"), 3000)
-    return [(dice.randint(1, 40), fixed or dice.randint(2, most)) for _ in range(count)]
+    kernels = find_gpu(JOBS[number].get("gpu", "h100-80gb")).compute_capability
+    cards = [card for card in every_card() if card.compute_capability == kernels]
+    return [(dice.randint(1, 40), fixed or dice.randint(2, most), dice.choice(cards)) for _ in range(count)]
 
 
 def check(number: int, count: int) -> tuple[int, int]:
     """How many points were right, and how many runs it took to know them."""
     known: list[Profile] = []
-    for batch, length in points(number, count):
-        task = {"batch_size": batch, "sequence_length": length}
+    for batch, length, card in points(number, count):
+        task = {"batch_size": batch, "sequence_length": length, "gpu": card.key}
         if "vit" in JOBS[number].get("model", ""):
             task.pop("sequence_length")
         job = read_job({**JOBS[number], **task})
-        point = point_of(job)
+        point = (*point_of(job), chip_of(card)[1])
         profile = next((p for p in known if p.script.holds(*point)), None)
         if profile is None:
             profile = traced(job, general=True)
             assert profile.script.holds(*point)
             known.append(Profile.load(profile.dump()))
-        fresh = traced(job, general=False)
+        fresh = traced_with_numbers(job)
         mine, theirs = profile.script.at(*point), fresh.script.at(*point)
         assert (mine.script.events == theirs.script.events).all()
         assert (mine.sizes == theirs.sizes).all()
@@ -94,7 +105,7 @@ def test_twenty_random_points(number):
 
 
 NUMBERS = st.recursive(
-    st.one_of(st.integers(0, 3000), st.sampled_from([Size.symbol("b"), Size.symbol("s")])),
+    st.one_of(st.integers(0, 3000), st.sampled_from([*map(Size.symbol, SYMBOLS)])),
     lambda inner: st.tuples(st.sampled_from("+-*/%Mm"), inner, inner),
     max_leaves=6,
 )
@@ -124,20 +135,24 @@ def _computed(tree, symbols):
     )
 
 
-@given(NUMBERS, st.integers(1, 64), st.integers(1, 9000))
-def test_sizes_are_what_integers_are(tree, batch, length):
+@given(NUMBERS, st.integers(1, 64), st.integers(1, 9000), st.integers(1, 160))
+def test_sizes_are_what_integers_are(tree, batch, length, multiprocessors):
     """Any arithmetic with symbols, kept as text and compiled, gives what it gives with numbers; and what is said to
     hold everywhere holds here."""
     general = _computed(tree, {})
-    exact = _computed(tree, {"b": batch, "s": length})
-    assert compiled([text_of(general)])(batch, length) == [exact]
+    exact = _computed(tree, {"b": batch, "s": length, "m": multiprocessors})
+    assert compiled([text_of(general)])(batch, length, multiprocessors) == [exact]
     for comparison in ("==", "!=", "<", "<=", ">", ">="):
         always = decided(comparison, general)
         assert always is None or always == eval(f"{exact} {comparison} 0")
 
 
 def test_damaged_bytes_are_no_profile():
-    data = bytearray(traced(read_job({"config": LLAMA, "method": "full", "sequence_length": 64}), general=False).dump())
+    data = bytearray(
+        traced(
+            read_job({"config": LLAMA, "method": "full", "sequence_length": 64, "gpu": "h100"}), general=False
+        ).dump()
+    )
     assert Profile.load(bytes(data)).script.events.dtype == np.int32
     for at in range(0, len(data), max(1, len(data) // 40)):
         broken = bytes(data[:at]) + bytes([data[at] ^ 0x55]) + bytes(data[at + 1 :])

@@ -158,9 +158,9 @@ WINDOW = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalL
 def ask(length: int) -> str:
     """A length of one kind: what it is stored under."""
     job = read_job({"config": WINDOW, "method": "full", "sequence_length": length}).resolved()
-    profile = plan.profile_of(job, WINDOW, plan.card_of(job))
-    assert profile.script.holds(1, length) and profile.point[0] == 1
-    return plan._digest(plan.order_of(job, WINDOW, plan.card_of(job))[0])
+    order = plan.order_of(job, WINDOW, plan.card_of(job))
+    assert plan.profile_of(job, WINDOW, plan.card_of(job)).script.holds(*plan.place_of(order))
+    return plan._digest(order[0])
 
 
 def test_a_region_of_its_own_is_not_taken_for_a_narrow_one(store, monkeypatch):

@@ -44,13 +44,13 @@ job says of it."""
 class Card:
     """The facts of a GPU that change what PyTorch allocates.
 
-    ``capability`` is the CUDA compute capability, ``multiprocessors`` their number, ``cudnn`` the version of the cuDNN
-    that PyTorch runs with (``torch.backends.cudnn.version()``). ``measured`` is what a probe of the card found other
-    than what is stated here.
+    ``capability`` is the CUDA compute capability, ``multiprocessors`` their number (or a symbol for it), ``cudnn`` the
+    version of the cuDNN that PyTorch runs with (``torch.backends.cudnn.version()``). ``measured`` is what a probe of
+    the card found other than what is stated here.
     """
 
     capability: tuple[int, int] = (9, 0)
-    multiprocessors: int = 132
+    multiprocessors: int | torch.SymInt = 132
     measured: KernelFacts = KernelFacts()
     cudnn: int = 91900
 

@@ -14,22 +14,32 @@ from transformers.core_model_loading import revert_weight_conversion
 from app.dryrun import cuda
 from app.dryrun.fold import folded_books
 from app.dryrun.model import Weightless, bare, load
+from app.dryrun.symbols import symbol
 from app.dryrun.trace import Ledger
 from app.errors import PlanError
 from app.job import Job
 from app.memory.event import Books, Columns
 from app.memory.kernels import KernelFacts
+from app.memory.script import Script
+from app.memory.sizes import SYMBOLS
 
 MERGE, SAVE = "merge", "save"
 
 
-def finish_books(
-    job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts
-) -> Columns:
+def trace(
+    part: str, job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts
+) -> Script:
+    """The ``finish`` of a job, or the ``load`` of its model, on a card with these kernels and on those that do the same
+    with another number of multiprocessors. Raises :class:`PlanError`."""
+    conditions: dict[str, None] = {}
+    card = cuda.Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
+    return Script.of({"finish": finish_books, "load": load_books}[part](job, config, card), conditions)
+
+
+def finish_books(job: Job, config: dict, card: cuda.Card) -> Columns:
     """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it. Raises
     :class:`PlanError`."""
     base, task = bare(config, job.task, job.dtype, job.attention)
-    card = cuda.Card(capability, multiprocessors, measured)
 
     def run(model) -> Books:
         ledger = Ledger(card)
@@ -60,12 +70,9 @@ def finish_books(
         ) from None
 
 
-def load_books(
-    job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts
-) -> Columns:
+def load_books(job: Job, config: dict, card: cuda.Card) -> Columns:
     """The books of placing the model of ``job`` (resolved) alone."""
     base, task = bare(config, job.task, job.dtype, job.attention)
-    card = cuda.Card(capability, multiprocessors, measured)
 
     def run(model) -> Books:
         ledger = Ledger(card)

@@ -88,10 +88,12 @@ def trace(
 ) -> Profile:
     """Run ``job`` (resolved) on the meta device as a card with these kernels would, and describe the model.
 
-    The profile holds for the job's own batch and length; ``general``: for all for which the software does the same,
-    which takes a few times as long. Raises :class:`PlanError`.
+    The profile holds for the job's own batch and length on all cards with these kernels that do the same, however many
+    multiprocessors they have; ``general``: for all batches and lengths for which the software does the same, which
+    takes a few times as long. Raises :class:`PlanError`.
     """
-    card = cuda.Card(capability, multiprocessors, measured)
+    conditions: dict[str, None] = {}
+    card = cuda.Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
     job, base, task, said = _base(job, config)
     with weighed(base):
         images, shown = images_of(base, job, task)
@@ -107,7 +109,6 @@ def trace(
         "attention": base.config._attn_implementation or "eager",
     }
     warnings = [*said, *([shown] if shown else []), *_weight_warnings(job, facts["parameters"], linear)]
-    conditions: dict[str, None] = {}
     values = None if images is None else Values(job.expert_routing, images)
     symbols = _symbols(job, conditions) if general and values is None else {}
     if symbols:
@@ -125,8 +126,8 @@ def trace(
     facts["trainable_parameters"] = _trainable(books, job)
     facts["optimizer_state"] = _state_bytes(books)
     if not symbols:
-        conditions = {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
-    return Profile(Script.of(books, conditions), facts, table, warnings, point_of(job))
+        conditions |= {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
+    return Profile(Script.of(books, conditions), facts, table, warnings, (*point_of(job), multiprocessors))
 
 
 def _symbols(job: Job, conditions: dict[str, None]) -> dict[str, torch.SymInt]:

@@ -13,25 +13,25 @@ from app.memory.table import Table
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """``facts`` of the model, its ``table`` and ``warnings``, and the ``script`` of the step; traced at ``point``, a
-    batch and length."""
+    """``facts`` of the model, its ``table`` and ``warnings``, and the ``script`` of the step; traced at ``point``:
+    batch, length and multiprocessors."""
 
     script: Script
     facts: dict[str, Any]
     table: Table
     warnings: list[str]
-    point: tuple[int, int]
+    point: tuple[int, int, int]
 
     @property
     def general(self) -> bool:
-        """Whether it holds for more than one batch and length."""
-        return any(not condition.startswith(("b ==", "s ==")) for condition in self.script.conditions)
+        """Whether it holds for more than one batch."""
+        return f"b == {self.point[0]}" not in self.script.conditions
 
     @cached_property
     def broad(self) -> bool:
         """Whether it holds for some of the batches or lengths that follow its own, however divisible they are."""
-        batch, length = self.point
-        points = [(batch + more, length) for more in range(64)] + [(batch, length + more) for more in range(64)]
+        batch, length, card = self.point
+        points = [(batch + n, length, card) for n in range(64)] + [(batch, length + n, card) for n in range(64)]
         return sum(self.script.holds(*point) for point in points) >= 8
 
     def dump(self) -> bytes:
@@ -48,7 +48,7 @@ class Profile:
             table = Table(
                 told["table"]["rows"], [[(place, path) for place, path in group] for group in told["table"]["members"]]
             )
-            batch, length = told["point"]
-            return Profile(script, dict(told["facts"]), table, list(told["warnings"]), (batch, length))
+            batch, length, card = told["point"]
+            return Profile(script, dict(told["facts"]), table, list(told["warnings"]), (batch, length, card))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a profile: {error}") from None

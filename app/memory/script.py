@@ -1,7 +1,7 @@
-"""Books in columns: what a step does, for every batch and length for which it does that.
+"""Books in columns: what a step does, for every batch, length and number of multiprocessors for which it does that.
 
 :class:`~app.memory.event.Books` are written entry by entry; a :class:`Script` is what is kept and read, in
-milliseconds: events and entries as arrays, sizes as the few distinct functions of the batch and the length that occur.
+milliseconds: events and entries as arrays, sizes as the few distinct functions of these that occur.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ POINTS = 240
 
 @dataclass(frozen=True, eq=False)
 class Script(Columns):
-    """Columns whose ``sizes`` are texts of b and s. ``conditions`` are what batch and length must keep. ``digest``
+    """Columns whose ``sizes`` are texts of b, s and m. ``conditions`` are what these must keep. ``digest``
     tells it from others, where it was read from bytes."""
 
     sizes: Sequence[str]
@@ -37,23 +37,25 @@ class Script(Columns):
     def of(books: Columns, conditions: Iterable[str]) -> Script:
         return Script(**{**vars(books), "sizes": [*map(text_of, books.sizes)]}, conditions=list(conditions))
 
-    def holds(self, batch: int, length: int) -> bool:
-        """Whether the step does this for that batch and length (sequences; tokens, or 0 where there are none)."""
+    def holds(self, batch: int, length: int, multiprocessors: int) -> bool:
+        """Whether the step does this for that batch and length (sequences; tokens, or 0 where there are none), on a
+        card with so many multiprocessors."""
         try:
-            return all(self._kept(batch, length))
+            return all(self._kept(batch, length, multiprocessors))
         except ZeroDivisionError:
             return False
 
-    def at(self, batch: int, length: int) -> Stream:
-        """The step with that batch and length."""
-        return Stream(self, np.array(self._sized(batch, length), np.int64))
+    def at(self, batch: int, length: int, multiprocessors: int) -> Stream:
+        """The step with that batch and length, on a card with so many multiprocessors."""
+        point = batch, length, multiprocessors
+        return Stream(self, point, np.array(self._sized(*point), np.int64))
 
     @cached_property
-    def _kept(self) -> Callable[[int, int], Sequence]:
+    def _kept(self) -> Callable[[int, int, int], Sequence]:
         return compiled(self.conditions)
 
     @cached_property
-    def _sized(self) -> Callable[[int, int], Sequence]:
+    def _sized(self) -> Callable[[int, int, int], Sequence]:
         return compiled(self.sizes)
 
     @cached_property
@@ -176,10 +178,11 @@ class Script(Columns):
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A script with one batch and length: ``bytes`` are those of each of its sizes, ``sizes`` those of each
+    """A script at one point: ``bytes`` are those of each of its sizes, ``sizes`` those of each
     allocation."""
 
     script: Script
+    point: tuple[int, int, int]
     bytes: np.ndarray
 
     @cached_property

@@ -1,8 +1,8 @@
-"""Sizes as exact functions of the batch and the length, and the conditions under which they hold.
+"""Sizes as exact functions of batch, length and multiprocessors, and the conditions under which they hold.
 
 A :class:`Size` is a polynomial over atoms; an atom is one of :data:`SYMBOLS` or an integer function of sizes, written
 as Python writes it: ``(b*s + 127)//128``. Equal sizes have equal terms, so most questions about them have one answer
-for every batch and length; the others become conditions. Both are kept as text and compiled when they are needed.
+for every one of them; the others become conditions. Both are kept as text and compiled when they are needed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from math import ceil, floor, lcm
 
-SYMBOLS = ("b", "s")
-"""The batch and the length: integers of at least 1."""
+SYMBOLS = ("b", "s", "m")
+"""The batch, the length, and the card's multiprocessors: integers of at least 1."""
 
 _SIGNED: set[str] = set()
 """Atoms that may be negative; all others are at least 0."""
@@ -164,7 +164,7 @@ def function(name: str, first: Number, second: Number) -> Size:
 
 
 def decided(comparison: str, difference: Number) -> bool | None:
-    """Whether ``difference comparison 0`` for every batch and length; None: it depends."""
+    """Whether ``difference comparison 0`` for all; None: it depends."""
     for sign, low in ((1, least(difference)), (-1, least(-1 * difference))):
         if low is None:
             continue
@@ -197,14 +197,15 @@ def text_of(size: Number) -> str:
     return " + ".join(parts)
 
 
-_SAFE = re.compile(r"(?:max|min|ceil|floor|float|[bs0-9.e+\-*/%(), <>=!])*")
+_SAFE = re.compile(r"(?:max|min|ceil|floor|float|[bsm0-9.e+\-*/%(), <>=!])*")
 
 
-def compiled(texts: Iterable[str]) -> Callable[[int, int], Sequence]:
-    """A function of (b, s) that gives the value of each text. Raises :class:`ValueError` where one is no arithmetic."""
+def compiled(texts: Iterable[str]) -> Callable[[int, int, int], Sequence]:
+    """A function of (b, s, m) that gives the value of each text. Raises :class:`ValueError` where one is not
+    arithmetic."""
     texts = list(texts)
     for text in texts:
         if not _SAFE.fullmatch(text):
             raise ValueError(f"not a size: {text[:80]!r}")
-    source = f"lambda b, s: [{', '.join(texts)}]"
+    source = f"lambda b, s, m: [{', '.join(texts)}]"
     return eval(source, {"__builtins__": {}, "max": max, "min": min, "ceil": ceil, "floor": floor, "float": float})

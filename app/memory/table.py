@@ -99,7 +99,7 @@ NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 @dataclass(frozen=True)
 class Table:
     """The rows, those together that differ in a layer's index only: of each group one row, and the place and path of
-    each of its members. Costs are text of b and s."""
+    each of its members. Costs are texts of b, s and m."""
 
     rows: list[dict[str, Any]]
     members: list[list[tuple[int, str]]]
@@ -116,9 +116,9 @@ class Table:
             rows.append({**vars(layer), **costs, "path": _span([path for _, path in members]), "count": len(members)})
         return Table(rows, [members for _, members in groups.values()])
 
-    def at(self, batch: int, length: int, every: bool = False) -> list[Layer]:
-        """The table for one batch and length; ``every``: each layer by itself, in the model's order."""
-        costs = iter(compiled(row[name] for row in self.rows for name in _COSTS)(batch, length))
+    def at(self, batch: int, length: int, multiprocessors: int, every: bool = False) -> list[Layer]:
+        """The table at one point; ``every``: each layer by itself, in the model's order."""
+        costs = iter(compiled(row[name] for row in self.rows for name in _COSTS)(batch, length, multiprocessors))
         groups = [Layer(**{**row, **{name: next(costs) for name in _COSTS}}) for row in self.rows]
         if not every:
             return groups

@@ -18,7 +18,7 @@ from app.memory.breakdown import read
 from app.memory.event import Books
 from app.memory.kernels import KernelFacts
 from app.memory.script import Script
-from app.plan import config_of, kernels_of, profile_of, refuse_unplanned, settings_of
+from app.plan import chip_of, config_of, kernels_of, profile_of, refuse_unplanned, settings_of
 from app.probe import card
 from app.probe.answer import Planned, Probed, answer_of
 from app.probe.compare import compare
@@ -47,9 +47,10 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     if settings is not None:
         job, _ = stored.as_loaded(job, settings, _bare(json.dumps(config), task, job.dtype, job.attention))
     if layers is None:
-        stream = profile_of(job, config, gpu).script.at(*point_of(job))
+        script = profile_of(job, config, gpu).script
     else:
-        stream = Script.of(_books_of_layers(job, config, task, gpu, layers).columns(), []).at(*point_of(job))
+        script = Script.of(_books_of_layers(job, config, task, gpu, layers).columns(), [])
+    stream = script.at(*point_of(job), chip_of(gpu)[1])
     outside = outside_of(gpu).expected
     return Planned(job, model, config, task, gpu, stream.books(), read(stream, settings_of(job)), outside)
 
