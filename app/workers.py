@@ -87,7 +87,7 @@ class Pool:
         self.slots, self.seconds, self.memory = slots or os.cpu_count() or 1, seconds, memory
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["app.warmed"])
-        self._closed = self._idling = False
+        self._closed = self._idling = self._dismissing = False
         self._workers: list[_Worker] = []
         self._flights: dict[tuple, Flight] = {}
         self._later: deque[Flight] = deque(maxlen=LINE)
@@ -220,20 +220,28 @@ class Pool:
         """Keep a process for :data:`IDLE` seconds, or until it is taken."""
         worker.since = time.monotonic()
         with self._lock:
-            closed = self._closed
-            if not closed:
+            if not self._closed:
                 self._workers.append(worker)
-        if closed:
-            worker.end()
-            return
-        timer = threading.Timer(IDLE, self._dismiss)
+                if not self._dismissing:
+                    self._dismiss_in(IDLE)
+                return
+        worker.end()
+
+    def _dismiss_in(self, seconds: float) -> None:
+        """One timer for all: each is a thread, and there may be tens of traces a second."""
+        self._dismissing = True
+        timer = threading.Timer(seconds, self._dismiss)
         timer.daemon = True
         timer.start()
 
     def _dismiss(self) -> None:
         with self._lock:
-            old = [worker for worker in self._workers if time.monotonic() - worker.since >= IDLE]
-            self._workers = [worker for worker in self._workers if worker not in old]
+            since = time.monotonic() - IDLE
+            old = [worker for worker in self._workers if worker.since <= since]
+            self._workers = [worker for worker in self._workers if worker.since > since]
+            self._dismissing = False
+            if self._workers:
+                self._dismiss_in(min(worker.since for worker in self._workers) - since)
         for worker in old:
             worker.end()
 
