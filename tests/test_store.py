@@ -98,6 +98,14 @@ def fresh(monkeypatch, store):
         getattr(__import__("app.weigh", fromlist=[cached]), cached).cache_clear()
 
 
+def traces(monkeypatch) -> list[str]:
+    """The parts that are traced from now on."""
+    parts = []
+    real = plan.Here.trace
+    monkeypatch.setattr(plan.Here, "trace", lambda self, part, *order: parts.append(part) or real(self, part, *order))
+    return parts
+
+
 def test_a_stored_job_is_answered_without_a_trace_and_without_torch(store, monkeypatch):
     fresh(monkeypatch, store)
     first = estimate(JOB)
@@ -137,19 +145,9 @@ def test_another_engine_s_entries_are_not_found(store, monkeypatch):
     estimate(JOB)
     fresh(monkeypatch, store)
     monkeypatch.setattr(plan, "engine", lambda: "another")
-    traced = []
-    real = plan.Here.trace
-    monkeypatch.setattr(plan.Here, "trace", lambda self, part, *order: traced.append(part) or real(self, part, *order))
+    traced = traces(monkeypatch)
     estimate(JOB)
     assert "step" in traced
-
-
-def traces(monkeypatch) -> list[str]:
-    """The parts that are traced from now on."""
-    parts = []
-    real = plan.Here.trace
-    monkeypatch.setattr(plan.Here, "trace", lambda self, part, *order: parts.append(part) or real(self, part, *order))
-    return parts
 
 
 WINDOW = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 96}
