@@ -77,6 +77,11 @@ def kernels_of(gpu: Gpu | OwnGpu) -> Kernels:
     return *chip_of(gpu), kernels_found(gpu)
 
 
+def place_of(job: Job, card: Gpu | OwnGpu) -> Point:
+    """Where in its profile a job (resolved) on a card is."""
+    return *point_of(job), chip_of(card)[1]
+
+
 def config_of(job: Job) -> tuple[dict, dict]:
     """config.json's object, and where it came from."""
     config, source = _config_of(job)
@@ -254,8 +259,7 @@ def _events(said: Profile | Script | PlanError) -> int:
 def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
     """A profile that holds for the job (resolved), known or traced. The first of a kind get one of their own, the next
     one for all that run alike; where that holds for few, there is one each again. Raises :class:`PlanError`."""
-    order = order_of(job, config, card)
-    point = place_of(order)
+    order, point = order_of(job, config, card), place_of(job, card)
     for search in (_shelf.known, _shelf.look):
         known = search(order[0], Profile.load)
         for profile in known:
@@ -287,12 +291,6 @@ def order_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Order:
     """A job (resolved) as a :class:`Tracer` takes it."""
     kernels = kernels_of(card)
     return key_of(job, config, kernels), job, config, kernels
-
-
-def place_of(order: Order) -> Point:
-    """Where in its profile an order is."""
-    _, job, _, (_, multiprocessors, _) = order
-    return *point_of(job), multiprocessors
 
 
 def key_of(job: Job, config: dict, kernels: Kernels) -> str:
@@ -335,7 +333,7 @@ def load_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
 
 def _stream_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
     order = order_of(job, config, card)
-    point = (1, 1, place_of(order)[2])
+    point = (1, 1, chip_of(card)[1])
     known = _shelf.known(f"{part} {order[0]}", _script)
     script = next((one for one in known if isinstance(one, PlanError) or one.holds(*point)), None)
     if script is None:

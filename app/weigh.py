@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from app.cards import MEASURED_KERNELS, id_of, known, room, usable
 from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
-from app.job import Job, OwnGpu, point_of
+from app.job import Job, OwnGpu
 from app.memory.breakdown import Phase, Reading
 from app.memory.fit import Verdict, judge, passes
 from app.memory.overheads import Room
@@ -22,6 +22,7 @@ from app.plan import (
     chip_of,
     config_of,
     finish_of,
+    place_of,
     profile_of,
     reading_of,
     refuse_unplanned,
@@ -50,9 +51,9 @@ class Weighing:
     def facts(self) -> dict:
         return self.profile.facts
 
-    @property
+    @cached_property
     def point(self) -> Point:
-        return *point_of(self.job), chip_of(self.card)[1]
+        return place_of(self.job, self.card)
 
     @property
     def stream(self) -> Stream:

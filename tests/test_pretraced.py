@@ -18,6 +18,10 @@ def order_of(job):
     return plan.order_of(job, plan.config_of(job)[0], plan.card_of(job))
 
 
+def place_of(order):
+    return plan.place_of(order[1], plan.card_of(order[1]))
+
+
 def stored(key: str) -> list[bytes]:
     return plan._pretraced.get(plan._digest(key))
 
@@ -27,16 +31,16 @@ def test_all_usual_jobs_are_there():
     missing = []
     for job in JOBS:
         order = order_of(job)
-        if not any(Profile.load(data).script.holds(*plan.place_of(order)) for data in stored(order[0])):
+        if not any(Profile.load(data).script.holds(*place_of(order)) for data in stored(order[0])):
             missing.append(f"{job['model']} {job['method']}")
     assert missing == [] and plan.PRETRACED.stat().st_size < 8 << 20
 
 
 def test_what_the_page_shows_first_is_among_them():
-    usual = [(order[0], plan.place_of(order)) for order in map(order_of, JOBS)]
+    usual = [(order[0], place_of(order)) for order in map(order_of, JOBS)]
     for shown in (FIRST_VISIT, *EXAMPLES.values()):
         order = order_of(to_job(shown.items()))
-        assert (order[0], plan.place_of(order)) in usual
+        assert (order[0], place_of(order)) in usual
 
 
 @pytest.mark.parametrize("job", SAMPLE, ids=lambda job: f"{job['model']}-{job['method']}")
@@ -49,7 +53,7 @@ def test_what_was_read_ahead_is_what_a_replay_shows(monkeypatch):
     """A command finds the reading there and imports no allocator."""
     for job in SAMPLE[:3]:
         order = order_of(job)
-        point = plan.place_of(order)
+        point = place_of(order)
         profiles = [Profile.load(data) for data in stored(order[0])]
         profile = next(profile for profile in profiles if profile.script.holds(*point))
         settings = plan.settings_of(order[1])

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from app.cards import every_card
 from app.catalog.gpus import Gpu, find_gpu
 from app.dryrun.run import trace
-from app.job import point_of, read_job
+from app.job import read_job
 from app.memory.profile import Profile
 from app.memory.sizes import SYMBOLS, Size, compiled, decided, divided, function, remainder, text_of
-from app.plan import chip_of, config_of, kernels_of
+from app.plan import config_of, kernels_of, place_of
 from tests.tiny import LLAMA
 
 WINDOW = {
@@ -72,7 +72,7 @@ def check(number: int, count: int) -> tuple[int, int]:
         if "vit" in JOBS[number].get("model", ""):
             task.pop("sequence_length")
         job = read_job({**JOBS[number], **task})
-        point = (*point_of(job), chip_of(card)[1])
+        point = place_of(job, card)
         profile = next((p for p in known if p.script.holds(*point)), None)
         if profile is None:
             profile = traced(job, general=True)

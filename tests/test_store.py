@@ -156,9 +156,9 @@ WINDOW = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalL
 def ask(length: int) -> str:
     """A length of one kind: what it is stored under."""
     job = read_job({"config": WINDOW, "method": "full", "sequence_length": length}).resolved()
-    order = plan.order_of(job, WINDOW, plan.card_of(job))
-    assert plan.profile_of(job, WINDOW, plan.card_of(job)).script.holds(*plan.place_of(order))
-    return plan._digest(order[0])
+    card = plan.card_of(job)
+    assert plan.profile_of(job, WINDOW, card).script.holds(*plan.place_of(job, card))
+    return plan._digest(plan.order_of(job, WINDOW, card)[0])
 
 
 def test_a_region_of_its_own_is_not_taken_for_a_narrow_one(store, monkeypatch):

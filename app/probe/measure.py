@@ -13,12 +13,12 @@ from app.calibration import Facts, is_known, name_of, store
 from app.cards import like, outside_of
 from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
-from app.job import Job, OwnGpu, point_of, read_job
+from app.job import Job, OwnGpu, read_job
 from app.memory.breakdown import read
 from app.memory.event import Books
 from app.memory.kernels import KernelFacts
 from app.memory.script import Script
-from app.plan import chip_of, config_of, kernels_of, profile_of, refuse_unplanned, settings_of
+from app.plan import config_of, kernels_of, place_of, profile_of, refuse_unplanned, settings_of
 from app.probe import card
 from app.probe.answer import Planned, Probed, answer_of
 from app.probe.compare import compare
@@ -50,7 +50,7 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
         script = profile_of(job, config, gpu).script
     else:
         script = Script.of(_books_of_layers(job, config, task, gpu, layers).columns(), [])
-    stream = script.at(*point_of(job), chip_of(gpu)[1])
+    stream = script.at(*place_of(job, gpu))
     outside = outside_of(gpu).expected
     return Planned(job, model, config, task, gpu, stream.books(), read(stream, settings_of(job)), outside)
 
