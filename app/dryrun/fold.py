@@ -110,10 +110,11 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
             raise Unfoldable(f"the job names a layer by its number: {name}")
     if not repeated(model):
         raise Unfoldable("no layers repeat")
+    runs: dict[tuple, Books] = {}
     with _without_collector():
         for apart, radius in _way.get(model, WAYS):
             try:
-                books = _Fold(model, repeated(model, apart), trace, radius, general).books()
+                books = _Fold(model, repeated(model, apart), trace, radius, general, runs).books()
             except (PlanError, DataDependent):  # so would the whole model
                 raise
             except Unfoldable as error:
@@ -147,27 +148,42 @@ def _without_collector():
 
 
 class _Fold:
-    """One model's short runs. A depth is, for each group, the layers that are kept."""
+    """One model's short runs. A depth is, for each group, the layers that are kept; ``base`` the one that is repeated.
+    ``runs`` are those made so far."""
 
-    def __init__(self, model, groups: list[Layers], trace: Trace, radius: int, general: Trace | None = None):
+    def __init__(self, model, groups: list[Layers], trace: Trace, radius: int, general: Trace | None, runs: dict):
         self.model, self.groups, self.trace, self.radius, self.general = model, groups, trace, radius, general
+        self.runs: dict[tuple, Books] = runs
         self.whole = [range(len(group.types)) for group in groups]
-        self.once = self._depth(1)
+        self.base = self._depth(1)
 
     def books(self) -> Expansion:
-        twice = self._depth(2)
-        if not self.groups or self._size(self.once) + self._size(twice) > ENOUGH * self._size(self.whole):
+        once, twice = self.base, self._depth(2)
+        if not self.groups or self._size(once) + self._size(twice) > ENOUGH * self._size(self.whole):
             raise Unfoldable("too few layers repeat")
-        short = self._run(self.once)
-        expand(short, self._stacks(twice))  # says at once what cannot be repeated
-        growth = growth_of(short, self._stacks(twice), self._run(twice))
+        try:
+            expand(self._run(once), self._stacks(twice))  # says at once what cannot be repeated
+            growth = growth_of(self._run(once), self._stacks(twice), self._run(twice))
+        except Unfoldable as error:
+            log.info("the shortest run is not repeated: %s", error)
+            growth = self._deepened(once, twice)
+        short = self._run(self.base)
         if growth and self.general is not None:
-            return _Fold(self.model, self.groups, self.general, self.radius).books()
+            return _Fold(self.model, self.groups, self.general, self.radius, None, {}).books()
         if growth:
             growth = self._growth(short, twice, growth)
         if self.general is not None:
-            short = _generalised(short, self.general, shortened(self.model, self.groups, self.once))
+            short = _generalised(short, self.general, shortened(self.model, self.groups, self.base))
         return expand(short, self._stacks(self.whole), growth)
+
+    def _deepened(self, once: list[list[int]], twice: list[list[int]]) -> dict[int, Number]:
+        """Repeat the deeper run instead, where a layer need not be the first, the last and all others of its type at
+        once: what is alike in it must be equal, and the shortest run what is left of it without some of its layers."""
+        self.base = twice
+        for depth in (twice, once):
+            if not same(expand(self._run(twice), self._stacks(depth)).books(), self._run(depth)):
+                raise Unfoldable("neither run is the other one with more layers or fewer")
+        return {}
 
     def _growth(self, short: Books, twice: list, growth: dict[int, Number]) -> dict[int, Number]:
         """By how many bytes allocations are larger in the whole, if that is a linear function of the numbers of layers
@@ -214,8 +230,11 @@ class _Fold:
         return [shorten(group.types, repeats, self.radius, own) for group, own in zip(self.groups, extra)]
 
     def _run(self, depth: Sequence[Sequence[int]]) -> Books:
-        say(f"running the step with {sum(map(len, depth))} of {sum(map(len, self.whole))} layers")
-        return self.trace(shortened(self.model, self.groups, depth))
+        key = tuple((group.paths, *kept) for group, kept in zip(self.groups, depth))
+        if key not in self.runs:
+            say(f"running the step with {sum(map(len, depth))} of {sum(map(len, self.whole))} layers")
+            self.runs[key] = self.trace(shortened(self.model, self.groups, depth))
+        return self.runs[key]
 
     def _stacks(self, depth: Sequence[Sequence[int]]) -> list[Stack]:
         def types(group, kept):
@@ -223,13 +242,13 @@ class _Fold:
 
         return [
             Stack(group.paths, types(group, a), types(group, b), self.radius)
-            for group, a, b in zip(self.groups, self.once, depth)
+            for group, a, b in zip(self.groups, self.base, depth)
         ]
 
     def _counts(self, depth: Sequence[Sequence[int]]) -> list[int]:
         """How many layers of each type there are more than in the shortest run."""
         counts: Counter = Counter({(n, kind): 0 for n, group in enumerate(self.groups) for kind in group.types})
-        for sign, layers in ((1, depth), (-1, self.once)):
+        for sign, layers in ((1, depth), (-1, self.base)):
             for n, (group, kept) in enumerate(zip(self.groups, layers)):
                 for index in kept:
                     counts[n, group.types[index]] += sign

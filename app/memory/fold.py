@@ -327,6 +327,8 @@ class Expansion:
         self.numbers: dict[tuple, dict[tuple, int]] = {}
         self.begins: dict[tuple, int] = {}
         self.plans: dict[tuple, _Plan] = {}
+        # By stack how far away a layer is whose memory another one gives back.
+        self.reach = [stack.radius for stack in stacks]
         self.keys = 0
         self.fixed = np.full(len(books.allocations), -1)
         self.sole = np.full(len(books.allocations), -1)
@@ -481,10 +483,10 @@ class Expansion:
         final: bool = True,
     ) -> None:
         """Write a block as ``layer`` of the whole; what its like share is given back by the ``final`` one of them."""
-        which = start, end, final, self._sight(layer)
-        plan = self.plans.get(which)
+        plan = self.plans.get((start, end, final, self._sight(layer)))
         if plan is None:
-            plan = self.plans[which] = self._plan(start, end, layer, empties, final)
+            plan = self._plan(start, end, layer, empties, final)  # may have to look further than was seen so far
+            self.plans[start, end, final, self._sight(layer)] = plan
         names = self.names.get(layer)
         if names is None:
             names = self.names[layer] = _Names(lambda path: self._name(path, layer))
@@ -521,8 +523,8 @@ class Expansion:
         if layer is None:
             return None
         number, at = layer
-        templates, radius = self.templates[number], self.stacks[number].radius
-        return number, *templates[max(0, at - radius) : at], None, *templates[at : at + radius + 1]
+        templates, reach = self.templates[number], self.reach[number]
+        return number, *templates[max(0, at - reach) : at], None, *templates[at : at + reach + 1]
 
     def _plan(
         self, start: int, end: int, layer: tuple[int, int] | None, empties: Mapping[int, int], final: bool
@@ -565,32 +567,43 @@ class Expansion:
         number = self.numbers.get((part, stack, self.templates[stack][whose]), {}).get(name)
         if number is None:
             raise self._twice(key)
-        near = layer is not None and layer[0] == stack and self._away(position, layer) is not None
+        near = layer is not None and layer[0] == stack and whose - layer[1] == self._away(position, layer)
+        if near:
+            self.reach[stack] = max(self.reach[stack], abs(whose - layer[1]))
         return (part, stack, whose - layer[1] if near else whose, near), number
 
     def _twice(self, key: int) -> Unfoldable:
         entry = self.short.allocations[key]
         return Unfoldable(f"more layers give back {entry.op} of {entry.module or 'the model'} than took it")
 
-    def _away(self, position: int, layer: tuple[int, int]) -> int | None:
-        """How far ``position`` is from the template of ``layer``; None: too far to be known as a neighbour."""
-        away = position - self.templates[layer[0]][layer[1]]
-        return away if abs(away) <= self.stacks[layer[0]].radius else None
+    def _away(self, position: int, layer: tuple[int, int]) -> int:
+        """How far ``position`` is from the template of ``layer``."""
+        return position - self.templates[layer[0]][layer[1]]
 
     def _layer(self, number: int, position: int, layer: tuple[int, int] | None) -> int:
         """Which layer of the whole is meant in ``layer`` where its template means the one at ``position``.
 
-        A neighbour stays a neighbour; further off only a layer that occurs once is known to be the same one.
+        A neighbour stays a neighbour. Further off a layer that occurs once is meant by one that occurs once; by others
+        the one as far away, if the layers between are of the same types (several layers use what one of them made).
         """
-        if layer is not None and layer[0] == number:
-            away = self._away(position, layer)
-            if away is not None:
-                return layer[1] + away
+        own = layer is not None and layer[0] == number
+        if own and abs(self._away(position, layer)) <= self.stacks[number].radius:
+            return layer[1] + self._away(position, layer)
         if layer is None or self.templates[layer[0]][layer[1]] in self.only[layer[0]]:
             only = self.only[number].get(position)
             if only is not None:
                 return only
+        if own and self._between(number, position, layer[1]):
+            return layer[1] + self._away(position, layer)
         raise Unfoldable(f"layer {position} of {self.stacks[number].paths[0]} is used from afar")
+
+    def _between(self, number: int, position: int, at: int) -> bool:
+        """Whether the layers from ``position`` to the template of layer ``at`` are of the types that they are there."""
+        stack, template = self.stacks[number], self.templates[number][at]
+        there = at + position - template
+        if position < template:
+            return there >= 0 and stack.short[position + 1 : template] == stack.whole[there + 1 : at]
+        return there < len(stack.whole) and stack.short[template + 1 : position] == stack.whole[at + 1 : there]
 
     def _name(self, path: str, layer: tuple[int, int] | None) -> str:
         unit = self.units[path]
