@@ -15,6 +15,7 @@ import gc
 import logging
 import re
 import types as python
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -112,7 +113,7 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
         raise Unfoldable("no layers repeat")
     runs: dict[tuple, Books] = {}
     with _without_collector():
-        for apart, radius in _way.get(model, WAYS):
+        for apart, radius in _way[model] if model in _way else _ways(model):
             try:
                 books = _Fold(model, repeated(model, apart), trace, radius, general, runs).books()
             except (PlanError, DataDependent):  # so would the whole model
@@ -131,6 +132,22 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
 WAYS = ((0, 1), (APART, 1), (0, 2))
 """How layers are told to be alike: how many at the beginning are like no other, and how many neighbours on either side
 are to be alike too."""
+
+
+def _ways(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """The :data:`WAYS`, first those with layers apart where beside the layers there is a list of modules with one for
+    each that a config names: features are taken there, and added by number elsewhere."""
+    counted = any(
+        isinstance(child, LISTS) and len(child) == len(value)
+        for group in repeated(model)
+        for child in model.get_submodule(group.paths[0].rpartition(".")[0]).children()
+        for holder in _holders(model, group.paths[0])
+        for name, value in _open(holder)
+        if _selects(name, value, len(group.types))
+    )
+    return sorted(WAYS, key=lambda way: counted and not way[0])
+
+
 _way: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], ...]] = WeakKeyDictionary()
 """In which of them a bare model was folded, if in any: the next run of it is of the same layers."""
 
@@ -272,8 +289,8 @@ def repeated(model: torch.nn.Module, apart: int = 0) -> list[Layers]:
 def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
     """The outermost lists of layers of which some can be left out; lists of one parent and one length go together.
 
-    With ``apart`` that many layers at the beginning are like no other, and lists of which a config names some by number
-    stay whole.
+    With ``apart`` that many layers at the beginning are like no other; of a list of which a config names some by number
+    it is those that are, and the others are alike between the same two of them.
     """
     found: list[Layers] = []
     least = WORTH * sum(1 for _ in model.modules())
@@ -319,11 +336,12 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
     for name, value in said:
         for index, known in enumerate(facts):
             if _selects(name, value, depth):
-                known[name] = index if apart and value else index in value
+                known[name] = (bisect_left(value, index), index in value) if apart else index in value
             elif _lists(value, depth):
                 known[name] = _plain(value[index])
-    for index, known in enumerate(facts[:apart]):
-        known["apart"] = index
+    if not any(value and _selects(name, value, depth) for name, value in said):
+        for index, known in enumerate(facts[:apart]):
+            known["apart"] = index
     types = _number(facts)
     for name, period in said:
         if type(period) is int and 1 < period < depth and _PERIODIC.search(name):
