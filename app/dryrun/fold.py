@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 
+from app.dryrun.scan import unrolled
 from app.dryrun.trace import DataDependent
 from app.errors import PlanError
 from app.memory.event import Books
@@ -68,8 +69,13 @@ def folded_books(
 
     ``trace`` may change the model it is given: it is always a copy, ``model`` itself stays as it is. ``names`` are the
     module names that the job spells out: one with a layer's number in it makes that layer unlike the others.
-    ``general`` runs the same with sizes that are functions: then the books are its.
+    ``general`` runs the same with sizes that are functions: then the books are its. Loops of which few tokens were run
+    are repeated last; raises :class:`Unfoldable` where they cannot be.
     """
+    return unrolled(_folded_books(model, trace, names, general))
+
+
+def _folded_books(model, trace: Trace, names: Iterable[str], general: Trace | None) -> Books | Expansion:
     try:
         return fold(model, trace, names, general)
     except Unfoldable as reason:
@@ -135,17 +141,17 @@ are to be alike too."""
 
 
 def _ways(model: torch.nn.Module) -> list[tuple[int, int]]:
-    """The :data:`WAYS`, first those with layers apart where beside the layers there is a list of modules with one for
+    """The :data:`WAYS`, of them those with layers apart where beside the layers there is a list of modules with one for
     each that a config names: features are taken there, and added by number elsewhere."""
     counted = any(
-        isinstance(child, LISTS) and len(child) == len(value)
+        isinstance(child, LISTS) and len(child) == len(value) < len(group.types)
         for group in repeated(model)
         for child in model.get_submodule(group.paths[0].rpartition(".")[0]).children()
         for holder in _holders(model, group.paths[0])
         for name, value in _open(holder)
         if _selects(name, value, len(group.types))
     )
-    return sorted(WAYS, key=lambda way: counted and not way[0])
+    return [way for way in WAYS if way[0] or not counted]
 
 
 _way: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], ...]] = WeakKeyDictionary()

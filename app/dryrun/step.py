@@ -177,7 +177,7 @@ def dry_run(
     :data:`OTHER` behind them.
 
     With ``values`` those that the job states are followed, which takes twice as long. Loops over tokens are run for so
-    many ``tokens`` and repeated; raises :class:`Unfoldable` where they cannot be.
+    many ``tokens``: :func:`~app.dryrun.scan.unrolled` repeats them.
     """
     from app.dryrun.trainers import run_trainer
 
@@ -199,4 +199,4 @@ def dry_run(
             values or contextlib.nullcontext(),
         ):
             run(ledger, model, job, task, steps, other)
-        return scans.whole(ledger.close())
+        return ledger.close()

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import groupby, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -30,13 +31,15 @@ class Stack(NamedTuple):
 
     ``paths`` are the module paths of the lists that hold them (``model.layers``; several where lists are zipped),
     ``short`` the layers' types in the books at hand, ``whole`` the types in the books that are wanted. Two layers are
-    alike if they are of one type between neighbours of the same types, ``radius`` of them on either side.
+    alike if they are of one type between neighbours of the same types, ``radius`` of them on either side. With ``loop``
+    they are iterations: what they do is their module's, and none is known further off than that.
     """
 
     paths: tuple[str, ...]
     short: tuple[int, ...]
     whole: tuple[int, ...]
     radius: int = 1
+    loop: bool = False
 
     def templates(self) -> list[int]:
         """For every layer of the whole, one of the short run that is like it: for the first and the last of a type,
@@ -300,12 +303,23 @@ class _Plan(NamedTuple):
     paths: list[str]
 
 
+class _Block(NamedTuple):
+    """What was written at once: of each of ``layers``, (stack, layer) or None, the ``events``, a row each; which of the
+    short run's they repeat (``source``), and how many of them take."""
+
+    events: np.ndarray
+    source: np.ndarray
+    layers: list[tuple[int, int] | None]
+    takes: int
+
+
 class Expansion:
     """The whole, event by event: of each, which of the short run's it repeats and in which layer.
 
     A layer's events are the same numbers as its template's, but for where its allocations and its neighbours' begin;
-    so they are written block by block, as arrays. ``events`` and ``marks`` are as in :class:`Books`, ``source`` the
-    short run's events, ``sole`` by key of the short run the key of what stands for itself alone (-1: for several).
+    so they are written block by block, for all layers alike that follow each other at once, as arrays. ``events`` and
+    ``marks`` are as in :class:`Books`, ``source`` the short run's events, ``sole`` by key of the short run the key of
+    what stands for itself alone (-1: for several).
     """
 
     def __init__(self, books: Books, stacks: Sequence[Stack], growth: Mapping[int, Number]):
@@ -322,17 +336,17 @@ class Expansion:
         # Where an allocation of the short run was made: None, or (stack, position, name within the layer).
         self.homes: list[tuple[int, int, tuple] | None] = [None] * len(books.allocations)
         self.ran: set[tuple[int, int] | None] = set()
-        # By part, stack and position the numbers of a block's allocations by name; by part, stack and layer its first
-        # key.
+        # By part, stack and position the numbers of a block's allocations by name; by part and stack each layer's first
+        # key, -1 where it is not written.
         self.numbers: dict[tuple, dict[tuple, int]] = {}
-        self.begins: dict[tuple, int] = {}
+        self.begins: dict[tuple, np.ndarray] = {}
         self.plans: dict[tuple, _Plan] = {}
         # By stack how far away a layer is whose memory another one gives back.
         self.reach = [stack.radius for stack in stacks]
         self.keys = 0
         self.fixed = np.full(len(books.allocations), -1)
         self.sole = np.full(len(books.allocations), -1)
-        self.blocks: list[tuple[np.ndarray, np.ndarray, tuple[int, int] | None, int]] = []
+        self.blocks: list[_Block] = []
         self.marks: list[Mark] = []
         self.written = 0
         self._events = np.array(books.events, np.int32)
@@ -432,22 +446,23 @@ class Expansion:
     def _run(self) -> None:
         for serial, (mark, start, end, empties) in enumerate(self._spans()):
             self.marks.append(Mark(self.written, mark.name, mark.step))
-            self._empty(empties.get(start - 1, 0), mark.step)
+            self.marks += [Mark(self.written, EMPTY_CACHE, mark.step)] * empties.get(start - 1, 0)
             for number, piece in enumerate(self._pieces(mark, start, end)):
                 part = serial, number
                 if piece.stack is None:
-                    self._write(part, piece.start, piece.end, None, empties, mark.step)
+                    self._write(part, piece.start, piece.end, [None], empties, mark.step)
                     continue
                 templates = self.templates[piece.stack]
                 for position, (low, high) in piece.blocks.items():
                     self._settle(part, piece.stack, position, low, high)
                 order = range(len(templates))[:: piece.step]
                 last = {templates[layer]: layer for layer in order}
-                for layer in order:
-                    position = templates[layer]
+                for (position, final), layers in groupby(
+                    order, lambda layer: (templates[layer], last[templates[layer]] == layer)
+                ):
                     if position in piece.blocks:
-                        final = last[position] == layer
-                        self._write(part, *piece.blocks[position], (piece.stack, layer), empties, mark.step, final)
+                        written = [(piece.stack, layer) for layer in layers]
+                        self._write(part, *piece.blocks[position], written, empties, mark.step, final)
         self._check_released()
         self._check_run()
 
@@ -477,46 +492,70 @@ class Expansion:
         part: tuple[int, int],
         start: int,
         end: int,
-        layer: tuple[int, int] | None,
+        layers: list[tuple[int, int] | None],
         empties: Mapping[int, int],
         step: int,
         final: bool = True,
     ) -> None:
-        """Write a block as ``layer`` of the whole; what its like share is given back by the ``final`` one of them."""
-        plan = self.plans.get((start, end, final, self._sight(layer)))
-        if plan is None:
-            plan = self._plan(start, end, layer, empties, final)  # may have to look further than was seen so far
-            self.plans[start, end, final, self._sight(layer)] = plan
-        names = self.names.get(layer)
-        if names is None:
-            names = self.names[layer] = _Names(lambda path: self._name(path, layer))
-        for path in plan.paths:
-            names[path]  # raises where it has none
-        out = self._events[plan.source]
-        taken = out[plan.takes]
-        keys = np.arange(self.keys, self.keys + taken.size)
-        if layer is None:
-            self.fixed[taken] = keys
+        """Write a block as each of ``layers`` of the whole, one after another; what its like share is given back by the
+        ``final`` one of them."""
+        while layers:
+            plan = self.plans.get((start, end, final, self._sight(layers[0])))
+            if plan is None:
+                plan = self._plan(start, end, layers[0], empties, final)  # may look further than was seen so far
+                self.plans[start, end, final, self._sight(layers[0])] = plan
+            seen = self._sight(layers[0])
+            alike = [*takewhile(lambda layer: self._sight(layer) == seen, layers)]
+            self._repeat(part, plan, alike, step)
+            layers = layers[len(alike) :]
+
+    def _repeat(self, part: tuple[int, int], plan: _Plan, layers: list[tuple[int, int] | None], step: int) -> None:
+        """Write a block as each of ``layers``, which see the same around them."""
+        for layer in layers:
+            names = self._names(layer)
+            for path in plan.paths:
+                names[path]  # raises where it has none
+        source, count = self._events[plan.source], plan.takes.size
+        out = np.tile(source, (len(layers), 1))
+        begins = self.keys + count * np.arange(len(layers))
+        out[:, plan.takes] = begins[:, None] + np.arange(count)
+        taken = source[plan.takes]
+        numbers = np.array([0 if layer is None else layer[1] for layer in layers])
+        if layers[0] is None:
+            self.fixed[taken] = out[0, plan.takes]
         else:
-            self.begins[part, *layer] = self.keys
-        if layer is None or self.templates[layer[0]][layer[1]] in self.only[layer[0]]:
-            self.sole[taken] = keys
-        given = self.fixed[~out[plan.fixed]]
+            number, first = layers[0]
+            if (part, number) not in self.begins:
+                self.begins[part, number] = np.full(len(self.templates[number]), -1)
+            self.begins[part, number][numbers] = begins
+        if layers[0] is None or self.templates[number][first] in self.only[number]:
+            self.sole[taken] = out[0, plan.takes]
+        given = self.fixed[~source[plan.fixed]]
         if given.size and given.min() < 0:
-            raise self._twice(int(~out[plan.fixed][given.argmin()]))
-        out[plan.fixed] = ~given
+            raise self._twice(int(~source[plan.fixed][given.argmin()]))
+        out[:, plan.fixed] = ~given
         for group in plan.given:
-            whose = layer[1] + group.layer if group.near else group.layer
-            begin = self.begins.get((group.part, group.stack, whose))
-            if begin is None:
-                raise self._twice(int(~out[group.at[0]]))
-            out[group.at] = ~(begin + group.numbers)
-        out[plan.takes] = keys
-        self.keys += taken.size
-        self.blocks.append((out, plan.source, layer, taken.size))
-        for after, times in plan.empties:
-            self._empty(times, step, after)
+            whose = numbers + group.layer if group.near else np.array([group.layer])
+            known = self.begins.get((group.part, group.stack), np.zeros(0, int))
+            if whose.min() < 0 or whose.max() >= known.size or known[whose].min() < 0:
+                raise self._twice(int(~source[group.at[0]]))
+            out[:, group.at] = ~(known[whose][:, None] + group.numbers)
+        self.blocks.append(_Block(out, plan.source, layers, count))
+        for row in range(len(layers) if plan.empties else 0):
+            for after, times in plan.empties:
+                self.marks += [Mark(self.written + row * source.size + after, EMPTY_CACHE, step)] * times
+        self.keys += count * len(layers)
         self.written += out.size
+
+    def _names(self, layer: tuple[int, int] | None) -> _Names:
+        """How the short run's modules are called in ``layer``; in all iterations of a loop with one template alike."""
+        key = layer
+        if layer is not None and self.stacks[layer[0]].loop:
+            key = layer[0], self.templates[layer[0]][layer[1]]
+        names = self.names.get(key)
+        if names is None:
+            names = self.names[key] = _Names(lambda path: self._name(path, layer))
+        return names
 
     def _sight(self, layer: tuple[int, int] | None) -> tuple | None:
         """What of ``layer`` decides on how its template is written: the templates around it."""
@@ -555,9 +594,6 @@ class Expansion:
                 marks.append((here + 1, empties[at]))
         groups = [_Given(*where, np.array(at), np.array(numbers)) for where, (at, numbers) in given.items()]
         return _Plan(np.array(source, int), np.array(takes, int), groups, np.array(fixed, int), marks, list(paths))
-
-    def _empty(self, times: int, step: int, after: int = 0) -> None:
-        self.marks += [Mark(self.written + after, EMPTY_CACHE, step)] * times
 
     def _given(self, key: int, home: tuple[int, int, tuple], layer: tuple[int, int] | None) -> tuple[tuple, int]:
         """What is given back in ``layer`` where its template gives back ``key``: part, stack, layer, whether that
@@ -600,6 +636,8 @@ class Expansion:
     def _between(self, number: int, position: int, at: int) -> bool:
         """Whether the layers from ``position`` to the template of layer ``at`` are of the types that they are there."""
         stack, template = self.stacks[number], self.templates[number][at]
+        if stack.loop:
+            return False
         there = at + position - template
         if position < template:
             return there >= 0 and stack.short[position + 1 : template] == stack.whole[there + 1 : at]
@@ -610,7 +648,8 @@ class Expansion:
         if unit is None:
             return path
         number, position, head, tail = unit
-        return f"{head}.{self._layer(number, position, layer)}{tail}"
+        whose = self._layer(number, position, layer)
+        return head.rpartition(".")[0] + tail if self.stacks[number].loop else f"{head}.{whose}{tail}"
 
     def _check_released(self) -> None:
         """What the short run gives back, and only that, is given back in the whole, by every layer; nothing twice."""
@@ -628,14 +667,18 @@ class Expansion:
         if (once < 0).any() or (times[once].astype(bool) == kept[free]).any():
             raise Unfoldable("what no layer owns is given back by a layer that stands for none of the whole")
         stay = Counter(self.homes[key][:2] for key in np.flatnonzero(kept & ~free).tolist())
-        left = Counter()
+        left = [np.zeros(len(templates), int) for templates in self.templates]
         at = 0
-        for _, _, layer, count in self.blocks:
-            left[layer] += count - int(times[at : at + count].sum())
-            at += count
+        for block in self.blocks:
+            shape = len(block.layers), block.takes
+            end = at + shape[0] * shape[1]
+            if block.layers[0] is not None:
+                stays = block.takes - times[at:end].reshape(shape).sum(1)
+                left[block.layers[0][0]][[layer for _, layer in block.layers]] += stays
+            at = end
         for number, templates in enumerate(self.templates):
             for layer, position in enumerate(templates):
-                if left[number, layer] != stay[number, position]:
+                if left[number][layer] != stay[number, position]:
                     raise Unfoldable(f"layer {layer} of {self.stacks[number].paths[0]} does not give back what it took")
 
     def _check_run(self) -> None:
@@ -649,23 +692,24 @@ class Expansion:
 
     @cached_property
     def events(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int32), *(events for events, *_ in self.blocks)])
+        return np.concatenate([np.zeros(0, np.int32), *(block.events.ravel() for block in self.blocks)])
 
     @cached_property
     def origins(self) -> np.ndarray:
         """By key the short run's allocation."""
-        source = np.concatenate([np.zeros(0, int), *(source for _, source, *_ in self.blocks)])
-        events = self._events[source]
-        return events[events >= 0]
+        sources = [(self._events[block.source], len(block.layers)) for block in self.blocks]
+        return np.concatenate([np.zeros(0, np.int32), *(np.tile(took[took >= 0], times) for took, times in sources)])
 
     def books(self) -> Books:
         """Entry by entry, with the sites."""
         short, out = self.short, Books([], self.events.tolist(), [], list(self.marks))
-        for _, source, layer, _ in self.blocks:
-            names = self.names[layer]
-            out.sites += [names[short.sites[at]] for at in source.tolist()]
-            taken = [event for event in self._events[source].tolist() if event >= 0]
-            out.allocations += [short.allocations[k]._replace(module=names[short.allocations[k].module]) for k in taken]
+        for block in self.blocks:
+            source = block.source.tolist()
+            taken = [short.allocations[event] for event in self._events[source].tolist() if event >= 0]
+            for layer in block.layers:
+                names = self._names(layer)
+                out.sites += [names[short.sites[at]] for at in source]
+                out.allocations += [entry._replace(module=names[entry.module]) for entry in taken]
         for key, more in self.growth.items():
             if self.sole[key] >= 0:
                 entry = out.allocations[self.sole[key]]
@@ -680,12 +724,14 @@ class Expansion:
             if self.sole[key] >= 0:
                 size[self.sole[key]] = len(sizes)
                 sizes.append(short.sizes[short.size[key]] + more)
-        layers, width = {layer: number for number, layer in enumerate(self.names)}, len(short.modules)
-        whose = np.repeat([layers[layer] for _, _, layer, _ in self.blocks], [count for *_, count in self.blocks])
+        called, width = {id(names): number for number, names in enumerate(self.names.values())}, len(short.modules)
+        whose = [[called[id(self._names(layer))] for layer in block.layers] for block in self.blocks]
+        whose = np.concatenate([np.zeros(0, int), *(np.repeat(w, block.takes) for w, block in zip(whose, self.blocks))])
         cells = whose * width + short.module[origins]  # a layer, and a module as the short run calls it
-        module = np.zeros(len(layers) * width, np.int32)
+        module = np.zeros(len(called) * width, np.int32)
         found, names = np.flatnonzero(np.bincount(cells)), list(self.names.values())
-        called = [names[cell // width][short.modules[cell % width]] for cell in found.tolist()]
-        module[found], modules = numbered(called)
+        module[found], modules = numbered(
+            [names[cell // width][short.modules[cell % width]] for cell in found.tolist()]
+        )
         kind, op = short.kind[origins], short.op[origins]
         return Columns(self.events, size, module[cells], kind, op, sizes, modules, short.ops, self.marks)

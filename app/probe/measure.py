@@ -16,6 +16,7 @@ from app.errors import PlanError
 from app.job import Job, OwnGpu, read_job
 from app.memory.breakdown import read
 from app.memory.event import Books
+from app.memory.fold import Expansion
 from app.memory.kernels import KernelFacts
 from app.memory.script import Script
 from app.plan import config_of, kernels_of, place_of, profile_of, refuse_unplanned, settings_of
@@ -73,6 +74,7 @@ def depth_of_plan(planned: Planned) -> int:
 def _books_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Books:
     from app.dryrun.cuda import Card
     from app.dryrun.images import images_of
+    from app.dryrun.scan import unrolled
     from app.dryrun.step import dry_run
     from app.dryrun.values import Values
     from app.probe.layers import with_layers
@@ -80,7 +82,8 @@ def _books_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Boo
     base = _bare(json.dumps(config), task, job.dtype, job.attention)
     images, _ = images_of(base, job, task)
     values = None if images is None else Values(job.expert_routing, images)
-    return dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)), values=values)
+    found = unrolled(dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)), values=values))
+    return found.books() if isinstance(found, Expansion) else found
 
 
 def gpu_of(name: str, total: int, capability: tuple[int, int]) -> Gpu | OwnGpu:
