@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -250,6 +251,13 @@ CONFIGS = {
         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1,
         "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4,
     },
+    "glm_moe_dsa": PLAIN | {
+        "num_hidden_layers": 27, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 24, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4,
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4,
+        "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2,
+        "indexer_types": ["full" if n < 3 or n % 4 == 2 else "shared" for n in range(27)],
+    },
     "llama4_text": DECODER | {"num_hidden_layers": 16, "head_dim": 16, "num_local_experts": 4,
                               "intermediate_size_mlp": 96, "attention_chunk_size": 8},
     "qwen3_next": EXPERTS | {
@@ -303,6 +311,7 @@ CASES = [
     ("gpt2", AUTOCAST | OLD | FUSED),
     ("opt", QLORA), ("gpt_neox", LORA | TWICE), ("falcon", FULL | EIGHT | NEW), ("mixtral", FULL | NEW),
     ("qwen3_moe", FULL | FUSED | TWICE), ("olmoe", FULL | OLD), ("gpt_oss", LORA | NEW), ("deepseek_v3", FULL),
+    ("glm_moe_dsa", QLORA | NEW),
     ("llama4_text", FULL | EIGHT), ("qwen3_next", FULL | NEW), ("mamba2", AUTOCAST), ("granitemoehybrid", LORA),
     ("bamba", FULL | EIGHT), ("bert", AUTOCAST | EIGHT), ("modernbert", QLORA), ("t5", AUTOCAST | NEW),
     ("t5", FULL | {"trainer": "transformers"}), ("bart", LORA | OLD), ("vit", LORA), ("beit", FULL | NEW),
@@ -460,6 +469,19 @@ def test_layers_that_their_parent_may_count(monkeypatch):
     model, _ = prepare("gemma3_text", FULL)
     model.config.sliding_window_pattern = 6
     assert len(set(fold.repeated(model)[0].types)) == 2
+
+
+def test_layers_whose_features_are_counted(monkeypatch):
+    """Where a module stands beside the layers for each that a config names, those are told from all others at once."""
+    monkeypatch.setitem(CONFIGS, "llama", DECODER | {"num_hidden_layers": 24})
+    model, _ = prepare("llama", FULL)
+    assert fold._ways(model) == fold.WAYS
+    model.config.feature_layers = [7, 15]
+    assert fold._ways(model) == fold.WAYS
+    model.model.features = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+    ways = fold._ways(model)
+    assert ways == [(fold.APART, 1)]
+    assert [group.types for group in fold.repeated(model, *ways[0][:1])] == [(*[0] * 7, 1, *[2] * 7, 3, *[4] * 8)]
 
 
 def test_shortened_model_is_consistent():

@@ -140,7 +140,7 @@ WAYS = ((0, 1), (APART, 1), (0, 2))
 are to be alike too."""
 
 
-def _ways(model: torch.nn.Module) -> list[tuple[int, int]]:
+def _ways(model: torch.nn.Module) -> Sequence[tuple[int, int]]:
     """The :data:`WAYS`, of them those with layers apart where beside the layers there is a list of modules with one for
     each that a config names: features are taken there, and added by number elsewhere."""
     counted = any(
@@ -151,7 +151,7 @@ def _ways(model: torch.nn.Module) -> list[tuple[int, int]]:
         for name, value in _open(holder)
         if _selects(name, value, len(group.types))
     )
-    return [way for way in WAYS if way[0] or not counted]
+    return [way for way in WAYS if way[0]] if counted else WAYS
 
 
 _way: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], ...]] = WeakKeyDictionary()
