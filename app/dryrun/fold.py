@@ -179,6 +179,7 @@ class _Fold:
         self.runs: dict[tuple, Books] = runs
         self.whole = [range(len(group.types)) for group in groups]
         self.base = self._depth(1)
+        self.modules = sum(1 for _ in model.modules())
 
     def books(self) -> Expansion:
         once, twice = self.base, self._depth(2)
@@ -245,8 +246,8 @@ class _Fold:
 
     def _size(self, depth: Sequence[Sequence[int]]) -> int:
         """The modules of a run."""
-        whole = sum(1 for _ in self.model.modules())
-        return whole - sum(sum(g.sizes) - sum(g.sizes[index] for index in kept) for g, kept in zip(self.groups, depth))
+        left_out = ((g.sizes, set(range(len(g.sizes))).difference(kept)) for g, kept in zip(self.groups, depth))
+        return self.modules - sum(sizes[index] for sizes, gone in left_out for index in gone)
 
     def _depth(self, repeats: int, more: Sequence[set[tuple]] | None = None) -> list[list[int]]:
         extra = more or [set()] * len(self.groups)
@@ -329,6 +330,7 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
     for path, entries in zip(paths, lists):
         for index, layer in enumerate(entries):
             _add_facts(facts[index], path, layer)
+    sizes = tuple(sum(not name for _, _, name in known) for known in facts)
     offsets = defaultdict(list)
     for index, known in enumerate(facts):
         for key, value in known.items():
@@ -355,7 +357,6 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
             if len(set(types)) == 1 or types[period:] != types[:-period]:
                 for index, known in enumerate(facts):
                     known[name] = index % period
-    sizes = tuple(sum(1 for entries in lists for _ in entries[index].modules()) for index in range(depth))
     return Layers(paths, _number(facts), sizes, tuple(numbers))
 
 
