@@ -481,7 +481,7 @@ def test_layers_whose_features_are_counted(monkeypatch):
     model.model.features = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
     ways = fold._ways(model)
     assert ways == [(fold.APART, 1)]
-    assert [group.types for group in fold.repeated(model, *ways[0][:1])] == [(*[0] * 7, 1, *[2] * 7, 3, *[4] * 8)]
+    assert [group.types for group in fold.repeated(model, *ways[0][:1])] == [(*[0] * 7, 1, *[0] * 7, 2, *[0] * 8)]
 
 
 def test_shortened_model_is_consistent():

@@ -15,7 +15,6 @@ import gc
 import logging
 import re
 import types as python
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -297,7 +296,7 @@ def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
     """The outermost lists of layers of which some can be left out; lists of one parent and one length go together.
 
     With ``apart`` that many layers at the beginning are like no other; of a list of which a config names some by number
-    it is those that are, and the others are alike between the same two of them.
+    it is those that are.
     """
     found: list[Layers] = []
     least = WORTH * sum(1 for _ in model.modules())
@@ -344,7 +343,7 @@ def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layer
     for name, value in said:
         for index, known in enumerate(facts):
             if _selects(name, value, depth):
-                known[name] = (bisect_left(value, index), index in value) if apart else index in value
+                known[name] = (index if index in value else None) if apart else index in value
             elif _lists(value, depth):
                 known[name] = _plain(value[index])
     if not any(value and _selects(name, value, depth) for name, value in said):
