@@ -138,7 +138,9 @@ class Job(_Strict):
         None, description="attn_implementation; null: sdpa, or eager where the model's class has no sdpa."
     )
     attention_mask: Literal["absent", "full", "padded", "packed"] = Field(
-        "full", description="What the batch carries; packed: no mask, but positions that start over in each sequence."
+        "full",
+        description="What the batch carries; packed: one row of all its tokens, no mask, but positions that start over "
+        "in each sequence.",
     )
     trainer: Literal["pytorch", "transformers", "trl"] = Field("pytorch", description="Whose step it is.")
     gpu: str | OwnGpu | None = Field(None, description="Catalogue name, or a card of your own.")

@@ -38,6 +38,15 @@ T5 = {
     "vocab_size": 512,
     "decoder_start_token_id": 0,
 }
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertForMaskedLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+}
 LOOP = {  # experts one by one, each of the tokens that chose it
     "model_type": "dbrx",
     "architectures": ["DbrxForCausalLM"],
@@ -120,7 +129,7 @@ def test_experts_that_run_one_by_one_take_the_stated_routing():
 
 
 def test_packed_sequences_get_the_mask_that_a_real_model_makes(monkeypatch):
-    """Found by their positions: a mask of length × length where one sequence has none."""
+    """Found by their positions: a mask of tokens × tokens where one sequence has none."""
     made = []
     create = modeling_llama.create_causal_mask
 
@@ -131,22 +140,32 @@ def test_packed_sequences_get_the_mask_that_a_real_model_makes(monkeypatch):
     monkeypatch.setattr(modeling_llama, "create_causal_mask", watched)
     absent, packed = (ask(LLAMA, attention_mask=kind, batch_size=2) for kind in ("absent", "packed"))
     assert said(packed, "positions that start over") and not said(absent, "start over")
-    assert made[0] is None and made[-1].shape == (2, 1, 512, 512)
+    assert made[0] is None and made[-1].shape == (1, 1, 1024, 1024)
     assert packed["peak"]["allocated"] > absent["peak"]["allocated"]
-    ids = torch.ones(2, 512, dtype=torch.long)
+    ids = torch.ones(1, 1024, dtype=torch.long)
     model = transformers.AutoModelForCausalLM.from_config(read_config(LLAMA, None))
-    model(ids, position_ids=torch.arange(512).remainder(256).expand(2, 512), use_cache=False)
+    model(ids, position_ids=torch.arange(1024).remainder(256)[None], use_cache=False)
     assert made[-1].device.type == "cpu" and (made[-1].shape, made[-1].dtype) == (made[-2].shape, made[-2].dtype)
-    model(ids, position_ids=torch.arange(512).expand(2, 512), use_cache=False)
+    model(ids, position_ids=torch.arange(1024)[None], use_cache=False)
     assert made[-1] is None
 
 
 def test_what_cannot_be_packed_is_told():
-    for config, reason in ((GRID, "by its images"), (T5, "takes no position_ids")):
+    classes = {**LLAMA, "architectures": ["LlamaForSequenceClassification"]}
+    for config, reason in ((GRID, "by its images"), (T5, "takes no position_ids"), (classes, "answers once a row")):
         with pytest.raises(PlanError, match=reason) as error:
             ask(config, attention_mask="packed")
         assert error.value.field == "attention_mask" and "full" in error.value.hint
     assert ask(GRID, attention_mask="packed", images=0)["peak"]["allocated"] > 0
+
+
+def test_sfttrainer_takes_no_model_that_cannot_generate():
+    """It writes into ``model.generation_config`` (trl/trainer/sft_trainer.py), which such a model does not have."""
+    with pytest.raises(PlanError, match="BertForMaskedLM has no generation_config") as error:
+        ask(BERT, trainer="trl")
+    assert error.value.field == "trainer"
+    with pytest.raises(AttributeError, match="generation_config"):
+        transformers.AutoModelForMaskedLM.from_config(read_config(BERT, None)).generation_config
 
 
 def program(ids: torch.Tensor) -> tuple:

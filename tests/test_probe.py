@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import GRID, LLAMA
+from transformers.models.llama import modeling_llama
 
 from app import calibration
 from app.catalog.gpus import find_gpu
@@ -171,6 +173,31 @@ def test_the_real_job_runs_and_its_phases_are_the_plans(name, monkeypatch):
     assert answer["match"]["share"] == 1 and not answer["match"]["differences"]
     trains = name != "inference"
     assert bool(recording.trainable_parameters) == bool(recording.optimizer_state) == trains
+
+
+@pytest.mark.parametrize("mask", ("absent", "full", "padded", "packed"))
+@pytest.mark.parametrize("trainer", ("pytorch", "transformers", "trl"))
+def test_the_model_is_given_what_the_plan_gave_it(trainer, mask, monkeypatch):
+    """Of the same shapes and dtypes, and a mask that hides something where the job's batch is padded."""
+    given, hiding = [], []
+    forward = modeling_llama.LlamaModel.forward
+
+    @functools.wraps(forward)
+    def watched(self, *args, **kwargs):
+        told = {name: value for name, value in kwargs.items() if isinstance(value, (torch.Tensor, int))}
+        shapes = {name: getattr(value, "shape", value) for name, value in told.items()}
+        given.append((shapes, {name: value.dtype for name, value in told.items() if isinstance(value, torch.Tensor)}))
+        if kwargs["input_ids"].device.type == "cpu":
+            seen, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            hiding.append((seen is not None and not seen.all(), 0 if places is None else int((places == 0).sum())))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", watched)
+    asked = job(trainer=trainer, attention_mask=mask, batch_size=3, sequence_length=31, gradient_checkpointing=False)
+    _, recording = measure(asked, monkeypatch, layers=2)
+    assert (recording.outcome, recording.reason) == ("ok", "")
+    assert len(hiding) == 2 and given[0] == given[-1]
+    assert {*hiding} == {(mask == "padded", 6 if mask == "packed" else 0)}
 
 
 def test_no_loss_is_taken_of_what_stands_for_an_image(monkeypatch):

@@ -16,11 +16,13 @@ from app.job import Job
 def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Tensor]:
     """The batch on the card: what the model's main input is, labels to train on, and the mask that the job asks for.
 
-    Token ids and labels are int64. An image is ``config.image_size`` large, in the dtype of the weights, or what the
-    model's image processor makes of it; a recording is the whole window of the speech encoder: ``num_mel_bins`` by
-    twice ``max_source_positions`` frames.
+    Token ids and labels are int64. Packed sequences are one row of all tokens, as transformers'
+    ``DataCollatorWithFlattening`` and TRL's own collator make it; TRL's adds where each sequence begins. An image is
+    ``config.image_size`` large, in the dtype of the weights, or what the model's image processor makes of it; a
+    recording is the whole window of the speech encoder: ``num_mel_bins`` by twice ``max_source_positions`` frames.
     """
     config, b, s = model.config, job.batch_size, job.sequence_length
+    packed = job.attention_mask == "packed" and job.method != "inference"
     if s is None and task != "image-classification":
         raise PlanError("this task needs a `sequence_length`", "set sequence_length", "sequence_length")
     dtype = getattr(torch, job.dtype)
@@ -42,18 +44,22 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         features = empty(b, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
         batch = {"input_features": features, "labels": empty(b, job.target_length or s)}
     else:
+        tokens = (1, b * s) if packed else (b, s)
         labels = {
             "sequence-classification": (b,),
             "seq2seq-lm": (b, job.target_length or s),
-        }.get(task, (b, s))
-        batch = {"input_ids": empty(b, s)}
+        }.get(task, tokens)
+        batch = {"input_ids": empty(*tokens)}
         if job.method != "inference":
             batch["labels"] = empty(*labels)
-    packed = job.attention_mask == "packed" and job.method != "inference"
+    masked = job.attention_mask != "absent" or job.method == "inference" or job.trainer == "trl"
     if packed:
         _refuse_packed(model, ledger, batch)
-        batch["position_ids"] = empty(b, s)
-    elif "input_ids" in batch and (job.attention_mask != "absent" or job.method == "inference"):
+        batch["position_ids"] = empty(1, b * s)
+        if job.trainer == "trl":
+            batch |= {name: empty(PACKED * b + 1, dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+            batch["seq_idx"] = empty(1, b * s, dtype=torch.int32)
+    elif "input_ids" in batch and masked:
         batch["attention_mask"] = empty(b, s)
     stated = {} if ledger.images is None and ledger.values is None else _stated(model, job, ledger.images)
     for name, value in stated.items():
@@ -61,9 +67,11 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
             batch[name] = empty(*value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
     ledger.arrived(batch, {name: value for name, value in stated.items() if not value.is_floating_point()})
     if packed and ledger.device != "meta":
-        batch["position_ids"].copy_(_positions(s).expand(b, s))
+        batch["position_ids"].copy_(_positions(b, s))
     if task == "zero-shot-image-classification":
         batch["return_loss"] = True  # of every text against every image
+    if packed and job.trainer == "trl":
+        batch |= dict.fromkeys(("max_length_q", "max_length_k"), -(-s // PACKED))
     return batch
 
 
@@ -72,6 +80,8 @@ def _refuse_packed(model, ledger: Ledger, batch: dict) -> None:
     base = base_of(model)
     if "input_ids" not in batch or "position_ids" not in inspect.signature(type(base).forward).parameters:
         reason = "takes no position_ids"
+    elif batch["labels"].shape != batch["input_ids"].shape:
+        reason = "answers once a row"
     elif ledger.images is not None:
         reason = "finds its positions by its images"
     else:
@@ -83,9 +93,19 @@ def _refuse_packed(model, ledger: Ledger, batch: dict) -> None:
     )
 
 
-def _positions(length: int) -> torch.Tensor:
-    """Of two sequences, one after the other."""
-    return torch.arange(length) % max(1, -(-length // 2))
+PACKED = 2
+"""Sequences that are packed into as many tokens as the job's ``sequence_length``."""
+
+
+def lengths(length: int) -> list[int]:
+    """How long they are."""
+    longest = -(-length // PACKED)
+    return [min(longest, length - start) for start in range(0, length, longest)]
+
+
+def _positions(batch: int, length: int) -> torch.Tensor:
+    """Of each token in its sequence, one row."""
+    return torch.cat([torch.arange(own) for own in lengths(length)] * batch)[None]
 
 
 def base_of(model):
@@ -102,11 +122,9 @@ def _stated(model, job: Job, images: Images | None) -> dict[str, torch.Tensor]:
     mask = torch.ones(b, s, dtype=torch.long)
     mask[-1, -1] = int(job.attention_mask != "padded")
     if images is None:
-        return {
-            "input_ids": torch.ones(b, s, dtype=torch.long),
-            "attention_mask": mask,
-            "position_ids": _positions(s).expand(b, s),
-        }
+        tokens = (1, b * s) if job.attention_mask == "packed" and job.method != "inference" else (b, s)
+        ids = torch.ones(*tokens, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(b, s)}
     ids = images.ids(s).expand(b, s)
     stated = {"input_ids": ids, "attention_mask": mask, **images.of(b)}
     taken = inspect.signature(type(base).forward).parameters

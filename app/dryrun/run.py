@@ -288,8 +288,9 @@ def _kernel_warnings(job: Job, task: str, attention: str, books: Columns) -> lis
         )
     if job.attention_mask == "packed" and job.method != "inference":
         out.append(
-            "each row is taken to hold several sequences, told apart by positions that start over: where attention is "
-            "not flash_attention_2, transformers makes a mask of length × length of them"
+            "the batch is taken to be one row of all its tokens, each length two sequences, told apart by positions "
+            "that start over: where attention is not flash_attention_2, transformers makes a mask of tokens × tokens "
+            "of them"
         )
     if attention == "sdpa" and "_safe_softmax.default" in ops:
         out.append(

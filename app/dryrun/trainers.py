@@ -19,6 +19,7 @@ from app.dryrun.inputs import base_of, make_batch
 from app.dryrun.step import begin_forward, make_optimizer, settle
 from app.dryrun.symbols import stepped
 from app.dryrun.trace import Ledger
+from app.errors import PlanError
 from app.job import Job
 
 MAX_GRAD_NORM = 1.0  # TrainingArguments.max_grad_norm
@@ -28,6 +29,8 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
     """``trainer: transformers`` or ``trl``: batch to device, compute_loss, backward, clip, step, zero_grad; then, with
     ``other``, :data:`~app.dryrun.step.OTHER`."""
     fused = job.trainer == "trl"
+    if fused:
+        _refuse_ungenerating(model)
     with _fused_head(model) if fused else contextlib.nullcontext():
         _wrap_forward(ledger, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -63,6 +66,17 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
                 del norm
                 ledger.mark("end", step, "temporaries")
         ledger.close()
+
+
+def _refuse_ungenerating(model) -> None:
+    """``SFTTrainer.__init__`` writes into ``model.generation_config``."""
+    base = base_of(model)
+    if getattr(base, "generation_config", None) is None:
+        raise PlanError(
+            f"SFTTrainer takes models that generate, and {type(base).__name__} has no generation_config",
+            "set trainer to transformers",
+            "trainer",
+        )
 
 
 def _wrap_forward(ledger: Ledger, model) -> None:

@@ -146,7 +146,7 @@ class Recorder:
             elif name == "attention_mask":
                 tensor.fill_(1)
                 if self.padded:
-                    tensor[0, tensor.shape[1] // 2 :] = 0
+                    tensor[:, tensor.shape[1] // 2 :] = 0
             elif tensor.dim() == 1:
                 tensor.zero_()  # classes
             elif name == "labels" and batch.get("input_ids") is not None and tensor.shape == batch["input_ids"].shape:

@@ -7,7 +7,7 @@ import tempfile
 import torch
 import transformers
 
-from app.dryrun.inputs import make_batch
+from app.dryrun.inputs import lengths, make_batch
 from app.dryrun.step import make_optimizer, settle
 from app.errors import PlanError
 from app.job import Job
@@ -50,21 +50,21 @@ class _StepEnds(transformers.TrainerCallback):
 class _Rows(torch.utils.data.Dataset):
     """``count`` rows of random data on the host, shaped as the job's batches of ``size`` sequences.
 
-    A sequence's images may be many rows of a tensor: they stay together, and a batch is rows one after the other.
+    A sequence's images may be many rows of a tensor: they stay together, and a batch is rows one after the other, or
+    side by side along ``dim`` 1 where they are packed.
     """
 
-    def __init__(self, count: int, size: int, batch: dict[str, torch.Tensor]):
-        self.count, self.size, self.batch = count, size, batch
+    def __init__(self, count: int, size: int, batch: dict[str, torch.Tensor], dim: int):
+        self.count, self.size, self.batch, self.dim = count, size, batch, dim
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: tensor.chunk(self.size)[index % self.size] for name, tensor in self.batch.items()}
+        return {name: tensor.chunk(self.size, self.dim)[index % self.size] for name, tensor in self.batch.items()}
 
-
-def _collated(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    def collated(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.cat([row[name] for row in rows], self.dim) for name in rows[0]}
 
 
 class _OnHost:
@@ -82,7 +82,9 @@ def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
     recorder.mark("load", 0)
     accumulate = min(job.gradient_accumulation_steps, 2)
     batch = make_batch(_OnHost(recorder), model, job, task)
-    rows = _Rows(job.batch_size * accumulate * steps, job.batch_size, batch)
+    if job.trainer == "trl":
+        batch = {name: batch[name] for name in ("input_ids", "labels")}  # its collator makes the rest
+    rows = _Rows(job.batch_size * accumulate * steps, job.batch_size, batch, int(job.attention_mask == "packed"))
     checkpointing = job.gradient_checkpointing != "off"
     with tempfile.TemporaryDirectory() as folder:
         common = {
@@ -130,7 +132,7 @@ def _trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transforme
         model=model,
         args=transformers.TrainingArguments(**common, remove_unused_columns=False),
         train_dataset=rows,
-        data_collator=_collated,
+        data_collator=rows.collated,
         callbacks=[_StepEnds(recorder)],
         optimizers=_optimizers(model, job),
     )
@@ -144,12 +146,17 @@ def _sft_trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transf
         pass
 
     Probed.recorder = recorder
-    keep = ("input_ids", "labels")
-    data = [{name: row[name][0].tolist() for name in keep} for row in (rows[i] for i in range(len(rows)))]
+    packed, length = job.attention_mask == "packed", job.sequence_length
+    data = [{name: tensor[0].tolist() for name, tensor in rows[i].items()} for i in range(len(rows))]
+    if job.attention_mask == "padded":
+        data = [{name: tokens[:-1] for name, tokens in row.items()} for row in data]
+    if packed:
+        data = [{**row, "seq_lengths": lengths(length)} for row in data]
     arguments = SFTConfig(
         **common,
-        max_length=job.sequence_length,
-        packing=False,
+        max_length=length,
+        pad_to_multiple_of=length,
+        packing=packed,
         dataset_kwargs={"skip_prepare_dataset": True},
         loss_type="nll",
     )
