@@ -41,6 +41,10 @@ class Autocast(TorchFunctionMode):
         self._suspended = False
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @property
+    def active(self) -> bool:
+        return self._enabled and not self._suspended
+
     @contextlib.contextmanager
     def on(self):
         """``with torch.autocast("cuda", dtype)``, outermost; also for those who ask ``torch.is_autocast_enabled``."""
@@ -100,7 +104,7 @@ class Autocast(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "backward" and isinstance(args[0], torch.Tensor):
             return self._backward(*args, **kwargs)
-        if not self._enabled or self._suspended:
+        if not self.active:
             return func(*args, **kwargs)
         cast = None
         if name in LOWER_PRECISION:

@@ -8,6 +8,7 @@ with torch 2.11.0+cu130 and cuDNN 9.19, the stack of the measured rows.
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -260,22 +261,46 @@ def _workspace(ledger, name: str, size: int) -> None:
         ledger.take(size, "", "kernel_workspace", name)
 
 
-@_kernel(aten.mm.default, aten.mm.out, aten.bmm.default, aten.baddbmm.default)
+def _matrices_copied(args) -> list:
+    """The operands of a product that cuBLAS cannot take as they lie: ``prepare_batch_matrix_for_cublas`` and
+    ``prepare_matrix_for_cublas`` (native/cuda/Blas.cpp) make contiguous ones of them for as long as the call lasts.
+
+    Measured on an H200: ``baddbmm`` with PEFT's adapters of fused experts, whose ranks lie apart.
+    """
+
+    def fits(matrix) -> bool:
+        if matrix.is_contiguous() or matrix.mT.is_contiguous():
+            return True
+        (rows, columns), (down, across) = matrix.shape[-2:], matrix.stride()[-2:]
+        return across == 1 and down >= columns or down == 1 and across >= rows
+
+    return [matrix for matrix in args[-2:] if not fits(matrix)]
+
+
+@_kernel(aten.mm.default, aten.mm.out, aten.bmm.default, aten.baddbmm.default, aten.addmm.default)
 def _matmul(ledger, func, args, kwargs, place):
-    out = func(*args, **kwargs)
-    ledger.enter(out, func, args, place)
-    _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
-    return out
-
-
-@_kernel(aten.addmm.default)
-def _addmm(ledger, func, args, kwargs, place):
     """``addmm_out_cuda_impl`` (native/cuda/Blas.cpp): a vector bias goes through cuBLASLt, which has its own cache."""
     out = func(*args, **kwargs)
     ledger.enter(out, func, args, place)
+    copied = [ledger.take(_bytes(matrix), place, "temporaries", func.__name__) for matrix in _matrices_copied(args)]
     _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
-    if args[0].dim() == 1:
+    if func is aten.addmm.default and args[0].dim() == 1:
         _workspace(ledger, "cublaslt_workspace", ledger.card.cublaslt_workspace)
+    for key in copied:
+        ledger.give(key)
+    return out
+
+
+@_kernel(aten.masked_fill.Scalar, aten.masked_fill_.Scalar, aten.fill_.Scalar)
+def _filled(ledger, func, args, kwargs, place):
+    """The value must be one of the tensor's dtype (``checked_convert``, c10/util/TypeCast.h): the meta device does not
+    ask. Models that mask with the lowest number of another dtype break there."""
+    value, dtype = args[-1], args[0].dtype
+    if dtype.is_floating_point and isinstance(value, (int, float)) and math.isfinite(value):
+        if abs(value) > torch.finfo(dtype).max:
+            raise RuntimeError(f"value cannot be converted to type {dtype} without overflow")
+    out = func(*args, **kwargs)
+    ledger.enter(out, func, args, place)
     return out
 
 
@@ -817,7 +842,8 @@ def _register_bitsandbytes():
 
     @_kernel(bnb.gemm_4bit.default)
     def _gemm_4bit(ledger, func, args, kwargs, place):
-        """``_dequant_linear_fallback``, restated: absmax in fp32 (twice if nested), the whole weight, then linear."""
+        """``_dequant_linear_fallback``, restated: absmax in fp32 (twice if nested), the whole weight in the input's
+        dtype, then linear, which autocast casts for: bias, weight and input, in that order."""
         given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
         a, shape, blocksize = given["A"], given["shapeB"], given["blocksize"]
         nested, bias = given.get("absmax_8bit"), given.get("bias")
@@ -829,12 +855,18 @@ def _register_bitsandbytes():
         sizes = [] if nested is None else [nested.numel() * 4] * 2
         sizes.append(shape[0] * shape[1] * a.element_size())
         keys = [ledger.take(size, place, "dequantized_weights", "gemm_4bit") for size in sizes]
+        casts = []
         out = func(*args, **kwargs)
+        low = ledger.autocast.dtype if ledger.autocast and ledger.autocast.active else a.dtype
+        if low != a.dtype:
+            counts = [*([] if bias is None else [bias.numel()]), shape[0] * shape[1], a.numel()]
+            casts = [ledger.take(count * low.itemsize, place, "temporaries", "linear") for count in counts]
+            out = out.new_empty(out.shape, dtype=low)
         ledger.enter(out, func, args, place)
         _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
         if bias is not None:
             _workspace(ledger, "cublaslt_workspace", ledger.card.cublaslt_workspace)
-        for key in keys:
+        for key in (*reversed(casts), *keys):
             ledger.give(key)
         return out
 
@@ -858,6 +890,8 @@ def _register_bitsandbytes():
     def _int8_mm(ledger, func, args, kwargs, place):
         """backends/default/ops.py: the product in int32, dequantised to fp16, cast to the input's dtype."""
         a, weight = args[0], args[2]
+        if a.dim() not in (2, 3):  # backends/cuda/ops.py, in the same words
+            raise ValueError("Only two or three dimensional matrices are supported for argument A")
         rows = a.numel() // a.shape[-1] * weight.shape[0]
         product = ledger.take(4 * rows, place, "dequantized_weights", "int8_linear_matmul")
         half = torch.empty(*a.shape[:-1], weight.shape[0], dtype=torch.float16, device="meta")

@@ -25,6 +25,8 @@ import transformers
 from accelerate import init_empty_weights
 from bitsandbytes.functional import QuantState
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -300,9 +302,9 @@ class Weightless:
                     ledger.own(buffer, path, "buffers")
 
     def adapted(self, model: torch.nn.Module, job: Job, task: str, ledger: Ledger) -> torch.nn.Module:
-        with _magnitudes_entered(model, job, ledger):
+        with _magnitudes_entered(model, ledger):
             model = adapt(model, job, task, self.device)
-        _own_adapters(model, job, ledger)
+        _own_adapters(model, ledger)
         return model
 
     def cast_by_trl(self, model: torch.nn.Module, ledger: Ledger) -> None:
@@ -365,24 +367,27 @@ def _prepare(model: torch.nn.Module, job: Job, task: str, ledger: Ledger, weight
     return model.train()
 
 
-def _moved_in(job: Job) -> torch.dtype:
-    """The dtype in which PEFT moves adapters to the card: the base weight's, of a 4-bit one the dtype it had; an int8
-    base has none (peft/tuners/tuners_utils.py ``_move_adapter_to_device_of_base_layer``)."""
-    int8 = job.quantization is not None and job.quantization.type == "int8"
-    return torch.float32 if int8 else getattr(torch, job.dtype)
+def _moved_in(base: torch.nn.Module | torch.Tensor) -> torch.dtype:
+    """The dtype in which PEFT moves an adapter of ``base``, a layer or a parameter of experts, to the card: the
+    weight's, of a 4-bit one the dtype it computes in; an int8 one has none (``_move_adapter_to_device_of_base_layer``
+    in peft/tuners/tuners_utils.py and lora/layer.py)."""
+    if isinstance(base, torch.Tensor):
+        return base.dtype
+    _, dtype = BaseTunerLayer._get_base_layer_device_and_dtype(None, base)
+    return dtype if dtype is not None and dtype.is_floating_point else torch.float32
 
 
 @contextlib.contextmanager
-def _magnitudes_entered(model: torch.nn.Module, job: Job, ledger: Ledger):
+def _magnitudes_entered(model: torch.nn.Module, ledger: Ledger):
     """Enter what DoRA computes on the card while it adapts: each weight's norm, and cuBLAS's workspace, which stays
     (peft/tuners/lora/dora.py ``DoraLinearLayer.update_layer``). Measured on an H100: 33554432 bytes more are placed."""
     paths = {id(module): name for name, module in model.named_modules()}
     original = DoraLinearLayer.update_layer
 
     def update_layer(self, *, base_layer, lora_A, lora_B, **kwargs):
-        there = {"lora_A": lora_A.to(_moved_in(job)), "lora_B": lora_B.to(_moved_in(job))}
+        dtype = _moved_in(base_layer)
         with ledger.on_behalf_of(paths.get(id(base_layer), "")):
-            original(self, base_layer=base_layer, **there, **kwargs)
+            original(self, base_layer=base_layer, lora_A=lora_A.to(dtype), lora_B=lora_B.to(dtype), **kwargs)
 
     DoraLinearLayer.update_layer = update_layer
     try:
@@ -391,18 +396,24 @@ def _magnitudes_entered(model: torch.nn.Module, job: Job, ledger: Ledger):
         DoraLinearLayer.update_layer = original
 
 
-def _own_adapters(model: torch.nn.Module, job: Job, ledger: Ledger) -> None:
+def _own_adapters(model: torch.nn.Module, ledger: Ledger) -> None:
     """Enter the adapters: moved to the card, then cast to fp32 in a second pass (peft/tuners/tuners_utils.py
     ``cast_adapter_dtype``; measured event for event)."""
-    narrow = _moved_in(job) != torch.float32
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    moved_in = {}
+    for layer in layers:
+        dtype = _moved_in(layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer())
+        adapters = (getattr(layer, name) for name in layer.adapter_layer_names)
+        moved_in |= {id(parameter): dtype for adapter in adapters for parameter in adapter.parameters()}
     added, moved = [], []
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad and ledger.key_of(parameter) is None:
                 added.append((parameter, canonical(path)))
     for parameter, path in added:
-        cast = narrow and parameter.dtype == torch.float32
-        moved.append(ledger.take(parameter.numel() * 2, path, "adapters", "to") if cast else None)
+        dtype = moved_in.get(id(parameter), parameter.dtype)
+        cast = dtype.itemsize < parameter.dtype.itemsize
+        moved.append(ledger.take(parameter.numel() * dtype.itemsize, path, "adapters", "to") if cast else None)
     for (parameter, path), key in zip(added, moved):
         ledger.own(parameter, path, "adapters")
         if key is not None:

@@ -37,14 +37,15 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
         optimizer = make_optimizer(job.optimizer, _groups(model), _embeddings(model))
         # Accelerator.__init__; it does nothing unless enabled
         scaler = torch.amp.GradScaler(ledger.device, enabled=job.mixed_precision == "fp16")
-        accumulate = min(job.gradient_accumulation_steps, 2)
         total = 0.0
+        batches: list[dict] = []
         for step in range(1, steps + other + 1):
-            for _ in range(accumulate):
+            for turn in range(min(job.gradient_accumulation_steps, 2)):
                 begin_forward(ledger, model, job, step, steps)
-                batch = make_batch(ledger, model, job, task)
-                items = (batch["labels"] != -100).sum() if "labels" in batch else None
-                loss = (_fused_loss if fused else _loss)(model, batch, items)
+                if turn == 0:
+                    batches = _batches(ledger, model, job, task)  # those of the step before lie there until now
+                    items = sum((b["labels"] != -100).sum() for b in batches) if "labels" in batches[0] else None
+                loss = (_fused_loss if fused else _loss)(model, batches[turn], items)
                 if step > steps:
                     break
                 ledger.mark("backward", step, "activation_gradients")
@@ -66,6 +67,19 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
                 del norm
                 ledger.mark("end", step, "temporaries")
         ledger.close()
+
+
+def _batches(ledger: Ledger, model, job: Job, task: str) -> list[dict]:
+    """``Trainer.get_batch_samples``: all batches of a step are fetched before the first one runs. Two are run at most;
+    what is fetched beyond these lies there as one."""
+    batches = [make_batch(ledger, model, job, task) for _ in range(min(job.gradient_accumulation_steps, 2))]
+    more = job.gradient_accumulation_steps - len(batches)
+    if more:
+        tensors = {name: tensor for name, tensor in batches[0].items() if isinstance(tensor, torch.Tensor)}
+        rest = {name: tensor.new_empty(more, *tensor.shape) for name, tensor in tensors.items()}
+        ledger.arrived(rest, {})
+        batches.append(rest)
+    return batches
 
 
 def _refuse_ungenerating(model) -> None:

@@ -76,11 +76,11 @@ class _OnHost:
 
 
 def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
-    """``trainer: transformers`` or ``trl``: ``steps`` steps; of a long accumulation two batches, as in the plan."""
+    """``trainer: transformers`` or ``trl``: ``steps`` steps, of two accumulated batches at most."""
     if recorder.images is not None and job.trainer == "trl":
         raise PlanError("SFTTrainer's rows hold no images here", "measure it with another trainer", "trainer")
     recorder.mark("load", 0)
-    accumulate = min(job.gradient_accumulation_steps, 2)
+    accumulate = job.gradient_accumulation_steps
     batch = make_batch(_OnHost(recorder), model, job, task)
     if job.trainer == "trl":
         batch = {name: batch[name] for name in ("input_ids", "labels")}  # its collator makes the rest
