@@ -20,7 +20,7 @@ from app.compare import compare
 from app.errors import PlanError
 from app.job import OwnGpu, read_job
 from app.memory.allocator import replay
-from app.memory.fit import ENOUGH, MEASURED, SEGMENT, judge, measured_of, passes
+from app.memory.fit import ENOUGH, LEAST, MEASURED, judge, measured_of, passes
 from app.memory.overheads import MIB, Room, context
 from app.render import words
 from app.render.table import to_csv
@@ -114,7 +114,7 @@ def test_the_interval_says_fits_tight_and_does_not_fit():
     needed = weighing.reading.reserved
     far = verdict_under(weighing, needed + 300 * MIB)
     assert far.verdict == "fits" and far.headroom == 300 * MIB
-    assert far.interval[0] == far.headroom - far.margin and far.margin >= SEGMENT
+    assert far.interval[0] == far.headroom - far.margin and far.margin >= LEAST
     assert "40 measured" not in far.margin_source and "lora" in far.margin_source and "a cap" in far.margin_source
     assert verdict_under(weighing, needed + 300 * MIB, unknown=290 * MIB).verdict == "tight"
     assert verdict_under(weighing, needed).verdict == "tight"
@@ -321,7 +321,7 @@ def test_the_largest_model_rules_out_every_larger_one(monkeypatch):
     monkeypatch.setattr("app.plan.find_model", {model.id: model for model in sizes}.get)
     base = with_limit({"method": "full", "batch_size": 1, "sequence_length": 128}, 0)["gpu"]
     needs = {n: weigh(read_job({"config": sizes[n].config, "method": "full", "sequence_length": 128})) for n in (2, 3)}
-    limit = needs[3].reading.reserved - SEGMENT
+    limit = needs[3].reading.reserved - LEAST
     assert limit > needs[2].reading.reserved
     job = {"method": "full", "sequence_length": 128, "gpu": {**base, "memory_bytes": limit + OUTSIDE}}
     answer = solve(job, "model")

@@ -168,6 +168,19 @@ def test_sfttrainer_takes_no_model_that_cannot_generate():
         transformers.AutoModelForMaskedLM.from_config(read_config(BERT, None)).generation_config
 
 
+def test_a_trainer_fetches_all_batches_of_a_step_first():
+    """``Trainer.get_batch_samples``: ids, labels and mask of each lie on the card until the next step's are there."""
+    one = 3 * 8 * 2 * 512
+    for trainer, steps, held in (
+        ("transformers", 1, 1),
+        ("transformers", 2, 2),
+        ("transformers", 7, 7),
+        ("pytorch", 7, 1),
+    ):
+        asked = ask(LLAMA, trainer=trainer, gradient_accumulation_steps=steps, batch_size=2)
+        assert asked["parts"]["inputs"] == held * one
+
+
 def program(ids: torch.Tensor) -> tuple:
     """What programs do with ids: masks, positions, groups, lengths, host reads."""
     mask = ids == 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -234,6 +235,32 @@ def test_the_trainers_gradient_scaler_is_run_in_fp16():
     full = [a for a in stays(scaled) if a.op == "full.default"]
     assert [(a.size, a.phase) for a in full] == [(4, "backward")] * 2 and len(stays(scaled)) == len(stays(plain)) + 2
     assert Counter(a.kind for a in stays(scaled))["optimizer_state"] > 0
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_value_that_the_dtype_does_not_hold_is_not_filled_in(dtype):
+    """Nor by a real device, in the same words but for the dtype's name."""
+    low, mask = torch.finfo(torch.float32).min, torch.ones(2, dtype=torch.bool)
+    for device in ("cpu", "meta"):
+        tensor = torch.empty(2, dtype=dtype, device=device)
+        fill = partial(cuda.KERNELS[torch.ops.aten.masked_fill.Scalar], None, torch.ops.aten.masked_fill.Scalar)
+        with pytest.raises(RuntimeError, match="value cannot be converted to type .* without overflow"):
+            fill((tensor, mask, low), {}, "") if device == "meta" else tensor.masked_fill(mask, low)
+
+
+def test_which_operands_are_copied_for_cublas():
+    """The ranks of an expert's adapter lie apart; what is merely transposed, cut or spread over a batch is taken."""
+    experts, rank, wide = 4, 8, 16
+    weight = torch.empty(wide, rank * experts, device="meta")
+    apart = weight.reshape(wide, rank, experts).permute(2, 0, 1)
+    dense = torch.empty(experts, rank, wide, device="meta")
+    assert cuda._matrices_copied((None, apart, dense)) == [apart]
+    cut = torch.empty(experts, wide, 2 * rank, device="meta")[..., :rank]
+    spread = weight[:, :rank].expand(experts, wide, rank)
+    for left in (cut, spread, dense.mT):
+        assert cuda._matrices_copied((left, dense)) == []
+    rows = torch.empty(wide, rank, 2, device="meta")[..., 0]
+    assert cuda._matrices_copied((rows, dense[0])) == [rows]
 
 
 def _sources() -> dict[str, object]:

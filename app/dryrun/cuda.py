@@ -27,6 +27,8 @@ HOST_READS: dict[str, bool | str] = {
     "create_recurrent_attention_mask": "full",
     "flash_attention_mask": "full",
     "fast_all": "full",
+    # transformers/modeling_utils.py: "does a sequence begin or end with padding?" Then it would only warn.
+    "PreTrainedModel.warn_if_padding_and_no_attention_mask": False,
     # transformers/generation/utils.py: "is a special token negative, is the mask of the wrong kind?"
     "GenerationMixin._prepare_special_tokens": False,
     "GenerationMixin.generate": False,

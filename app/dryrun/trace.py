@@ -208,6 +208,7 @@ class Ledger(TorchDispatchMode):
         """Enter a batch that lies on the card now, with the values that the job states of it."""
         for name, tensor in batch.items():
             self.own(tensor, "", "inputs")
+            self.reclassify(tensor, "inputs")  # where it was made on the card, it is known already
             if self.values is not None and name in stated:
                 self.values.tell(tensor, stated[name])
 
