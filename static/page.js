@@ -1,5 +1,5 @@
-// The page works without this file. With it the answer follows what is typed (htmx merges it into the page), names are
-// completed, and the timeline says what is alive under the cursor.
+// The page works without this file. With it the answer follows what is typed (htmx merges it into the page), and names
+// are completed.
 "use strict";
 (() => {
   const form = document.getElementById("job");
@@ -152,7 +152,6 @@
   document.addEventListener("htmx:after:swap", () => {
     announce(byId("result").querySelector("h1, h2")?.textContent ?? "");
     form.querySelector("[aria-invalid]")?.closest("details")?.setAttribute("open", "");
-    timeline();
   });
 
   // Names are completed from a list: the keys of https://www.w3.org/WAI/ARIA/apg/patterns/combobox/
@@ -246,70 +245,6 @@
     });
   }
 
-  // Under the cursor, or under the slider, what is alive.
-  function timeline() {
-    const plot = byId("result").querySelector("svg.time");
-    if (!plot || plot.told === plot.dataset.moments) return;
-    plot.told = plot.dataset.moments;
-    const scrub = byId("result").querySelector(".scrub");
-    const readout = byId("result").querySelector(".readout");
-    const cursor = plot.querySelector(".cursor");
-    const { kinds, rows } = JSON.parse(plot.dataset.moments);
-    const peak = cursor.getAttribute("x1");
-    const atPeak = [...readout.childNodes];
-
-    let resting, told;
-
-    function move(x, ...said) {
-      clearTimeout(resting);
-      told = null;
-      cursor.setAttribute("x1", x);
-      cursor.setAttribute("x2", x);
-      readout.replaceChildren(...said);
-    }
-
-    function show(index) {
-      const [x, event, when, module, allocated, sizes] = rows[index];
-      const line = document.createElement("p");
-      line.textContent = `${allocated}: ${when}${module && `, in ${module}`}.`;
-      const alive = document.createElement("ul");
-      sizes.forEach((size, i) => {
-        if (!size) return;
-        const item = document.createElement("li");
-        const amount = document.createElement("b");
-        amount.textContent = size;
-        item.append(amount, ` ${kinds[i]}`);
-        alive.append(item);
-      });
-      move(`${x}%`, line, alive);
-      scrub.setAttribute("aria-valuetext", readout.innerText);
-      if (plot.dataset.alive) resting = setTimeout(() => byModule(event), 150);
-    }
-
-    // By kind at once; by module where the cursor rests, from the server.
-    async function byModule(event) {
-      const mine = (told = {});
-      const answer = await fetch(plot.dataset.alive + event).catch(() => ({}));
-      const part = answer.ok ? await answer.text() : "";
-      if (mine === told) readout.insertAdjacentHTML("beforeend", part);
-    }
-
-    const nearest = (x) => rows.reduce((best, [at], i) => (Math.abs(at - x) < Math.abs(rows[best][0] - x) ? i : best), 0);
-    scrub.hidden = false;
-    scrub.value = nearest(parseFloat(peak));
-    scrub.oninput = () => show(Number(scrub.value));
-    plot.onpointermove = (event) => {
-      const box = plot.getBoundingClientRect();
-      scrub.value = nearest((100 * (event.clientX - box.left)) / box.width);
-      show(Number(scrub.value));
-    };
-    plot.onpointerleave = () => {
-      scrub.value = nearest(parseFloat(peak));
-      move(peak, ...atPeak);
-    };
-  }
-
   form.querySelectorAll("[data-source]").forEach(combobox);
-  timeline();
   rest();
 })();

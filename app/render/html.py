@@ -1,7 +1,7 @@
-"""An answer as the page shows it: the form, the bar and the timeline as plain data, and the templates that draw them.
+"""An answer as the page shows it: the form, the bar and the timeline as plain data, and the templates that show them.
 
-Everything is drawn on the server. No style is inline, so that the page's policy can forbid it: positions are SVG
-attributes, colours are classes.
+All but the timeline is drawn on the server; that one is drawn by static/timeline.js. No style is inline, so that the
+page's policy can forbid it: positions are SVG attributes, colours are classes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -24,7 +25,6 @@ from app.errors import PlanError
 from app.form import Field, fields, to_job, to_pairs
 from app.render import accuracy as rows
 from app.render import words
-from app.render.words import GIB
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 WHAT = "Will it fit? The GPU memory of one training step, planned from config.json alone."
@@ -174,26 +174,13 @@ class Bar(NamedTuple):
     total: int
 
 
-class Span(NamedTuple):
-    """A stretch of the timeline: a phase or a step; positions in percent."""
-
-    name: str
-    x: float
-    width: float
-
-
 class Timeline(NamedTuple):
-    """The step as stacked areas in a box of 1000 × 1000, in the order of drawing; the rest in percent of the box."""
+    """The answer's moments of load and steps, in order; the kinds that are ever alive, as (kind, name) in the order of
+    stacking; and the bytes of each, a column a kind."""
 
-    areas: list[tuple[str, str]]
-    reserved: str
-    phases: list[Span]
-    steps: list[Span]
-    ticks: list[tuple[float, str]]
-    card: float | None
-    peak: tuple[float, float]
-    rows: list[dict[str, Any]]
+    points: list[dict[str, Any]]
     kinds: list[tuple[str, str]]
+    alive: list[list[int]]
 
 
 class Row(NamedTuple):
@@ -457,107 +444,43 @@ def bar(answer: dict, scale: int = 0) -> Bar:
 
 def timeline(answer: dict) -> Timeline:
     """The memory of load and steps in order of their allocations."""
-    kinds = answer["timeline"]["kinds"]
     points = [point for point in answer["timeline"]["points"] if point["phase"] != "end"]
-    order = [kind for kind in words.KINDS if kind in kinds]
-    columns = [kinds.index(kind) for kind in order]
-    used = [i for i, column in enumerate(columns) if any(point["bytes"][column] for point in points)]
-    first, last = points[0]["event"], points[-1]["event"]
-    span = max(1, last - first)
-    card = words.asked_card(answer)
-    limit = card["limit"] if card and 0 < card["limit"] < 1.5 * answer["peak"]["reserved"] else None
-    top = max(limit or 0, *(point["reserved"] for point in points)) * 1.06
-    xs = [round(1000 * (point["event"] - first) / span) for point in points]
-    sums = [0] * len(points)
-    areas = []
-    for i in used:
-        sums = [total + point["bytes"][columns[i]] for total, point in zip(sums, points)]
-        line = " ".join(f"{x},{_down(total, top)}" for x, total in zip(xs, sums))
-        areas.append((order[i], f"{xs[0]},1000 {line} {xs[-1]},1000"))
-    reserved = " ".join(f"{x},{_down(point['reserved'], top)}" for x, point in zip(xs, points))
-    peak = max(range(len(points)), key=lambda i: (points[i]["step"] > 0, points[i]["allocated"]))
-    rows = [
-        {
-            "x": x / 10,
-            "event": point["event"],
-            "step": point["step"],
-            "phase": point["phase"],
-            "module": point["module"],
-            "allocated": point["allocated"],
-            "kinds": [point["bytes"][columns[i]] for i in used],
-        }
-        for x, point in zip(xs, points)
-    ]
-    return Timeline(
-        areas=areas[::-1],
-        reserved=reserved,
-        phases=_spans(points, xs, lambda point: (point["step"], point["phase"]), lambda key: key[1]),
-        steps=_spans(points, xs, lambda point: words.step_title(point["step"], point["phase"]), str),
-        ticks=[(_down(tick, top) / 10, words.rounded(tick)) for tick in _ticks(top)],
-        card=_down(limit, top) / 10 if limit else None,
-        peak=(xs[peak] / 10, _down(points[peak]["allocated"], top) / 10),
-        rows=rows,
-        kinds=[(order[i], words.KINDS[order[i]]) for i in used],
-    )
+    columns = dict(zip(answer["timeline"]["kinds"], map(list, zip(*(point["bytes"] for point in points)))))
+    kinds = [(kind, name) for kind, name in words.KINDS.items() if any(columns.get(kind, ()))]
+    return Timeline(points, kinds, [columns[kind] for kind, _ in kinds])
 
 
 def kinds_at(timeline: Timeline, phase: dict) -> list[int]:
     """What is alive at a phase's peak, in the order of ``timeline.kinds``; nothing where the phase takes nothing."""
-    rows = [row for row in timeline.rows if (row["step"], row["phase"]) == (phase["step"], phase["name"])]
-    return max(rows, key=lambda row: row["allocated"])["kinds"] if rows else [0] * len(timeline.kinds)
+    moments = [i for i, point in enumerate(timeline.points) if _phase(point) == (phase["step"], phase["name"])]
+    highest = max(moments, key=lambda i: timeline.points[i]["allocated"], default=None)
+    return [0 if highest is None else column[highest] for column in timeline.alive]
 
 
-def moments(timeline: Timeline) -> dict:
-    """The moments for the cursor: the names of ``kinds`` and, a moment each, where it is, after which event, when, and
-    what is alive."""
-    rows = [
-        [
-            row["x"],
-            row["event"],
-            words.step_title(row["step"], row["phase"]) + (f", {row['phase']}" if row["step"] else ""),
-            row["module"],
-            words.size(row["allocated"]),
-            [words.size(count) if count else "" for count in row["kinds"]],
-        ]
-        for row in timeline.rows
-    ]
-    return {"kinds": [name.lower() for _, name in timeline.kinds], "rows": rows}
+def moments(answer: dict, timeline: Timeline) -> dict:
+    """What static/timeline.js draws: moment by moment after which event, in which module, bytes reserved and, for each
+    kind, alive. A phase has its step's title, its name and its last moment; ``peak`` is a moment; ``limit`` is where
+    the card ends, in bytes, or None where that is far above."""
+    points = timeline.points
+    ends = [i for i, (one, next) in enumerate(pairwise([*points, None])) if not next or _phase(next) != _phase(one)]
+    card = words.asked_card(answer)
+    near = card and 0 < card["limit"] < 1.5 * answer["peak"]["reserved"]
+    return {
+        "kinds": [(kind, name.lower()) for kind, name in timeline.kinds],
+        "alive": timeline.alive,
+        **{key: [point[key] for point in points] for key in ("event", "module", "reserved")},
+        "phases": [(words.step_title(*_phase(points[i])), points[i]["phase"], i) for i in ends],
+        "peak": max(range(len(points)), key=lambda i: (points[i]["step"] > 0, points[i]["allocated"])),
+        "limit": card["limit"] if near else None,
+    }
 
 
-def _down(count: int, top: float) -> int:
-    """A height as SVG counts: from the top, in thousandths."""
-    return round(1000 - 1000 * count / top)
+def _phase(point: dict) -> tuple[int, str]:
+    return point["step"], point["phase"]
 
 
 def _percent(part: int, whole: int) -> float:
     return round(100 * part / whole, 3)
-
-
-def _spans(points: list[dict], xs: list[int], key, name) -> list[Span]:
-    """Stretches of equal ``key``, each from the end of the one before."""
-    out: list[Span] = []
-    start = 0
-    for i, point in enumerate(points):
-        if i + 1 == len(points) or key(points[i + 1]) != key(point):
-            end = xs[i] / 10
-            if end > start:
-                out.append(Span(name(key(point)), start, round(end - start, 1)))
-            start = end
-    return out
-
-
-def _ticks(top: float) -> list[int]:
-    """Two to five round amounts below ``top``, zero left out."""
-    unit = 1 << 10
-    while unit * 1024 < top and unit < GIB:
-        unit *= 1024
-    scale = unit
-    while True:
-        for factor in (1, 2, 5):
-            step = scale * factor
-            if top / step <= 5.5:
-                return list(range(step, int(top), step))
-        scale *= 10
 
 
 LAYER_COLUMNS = {

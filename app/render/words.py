@@ -53,12 +53,6 @@ def short(count: int) -> str:
     return f"{number.removesuffix('.0')}{unit[:1]}"
 
 
-def rounded(count: int) -> str:
-    """A round amount without the zeros behind its point: 5 GiB."""
-    unit, name = (GIB, "GiB") if count >= GIB else (MIB, "MiB") if count >= MIB else (KIB, "KiB")
-    return f"{count / unit:g} {name}"
-
-
 def number(count: int) -> str:
     """A count of parameters: 8.03 B, 135 M, 4096."""
     for scale, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
