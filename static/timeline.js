@@ -2,6 +2,7 @@
 // pointer, or under the slider, is said beside it. Colours are the stylesheet's. A new answer (htmx) is drawn anew.
 "use strict";
 (() => {
+  const pen = document.createElement("canvas").getContext("2d"); // measures names
   let chart, resting, told;
 
   // As app/render/words.py says it.
@@ -41,14 +42,14 @@
       const seen = ({ min, max }) => stretches.filter(([, from, to]) => from < max && to > min);
       return {
         scale: "x", side, gap: 4, align: 1, lineGap: 1.15, font, ticks: { show: false }, ...more,
-        grid: { stroke: colour("card"), width: 1 },
+        grid: { stroke: colour("edge"), width: 1 },
         splits: (u, _, min, max) => seen({ min, max }).map(([, from]) => Math.max(from, min)),
         values: (u, splits) => {
           const edges = [...splits, u.scales.x.max].map((x) => u.valToPos(x, "x"));
           const free = Array(lines).fill(0);
-          u.ctx.font = more.font ?? font;
+          pen.font = more.font ?? font;
           return seen(u.scales.x).map(([name], i) => {
-            const ends = edges[i] + u.ctx.measureText(name).width + 3;
+            const ends = edges[i] + pen.measureText(name).width + 3;
             const line = ends <= edges[i + 1] ? 0 : free.findIndex((from, line) => line && from <= edges[i]);
             if (line < 0 || ends > edges.at(-1)) return null;
             free[line] = ends;
@@ -152,8 +153,9 @@
     scrub.oninput = () => show(Number(scrub.value));
     closer.onclick = zoom;
     all.onclick = () => (u.setScale("x", { min: first, max: last }), scrub.focus());
-    u.over.onpointermove = ({ clientX }) => show(u.valToIdx(u.posToVal(clientX - u.over.getBoundingClientRect().left, "x")));
-    u.over.onpointerleave = () => move(peak, ...atPeak);
+    u.over.onpointerdown = u.over.onpointermove = ({ clientX }) =>
+      show(u.valToIdx(u.posToVal(clientX - u.over.getBoundingClientRect().left, "x")));
+    u.over.onmouseleave = () => move(peak, ...atPeak); // a finger that is lifted leaves what it found
     return u;
   }
 

@@ -18,11 +18,29 @@ from playwright.sync_api import expect, sync_playwright
 from tiny import LLAMA
 
 from app import web
+from app.render import words
 
 CHROMIUM = "/usr/bin/chromium"
 PATIENCE = 240_000
 """Milliseconds in which what is expected must have come: a bound for what never comes, not for speed."""
 ADDRESS = {"model": "pythia-70m", "method": "lora", "gpu": "t4", "batch_size": "1", "sequence_length": "64"}
+
+CHARTS = """
+window.charts = [];
+let made;
+Object.defineProperty(window, "uPlot", {
+  get: () => made,
+  set: (uPlot) => (made = new Proxy(uPlot, {
+    construct(_, given) {
+      const chart = new uPlot(...given);
+      charts.push(chart);
+      (chart.hooks.destroy ??= []).push(() => charts.splice(charts.indexOf(chart), 1));
+      return chart;
+    },
+  })),
+});
+"""
+"""The timelines that a page has drawn and not given up, as `charts`."""
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +79,7 @@ def tab(browser, server):
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
+        page.add_init_script(CHARTS)
         page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: "Content Security" in said.text and complaints.append(said.text))
@@ -83,6 +102,9 @@ def test_without_javascript_the_form_is_sent_and_answered(tab):
     page.get_by_role("button", name="Plan", exact=True).click()
     expect(page.locator(".job").first).to_contain_text("batch 2 × 64")
     expect(page).to_have_url(re.compile("batch_size=2"))
+    expect(page.locator("table.phases tr.top-row")).to_be_visible()
+    for empty in (".time", ".scrub", ".closer"):
+        expect(page.locator(empty)).to_be_hidden()
     page.get_by_text("A model of your own").click()
     page.get_by_label("config.json").fill(json.dumps(LLAMA))
     page.get_by_role("button", name="Plan this config").click()
@@ -250,6 +272,7 @@ def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
     page = tab()
     page.goto(address())
     slider, readout = page.get_by_label("Moment of the step"), page.locator(".readout")
+    at_peak = readout.inner_text()
     slider.focus()
     page.keyboard.press("Home")
     expect(readout).to_contain_text("Load, in gpt_neox")
@@ -257,9 +280,160 @@ def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
     assert "weights" in said
     expect(slider).to_have_attribute("aria-valuetext", re.compile("^" + re.escape(said.splitlines()[0])))
     expect(readout.get_by_role("list", name="By module")).to_contain_text("of gpt_neox")
-    page.locator("svg.time").hover(position={"x": 300, "y": 100})
+    page.locator(".time .u-over").hover(position={"x": 300, "y": 100})
     expect(readout).not_to_have_text(said, use_inner_text=True)
-    expect(readout).not_to_be_empty()
+    expect(readout).to_contain_text(re.compile("step, (forward|backward)"))
+    assert slider.input_value() == str(page.evaluate("charts[0].posToIdx(300)"))
+    page.locator("h1").hover()
+    expect(readout).to_have_text(at_peak, use_inner_text=True)
+    assert page.evaluate("charts[0].cursor.left") == pytest.approx(page.evaluate(PEAK_AT), abs=0.5)
+
+
+MOMENTS = "JSON.parse(document.querySelector('.time').dataset.moments)"
+PEAK_AT = f"(({{event, peak}}) => charts[0].valToPos(event[peak], 'x'))({MOMENTS})"
+SAID = """
+async (bytes) => {
+  const box = document.querySelector(".time"), same = bytes.map(() => ""), scrub = document.querySelector(".scrub");
+  box.dataset.moments = JSON.stringify({
+    kinds: [["weights", "weights"]], alive: [bytes], event: [...bytes.keys()], module: same, reserved: bytes,
+    phases: [["Load", "load", bytes.length - 1]], peak: 0, limit: null,
+  });
+  document.dispatchEvent(new Event("htmx:after:swap"));
+  await new Promise(requestAnimationFrame);
+  return bytes.map((_, i) => {
+    scrub.value = i;
+    scrub.dispatchEvent(new Event("input"));
+    return document.querySelector(".readout p").textContent.split(":")[0];
+  });
+}
+"""
+"""What the readout makes of each of some amounts."""
+
+
+def test_the_timeline_says_sizes_as_all_the_rest_does(tab):
+    page = tab()
+    page.goto(address())
+    page.route("**/alive?*", lambda route: route.abort())
+    edges = [unit * count for unit in (1 << 10, 1 << 20, 1 << 30) for count in (1, 1.25, 9.99, 10, 10.25, 99.95, 100)]
+    sizes = [0, 256, 768, 1 << 29, 9 << 27, 11 << 27] + [int(edge) + more for edge in edges for more in (-1, 0, 1)]
+    assert page.evaluate(SAID, sizes) == [words.size(size) for size in sizes]
+
+
+DRAWN = """
+async () => {
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  const [chart] = charts, { ctx } = chart, style = getComputedStyle(document.querySelector(".time"));
+  const { kinds, alive, event, phases } = MOMENTS;
+  const at = (x, y) => [chart.valToPos(x, "x", true), chart.valToPos(y, "y", true)].map(Math.round);
+  const shown = (pixel) => "#" + [...pixel].slice(0, 3).map((part) => part.toString(16).padStart(2, "0")).join("");
+  const found = {};
+  kinds.forEach(([kind], k) => {
+    const edge = (i) => phases.some(([, , end]) => Math.abs(at(event[i], 0)[0] - at(event[end], 0)[0]) < 6);
+    const sure = (i) => (edge(i) ? 0 : Math.min(...[i - 1, i, i + 1].map((near) => alive[k][near] ?? 0)));
+    const moment = event.reduce((best, _, i) => (sure(i) > sure(best) ? i : best), 0);
+    const below = alive.slice(0, k).reduce((sum, column) => sum + column[moment], 0);
+    const [x, bottom] = at(event[moment], below), [, top] = at(event[moment], below + alive[k][moment]);
+    if (bottom - top < 8) return;
+    const pixels = [...Array(bottom - top - 4).keys()].map((y) => ctx.getImageData(x, top + 2 + y, 1, 1).data);
+    const right = pixels.filter((pixel) => shown(pixel) === style.getPropertyValue(`--k-${kind}`));
+    found[kind] = right.length / pixels.length;
+  });
+  const { width, top } = chart.bbox;
+  const letters = ctx.getImageData(0, 0, width, top).data.filter((_, i, all) => i % 4 === 0 && all[i + 3] > 200);
+  const mean = letters.reduce((sum, part) => sum + part, 0) / letters.length;
+  return { found, ink: letters.length > 50 ? mean : null, weights: style.getPropertyValue("--k-weights") };
+}
+""".replace("MOMENTS", MOMENTS)
+"""Of each kind that is high enough somewhere between the phases' edges, the share of its height that has the
+stylesheet's colour; how light the letters above the plot are; and what colour weights have."""
+
+
+def assert_drawn(page):
+    drawn = page.evaluate(DRAWN)
+    assert {"weights", "kernel_workspace"} <= set(drawn["found"])
+    assert all(share > 0.7 for share in drawn["found"].values()), drawn
+    return drawn
+
+
+@pytest.mark.parametrize("width, density", [(1440, 1), (390, 3)])
+def test_the_timeline_has_the_colours_of_the_scheme_and_follows_its_window(tab, width, density):
+    page = tab(viewport={"width": width, "height": 900}, device_scale_factor=density, color_scheme="light")
+    page.goto(address())
+    by_day = assert_drawn(page)
+    page.emulate_media(color_scheme="dark")
+    by_night = assert_drawn(page)
+    assert by_day["weights"] != by_night["weights"] and by_day["ink"] < 80 and by_night["ink"] > 180
+    for wide in (width, 700):
+        page.set_viewport_size({"width": wide, "height": 900})
+        fills = "([chart]) => chart.ctx.canvas.clientWidth === document.querySelector('.time').clientWidth"
+        page.wait_for_function(f"() => ({fills})(charts)")
+        sizes = page.evaluate("(({width, clientWidth}) => [width, clientWidth])(charts[0].ctx.canvas)")
+        assert sizes[0] == sizes[1] * density
+        assert_drawn(page)
+
+
+VIEW = "(({min, max}) => [min, max])(charts[0].scales.x)"
+
+
+def test_a_stretch_of_the_timeline_is_drawn_larger_and_all_of_it_again(tab):
+    page = tab()
+    page.goto(address())
+    whole, picture = page.evaluate(VIEW), page.evaluate("charts[0].ctx.canvas.toDataURL()")
+    slider, show_all = page.get_by_label("Moment of the step"), page.get_by_role("button", name="Show all")
+    moments = slider.get_attribute("max")
+    expect(show_all).to_be_hidden()
+
+    def drag():
+        wanted = page.evaluate("[100, 250].map((x) => charts[0].posToVal(x, 'x'))")
+        over = page.locator(".time .u-over")
+        over.hover(position={"x": 100, "y": 60})
+        page.mouse.down()
+        over.hover(position={"x": 250, "y": 80})
+        page.mouse.up()
+        expect(show_all).to_be_visible()
+        assert page.evaluate(VIEW) == pytest.approx(wanted, rel=0.01)
+        assert page.evaluate("charts[0].ctx.canvas.toDataURL()") != picture
+        low, high = (int(slider.get_attribute(bound)) for bound in ("min", "max"))
+        assert 0 < low < high < int(moments)
+
+    drag()
+    slider.focus()
+    page.keyboard.press("Home")
+    assert int(slider.input_value()) == int(slider.get_attribute("min"))
+    expect(page.locator(".readout")).to_contain_text("step")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    expect(show_all).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(show_all).to_be_hidden()
+    expect(slider).to_be_focused()
+    assert page.evaluate(VIEW) == whole and slider.get_attribute("max") == moments
+    page.locator("h1").hover()
+    assert page.evaluate("charts[0].ctx.canvas.toDataURL()") == picture
+    drag()
+    page.locator(".time .u-over").dblclick(position={"x": 200, "y": 60})
+    expect(show_all).to_be_hidden()
+    assert page.evaluate(VIEW) == whole
+    slider.focus()
+    page.keyboard.press("End")
+    closer = page.get_by_role("button", name="Zoom in")
+    closer.focus()
+    page.keyboard.press("Enter")
+    low, high = page.evaluate(VIEW)
+    assert high == whole[1] and high - low == pytest.approx((whole[1] - whole[0]) / 2)
+    for _ in range(12):
+        page.keyboard.press("Enter")
+    expect(closer).to_be_disabled()
+
+
+@pytest.mark.parametrize("place", ["/how-it-works", address()])
+def test_a_page_has_one_timeline(tab, place):
+    page = tab()
+    page.goto(place)
+    expect(page.locator(".time canvas")).to_have_count(1)
+    assert page.evaluate("charts.length") == 1
+    page.get_by_label("Moment of the step").press("Home")
+    expect(page.locator(".readout p")).to_contain_text("Load")
 
 
 @pytest.mark.parametrize("width", [360, 768, 1440])
@@ -331,10 +505,10 @@ def test_behind_the_pictures_are_tables(tab):
     """Every moment of both steps by kind, and every module with what it weighs and keeps either way."""
     page = tab()
     page.goto(address())
-    drawn = page.locator("svg.time text.step").all_text_contents()
-    phases = page.locator("table.phases tbody tr")
-    assert drawn == ["Load", "First step", "Steady step"]
-    assert {row.locator("th").text_content() for row in phases.all()} == set(drawn)
+    drawn = page.evaluate(f"{MOMENTS}.phases.map(([step, phase]) => [step, phase])")
+    rows = page.locator("table.phases tbody tr").all()
+    assert [[row.locator("th").text_content(), row.locator("td").first.text_content()] for row in rows] == drawn
+    assert [step for step, _ in drawn] == ["Load"] + ["First step"] * 3 + ["Steady step"] * 3
     kinds = page.locator("table.phases thead th").all_text_contents()
     assert {"Weights", "Adapters", "Activations", "Gradients", "Optimizer state"} <= set(kinds)
     columns = page.locator("table.layers thead th").all_text_contents()
@@ -360,13 +534,17 @@ def test_results_are_added_side_by_side_by_their_links(tab):
 
 
 def test_on_paper_is_the_answer_without_the_form(tab):
-    page = tab(viewport={"width": 794, "height": 1123})
+    page = tab(viewport={"width": 794, "height": 1123}, color_scheme="dark")
     page.goto(address())
     expect(page.locator("#advice [data-ask]")).to_have_count(0)
+    assert assert_drawn(page)["ink"] > 180
     page.emulate_media(media="print")
-    for kept in ("h1", ".bar", "svg.time", "table.layers .inside >> nth=0"):
+    assert assert_drawn(page)["ink"] < 80
+    box = page.locator(".time canvas").bounding_box()
+    assert box["width"] <= 794 and box["height"] > 150
+    for kept in ("h1", ".bar", ".time canvas", "table.layers .inside >> nth=0"):
         expect(page.locator(kept).first).to_be_visible()
-    for left in ("#job", ".scrub", ".top nav"):
+    for left in ("#job", ".scrub", ".top nav", ".time .u-over"):
         expect(page.locator(left)).to_be_hidden()
     assert page.evaluate("document.documentElement.scrollWidth") <= 794
 
@@ -453,9 +631,13 @@ def test_after_two_hundred_quick_changes_the_last_one_s_answer_stands(tab):
     expect(page).to_have_url(re.compile("method=full&gpu=24GiB&batch_size=6&sequence_length=32$"))
     expect(page.locator("#result")).not_to_have_attribute("aria-busy", "true")
     assert page.locator(".job").first.inner_text().count("batch 6 × 32") == 1
+    assert page.evaluate("charts.length") == page.locator(".time canvas").count() == 1
+    assert page.evaluate(f"charts[0].data.at(-2).join() === {MOMENTS}.reserved.join()")
+    drawn = page.evaluate("charts[0].ctx.canvas.toDataURL()")
     shown = page.locator("#result").inner_text()
     page.reload()
     expect(page.locator("#result")).to_have_text(shown, use_inner_text=True)
+    assert page.evaluate("charts[0].ctx.canvas.toDataURL()") == drawn
     assert said == []
 
 

@@ -269,14 +269,27 @@ def test_the_bar_shows_what_a_card_lacks():
 
 def test_the_timeline_is_highest_at_the_peak(answer):
     timeline = html.timeline(answer)
-    x, y = timeline.peak
-    assert timeline.rows[[row["x"] for row in timeline.rows].index(x)]["phase"] in ("forward", "backward", "optimizer")
-    assert max(row["allocated"] for row in timeline.rows) == answer["peak"]["allocated"]
-    top = timeline.areas[0][1]
-    assert min(float(point.split(",")[1]) for point in top.split()) / 10 == pytest.approx(y, abs=0.1)
-    assert all(sum(row["kinds"]) == row["allocated"] for row in timeline.rows)
-    assert [step.name for step in timeline.steps] == ["Load", "First step", "Steady step"]
-    assert 2 <= len(timeline.ticks) <= 6
+    drawn = html.moments(answer, timeline)
+    heights = [sum(alive) for alive in zip(*drawn["alive"])]
+    assert heights == [point["allocated"] for point in timeline.points] and len(heights) == len(drawn["event"])
+    assert max(heights) == heights[drawn["peak"]] == answer["peak"]["allocated"]
+    assert all(height <= reserved for height, reserved in zip(heights, drawn["reserved"]))
+    assert drawn["event"] == sorted(drawn["event"]) and drawn["limit"] is None
+    steps = ["First step", "Steady step"]
+    phases = [("Load", "load"), *((step, phase) for step in steps for phase in ("forward", "backward", "optimizer"))]
+    assert [(title, phase) for title, phase, _ in drawn["phases"]] == phases
+    ends = [end for *_, end in drawn["phases"]]
+    assert ends == sorted(set(ends)) and ends[-1] == len(heights) - 1
+    at_peak = next(title for title, _, end in drawn["phases"] if drawn["peak"] <= end)
+    assert at_peak == words.step_title(answer["peak"]["step"], answer["peak"]["phase"])
+
+
+def test_the_timeline_has_where_a_card_ends_that_is_near():
+    far = estimate({**JOB, "gpu": {"memory_bytes": 1 << 30}})
+    spared = far["fits"][0]["limit"] - far["peak"]["reserved"]
+    near = estimate({**JOB, "gpu": {"memory_bytes": (1 << 30) - spared}})
+    limits = [html.moments(answer, html.timeline(answer))["limit"] for answer in (far, near)]
+    assert limits == [None, far["peak"]["reserved"]]
 
 
 @pytest.mark.parametrize("job", [{"method": "inference"}, {"method": "full", "gradient_checkpointing": True}])
@@ -384,5 +397,5 @@ def test_the_page_of_accuracy_has_every_row_with_its_error(client):
 def test_how_it_works_shows_a_real_plan(client, monkeypatch, answer):
     monkeypatch.setattr(web.Desk, "plan", lambda *_, **__: asyncio.sleep(0, answer))
     page = client.get("/how-it-works").text
-    assert Tags(page).open == [] and 'class="time"' in page and 'class="bar"' in page
+    assert Tags(page).open == [] and page.count('class="time"') == 1 and 'class="bar"' in page
     assert words.size(answer["peak"]["allocated"]) in page and "/accuracy" in page
