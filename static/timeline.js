@@ -172,9 +172,13 @@
     if (box) sized.observe(box);
   }
 
+  // What the stylesheet's colours depend on. Paper is always light, and drawn before the browser says that it prints.
   const redraw = () => chart?.redraw(false);
-  for (const what of ["(prefers-color-scheme: dark)", "(forced-colors: active)", "print"]) {
+  for (const what of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) {
     matchMedia(what).addEventListener("change", redraw);
+  }
+  for (const [when, paper] of [["beforeprint", true], ["afterprint", false]]) {
+    addEventListener(when, () => redraw(document.documentElement.classList.toggle("paper", paper)));
   }
   document.fonts.ready.then(redraw);
   document.addEventListener("htmx:after:swap", start);

@@ -289,6 +289,15 @@ def test_the_timeline_says_what_is_alive_by_keyboard_and_by_pointer(tab):
     assert page.evaluate("charts[0].cursor.left") == pytest.approx(page.evaluate(PEAK_AT), abs=0.5)
 
 
+def test_a_finger_leaves_what_it_found(tab):
+    page = tab(has_touch=True, viewport={"width": 390, "height": 844})
+    page.goto(address())
+    page.locator(".time .u-over").tap(position={"x": 100, "y": 100})
+    said = f"charts[0].posToIdx(100) == {page.get_by_label('Moment of the step').input_value()}"
+    assert page.evaluate(said) and page.evaluate("charts[0].cursor.left") == pytest.approx(100, abs=5)
+    expect(page.locator(".readout")).to_contain_text("First step, ")
+
+
 MOMENTS = "JSON.parse(document.querySelector('.time').dataset.moments)"
 PEAK_AT = f"(({{event, peak}}) => charts[0].valToPos(event[peak], 'x'))({MOMENTS})"
 SAID = """
@@ -320,8 +329,7 @@ def test_the_timeline_says_sizes_as_all_the_rest_does(tab):
 
 
 DRAWN = """
-async () => {
-  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+() => {
   const [chart] = charts, { ctx } = chart, style = getComputedStyle(document.querySelector(".time"));
   const { kinds, alive, event, phases } = MOMENTS;
   const at = (x, y) => [chart.valToPos(x, "x", true), chart.valToPos(y, "y", true)].map(Math.round);
@@ -349,10 +357,15 @@ stylesheet's colour; how light the letters above the plot are; and what colour w
 
 
 def assert_drawn(page):
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     drawn = page.evaluate(DRAWN)
+    assert_right(drawn)
+    return drawn
+
+
+def assert_right(drawn):
     assert {"weights", "kernel_workspace"} <= set(drawn["found"])
     assert all(share > 0.7 for share in drawn["found"].values()), drawn
-    return drawn
 
 
 @pytest.mark.parametrize("width, density", [(1440, 1), (390, 3)])
@@ -362,7 +375,10 @@ def test_the_timeline_has_the_colours_of_the_scheme_and_follows_its_window(tab, 
     by_day = assert_drawn(page)
     page.emulate_media(color_scheme="dark")
     by_night = assert_drawn(page)
-    assert by_day["weights"] != by_night["weights"] and by_day["ink"] < 80 and by_night["ink"] > 180
+    assert by_day["weights"] != by_night["weights"] and by_day["ink"] < 80 < 180 < by_night["ink"] < 250
+    page.emulate_media(forced_colors="active")
+    assert assert_drawn(page)["ink"] > 250
+    page.emulate_media(forced_colors="none")
     for wide in (width, 700):
         page.set_viewport_size({"width": wide, "height": 900})
         fills = "([chart]) => chart.ctx.canvas.clientWidth === document.querySelector('.time').clientWidth"
@@ -538,8 +554,12 @@ def test_on_paper_is_the_answer_without_the_form(tab):
     page.goto(address())
     expect(page.locator("#advice [data-ask]")).to_have_count(0)
     assert assert_drawn(page)["ink"] > 180
+    page.evaluate(f"addEventListener('beforeprint', () => (window.printed = ({DRAWN})()))")
+    page.pdf()
+    printed = page.evaluate("printed")
+    assert_right(printed)
+    assert printed["ink"] < 80 < 180 < assert_drawn(page)["ink"]
     page.emulate_media(media="print")
-    assert assert_drawn(page)["ink"] < 80
     box = page.locator(".time canvas").bounding_box()
     assert box["width"] <= 794 and box["height"] > 150
     for kept in ("h1", ".bar", ".time canvas", "table.layers .inside >> nth=0"):
