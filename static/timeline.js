@@ -5,21 +5,20 @@
   const pen = document.createElement("canvas").getContext("2d"); // measures names
   let chart, resting, told;
 
-  // As app/render/words.py says it.
-  const rounds = [1, 2].map((digits) =>
-    new Intl.NumberFormat("en", {
-      minimumFractionDigits: digits, maximumFractionDigits: digits, roundingMode: "halfEven", useGrouping: false,
-    }));
-  const UNITS = [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]];
+  // As app/render/words.py says it: from so many bytes on, in this unit, with so many digits.
+  const KIB = 2 ** 10, MIB = 2 ** 20, GIB = 2 ** 30;
+  const SIZES = [[10 * GIB, GIB, "GiB", 1], [100 * MIB, GIB, "GiB", 2], [MIB, MIB, "MiB", 1], [1, KIB, "KiB", 1]];
   function size(bytes) {
-    const [unit, name] = UNITS.find(([unit]) => bytes >= (unit === 2 ** 30 ? 100 * 2 ** 20 : unit)) ?? UNITS[2];
-    return bytes ? `${rounds[unit === 2 ** 30 && bytes < 10 * unit ? 1 : 0].format(bytes / unit)} ${name}` : "0";
+    if (!bytes) return "0";
+    const [, unit, name, digits] = SIZES.find(([from]) => bytes >= from);
+    const exactly = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+    return `${(bytes / unit).toLocaleString("en", { ...exactly, roundingMode: "halfEven", useGrouping: false })} ${name}`;
   }
 
   // Round amounts, and how an axis of such steps says them: 0.5 GiB, 1 GiB.
-  const STEPS = [...UNITS].reverse().flatMap(([unit]) => [0.5, 1, 2, 5, 10, 20, 50, 100, 200].map((count) => count * unit));
+  const STEPS = [KIB, MIB, GIB].flatMap((unit) => [0.5, 1, 2, 5, 10, 20, 50, 100, 200].map((count) => count * unit));
   function amount(bytes, step) {
-    const [unit, name] = UNITS.find(([unit]) => step >= unit / 2);
+    const [, unit, name] = SIZES.find(([, unit]) => step >= unit / 2);
     return `${bytes / unit} ${name}`;
   }
 
@@ -29,7 +28,7 @@
     const [scrub, closer, all, readout] = [".scrub", ".closer", ".all", ".readout"].map((one) => section.querySelector(one));
     const atPeak = [...readout.childNodes];
     const first = event[0], last = event[event.length - 1];
-    let sum = event.map(() => 0);
+    let moment = peak, sum = event.map(() => 0);
     const heights = alive.map((column) => (sum = column.map((bytes, i) => sum[i] + bytes)));
     const top = 1.1 * Math.max(limit ?? 0, ...reserved);
 
@@ -99,7 +98,6 @@
     }, [event, ...[...heights].reverse(), reserved, sum.map((bytes, i) => (i === peak ? bytes : null))], box);
 
     // What the slider can reach, and where the cursor is, after a zoom or another width.
-    let moment = peak;
     function settle(u) {
       const { min, max } = u.scales.x;
       [scrub.min, scrub.max, scrub.value] = [u.valToIdx(min), u.valToIdx(max), moment];
