@@ -64,6 +64,7 @@
       else steps.push([title, starts[i], starts[i + 1]]);
     });
 
+    const apart = (u, splits) => splits.map((bytes) => (Math.abs(bytes - (limit ?? Infinity)) > top / 8 ? bytes : null));
     const area = ([kind]) => ({ fill: colour(`k-${kind}`), width: 0, points: { show: false } });
     const u = new uPlot({
       width: box.clientWidth,
@@ -88,10 +89,9 @@
           splits: () => [limit], values: () => ["the card\nends here"],
         },
         {
-          side: 3, size: 64, gap: 8, stroke: colour("soft"), font, ticks: { show: false }, grid: { stroke: colour("grid") },
-          space: 30, incrs: STEPS,
-          filter: (u, splits) => splits.map((bytes) => (bytes && Math.abs(bytes - (limit ?? Infinity)) > top / 8 ? bytes : null)),
-          values: (u, splits, axis, space, step) => splits.map((bytes) => bytes && amount(bytes, step)),
+          side: 3, size: 64, gap: 8, stroke: colour("soft"), font, ticks: { show: false },
+          space: 30, incrs: STEPS, filter: apart, grid: { stroke: colour("grid"), filter: apart },
+          values: (u, splits, axis, space, step) => splits.map((bytes) => (bytes ? amount(bytes, step) : null)),
         },
       ],
       hooks: { draw: [settle] },
