@@ -9,11 +9,13 @@ chunked loss are run as they are.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from types import MethodType
 
 import torch
 import transformers
 from accelerate.utils.operations import convert_outputs_to_fp32
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from app.dryrun.inputs import base_of, make_batch
 from app.dryrun.step import begin_forward, make_optimizer, settle
@@ -44,7 +46,7 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
                 begin_forward(ledger, model, job, step, steps)
                 if turn == 0:
                     batches = _batches(ledger, model, job, task)  # those of the step before lie there until now
-                    items = sum((b["labels"] != -100).sum() for b in batches) if "labels" in batches[0] else None
+                    items = _items(model, batches, fused)
                 loss = (_fused_loss if fused else _loss)(model, batches[turn], items)
                 if step > steps:
                     break
@@ -106,23 +108,23 @@ def _wrap_forward(ledger: Ledger, model) -> None:
     model.forward = MethodType(convert_outputs_to_fp32(cast), model)
 
 
+def _items(model, batches: list[dict], fused: bool) -> torch.Tensor | None:
+    """``Trainer._get_num_items_in_batch``: how many labels count, where the loss is told so."""
+    base = base_of(model)
+    accepts = getattr(base, "accepts_loss_kwargs", None)
+    if accepts is None:
+        parameters = inspect.signature(type(base).forward).parameters.values()
+        accepts = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if "labels" not in batches[0] or not (accepts or fused):
+        return None
+    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+    shifted = causal and not getattr(base.config, "is_encoder_decoder", False)
+    return sum((batch["labels"][..., 1:] if shifted else batch["labels"]).ne(-100).sum() for batch in batches)
+
+
 def _loss(model, batch: dict, items) -> torch.Tensor:
     """``Trainer.compute_loss``: the model's own loss, over all items of the accumulated batch if it takes that."""
-    extra = (
-        {"num_items_in_batch": items}
-        if getattr(base_of(model), "accepts_loss_kwargs", True) and items is not None
-        else {}
-    )
-    outputs = model(**batch, **(extra if _takes_loss_kwargs(model) else {}))
-    return outputs["loss"]
-
-
-def _takes_loss_kwargs(model) -> bool:
-    """``Trainer.model_accepts_loss_kwargs``: the base model's forward takes keyword arguments."""
-    import inspect
-
-    forward = type(base_of(model)).forward
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    return model(**batch, **({} if items is None else {"num_items_in_batch": items}))["loss"]
 
 
 def _fused_loss(model, batch: dict, items) -> torch.Tensor:
