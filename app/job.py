@@ -162,6 +162,16 @@ class Job(_Strict):
             raise ValueError("method full trains every weight and takes no lora: use method lora, or leave lora out")
         return self
 
+    @property
+    def packed(self) -> bool:
+        """Whether it trains on packed sequences."""
+        return self.attention_mask == "packed" and self.method != "inference"
+
+    @property
+    def batches_run(self) -> int:
+        """How many of a step's accumulated batches are run: a third is like the second."""
+        return min(self.gradient_accumulation_steps, 2)
+
     def resolved(self) -> Job:
         """The same job with every null replaced by what the stack would do."""
         trainer, method = self.trainer, self.method

@@ -295,13 +295,13 @@ def order_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Order:
 
 def key_of(job: Job, config: dict, kernels: Kernels) -> str:
     """Everything that shapes a profile, as one string: the job without its batch and length and without what only
-    reads a profile, the config, the kernels but for the number of multiprocessors. More than two accumulated passes are
-    like the second; a trainer fetches all their batches first."""
+    reads a profile, the config, the kernels but for the number of multiprocessors. Of accumulated batches it is how
+    many are run; a trainer fetches all of them first."""
     shape = job.model_dump(
         exclude={"model", "config", "revision", "gpu", "reserve", "allocator", "batch_size", "sequence_length"}
     )
     if job.trainer == "pytorch":
-        shape["gradient_accumulation_steps"] = min(job.gradient_accumulation_steps, 2)
+        shape["gradient_accumulation_steps"] = job.batches_run
     capability, _, measured = kernels
     return json.dumps([shape, config, capability, measured], sort_keys=True, default=str)
 

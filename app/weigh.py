@@ -104,7 +104,7 @@ def passes_under(weighing: Weighing, limit: int) -> bool:
 def written(weighing: Weighing) -> int:
     """Bytes of all that a steady step takes: what it writes anew, a lower bound of the memory traffic that it causes.
 
-    Of accumulated batches the books hold two at most, for a third is like the second.
+    Of accumulated batches the books hold :attr:`~app.job.Job.batches_run`.
     """
     stream, marks = weighing.stream, weighing.stream.script.marks
     last = max(mark.step for mark in marks)
@@ -114,9 +114,9 @@ def written(weighing: Weighing) -> int:
         if mark.step == last:
             events = stream.script.events[mark.at : end]
             by_phase[mark.name] = by_phase.get(mark.name, 0) + int(stream.sizes[events[events >= 0]].sum())
-    batches = weighing.job.gradient_accumulation_steps
+    job = weighing.job
     passes = sum(size for name, size in by_phase.items() if name in ("forward", "backward"))
-    return sum(by_phase.values()) - passes + passes * batches // min(batches, 2)
+    return sum(by_phase.values()) - passes + passes * job.gradient_accumulation_steps // job.batches_run
 
 
 def kind_of(job: Job) -> str:

@@ -241,13 +241,17 @@ def _bytes(tensor) -> int:
 
 
 @contextmanager
+def _copied(ledger, tensors, place, op: str):
+    """While a kernel runs, the copies that it makes of ``tensors``."""
+    copies = [ledger.take(_bytes(t), place, "temporaries", op) for t in tensors]
+    yield
+    for key in copies:
+        ledger.give(key)
+
+
 def _made_contiguous(ledger, tensors, place, op: str, layout=torch.contiguous_format):
     """While a kernel runs, the copies that it makes of ``tensors`` that are not contiguous in its ``layout``."""
-    copied = [t for t in tensors if not t.is_contiguous(memory_format=layout)]
-    copied = [ledger.take(_bytes(t), place, "temporaries", op) for t in copied]
-    yield
-    for key in copied:
-        ledger.give(key)
+    return _copied(ledger, [t for t in tensors if not t.is_contiguous(memory_format=layout)], place, op)
 
 
 def _temporaries(ledger, sizes: list[int], place, op: str) -> None:
@@ -284,12 +288,10 @@ def _matmul(ledger, func, args, kwargs, place):
     """``addmm_out_cuda_impl`` (native/cuda/Blas.cpp): a vector bias goes through cuBLASLt, which has its own cache."""
     out = func(*args, **kwargs)
     ledger.enter(out, func, args, place)
-    copied = [ledger.take(_bytes(matrix), place, "temporaries", func.__name__) for matrix in _matrices_copied(args)]
-    _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
-    if func is aten.addmm.default and args[0].dim() == 1:
-        _workspace(ledger, "cublaslt_workspace", ledger.card.cublaslt_workspace)
-    for key in copied:
-        ledger.give(key)
+    with _copied(ledger, _matrices_copied(args), place, func.__name__):
+        _workspace(ledger, "cublas_workspace", ledger.card.cublas_workspace)
+        if func is aten.addmm.default and args[0].dim() == 1:
+            _workspace(ledger, "cublaslt_workspace", ledger.card.cublaslt_workspace)
     return out
 
 

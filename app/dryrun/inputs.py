@@ -22,7 +22,6 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
     recording is the whole window of the speech encoder: ``num_mel_bins`` by twice ``max_source_positions`` frames.
     """
     config, b, s = model.config, job.batch_size, job.sequence_length
-    packed = job.attention_mask == "packed" and job.method != "inference"
     if s is None and task != "image-classification":
         raise PlanError("this task needs a `sequence_length`", "set sequence_length", "sequence_length")
     dtype = getattr(torch, job.dtype)
@@ -44,7 +43,7 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         features = empty(b, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
         batch = {"input_features": features, "labels": empty(b, job.target_length or s)}
     else:
-        tokens = (1, b * s) if packed else (b, s)
+        tokens = (1, b * s) if job.packed else (b, s)
         labels = {
             "sequence-classification": (b,),
             "seq2seq-lm": (b, job.target_length or s),
@@ -53,7 +52,7 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         if job.method != "inference":
             batch["labels"] = empty(*labels)
     masked = job.attention_mask != "absent" or job.method == "inference" or job.trainer == "trl"
-    if packed:
+    if job.packed:
         _refuse_packed(model, ledger, batch)
         batch["position_ids"] = empty(1, b * s)
         if job.trainer == "trl":
@@ -66,11 +65,11 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         if name not in ("input_ids", "attention_mask", "position_ids"):
             batch[name] = empty(*value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
     ledger.arrived(batch, {name: value for name, value in stated.items() if not value.is_floating_point()})
-    if packed and ledger.device != "meta":
+    if job.packed and ledger.device != "meta":
         batch["position_ids"].copy_(_positions(b, s))
     if task == "zero-shot-image-classification":
         batch["return_loss"] = True  # of every text against every image
-    if packed and job.trainer == "trl":
+    if job.packed and job.trainer == "trl":
         batch |= dict.fromkeys(("max_length_q", "max_length_k"), -(-s // PACKED))
     return batch
 
@@ -122,7 +121,7 @@ def _stated(model, job: Job, images: Images | None) -> dict[str, torch.Tensor]:
     mask = torch.ones(b, s, dtype=torch.long)
     mask[-1, -1] = int(job.attention_mask != "padded")
     if images is None:
-        tokens = (1, b * s) if job.attention_mask == "packed" and job.method != "inference" else (b, s)
+        tokens = (1, b * s) if job.packed else (b, s)
         ids = torch.ones(*tokens, dtype=torch.long)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(b, s)}
     ids = images.ids(s).expand(b, s)

@@ -286,7 +286,7 @@ def _kernel_warnings(job: Job, task: str, attention: str, books: Columns) -> lis
         out.append(
             "this model's class has no sdpa attention: transformers runs eager attention, which keeps its scores"
         )
-    if job.attention_mask == "packed" and job.method != "inference":
+    if job.packed:
         out.append(
             "the batch is taken to be one row of all its tokens, each length two sequences, told apart by positions "
             "that start over: where attention is not flash_attention_2, transformers makes a mask of tokens × tokens "

@@ -87,7 +87,7 @@ def run_plain(ledger: Ledger, model, job: Job, task: str, steps: int, other: boo
     batch = make_batch(ledger, model, job, task)
     optimizer = make_optimizer(job.optimizer, parameters)
     for step in range(1, steps + other + 1):
-        for _ in range(min(job.gradient_accumulation_steps, 2)):
+        for _ in range(job.batches_run):
             begin_forward(ledger, model, job, step, steps)
             with ledger.autocast.on() if ledger.autocast else contextlib.nullcontext():
                 loss = model(**batch).loss

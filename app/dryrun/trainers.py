@@ -42,7 +42,7 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
         total = 0.0
         batches: list[dict] = []
         for step in range(1, steps + other + 1):
-            for turn in range(min(job.gradient_accumulation_steps, 2)):
+            for turn in range(job.batches_run):
                 begin_forward(ledger, model, job, step, steps)
                 if turn == 0:
                     batches = _batches(ledger, model, job, task)  # those of the step before lie there until now
@@ -72,9 +72,9 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
 
 
 def _batches(ledger: Ledger, model, job: Job, task: str) -> list[dict]:
-    """``Trainer.get_batch_samples``: all batches of a step are fetched before the first one runs. Two are run at most;
-    what is fetched beyond these lies there as one."""
-    batches = [make_batch(ledger, model, job, task) for _ in range(min(job.gradient_accumulation_steps, 2))]
+    """``Trainer.get_batch_samples``: all batches of a step are fetched before the first one runs. Those that are not
+    run lie there as one."""
+    batches = [make_batch(ledger, model, job, task) for _ in range(job.batches_run)]
     more = job.gradient_accumulation_steps - len(batches)
     if more:
         tensors = {name: tensor for name, tensor in batches[0].items() if isinstance(tensor, torch.Tensor)}

@@ -39,9 +39,8 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     refuse_unplanned(job)
     config, source = config_of(job)
     model = source["id"] if source["kind"] == "catalogue" else None
-    run = min(job.gradient_accumulation_steps, 2)  # of a longer accumulation two batches are measured
     named = {"model": None, "config": config, "gpu": gpu.key if isinstance(gpu, Gpu) else gpu}
-    job = job.model_copy(update={**named, "gradient_accumulation_steps": run})
+    job = job.model_copy(update={**named, "gradient_accumulation_steps": job.batches_run})
     from app.dryrun import stored
     from app.dryrun.model import read_config, task_of
 

@@ -84,7 +84,7 @@ def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
     batch = make_batch(_OnHost(recorder), model, job, task)
     if job.trainer == "trl":
         batch = {name: batch[name] for name in ("input_ids", "labels")}  # its collator makes the rest
-    rows = _Rows(job.batch_size * accumulate * steps, job.batch_size, batch, int(job.attention_mask == "packed"))
+    rows = _Rows(job.batch_size * accumulate * steps, job.batch_size, batch, int(job.packed))
     checkpointing = job.gradient_checkpointing != "off"
     with tempfile.TemporaryDirectory() as folder:
         common = {
@@ -146,17 +146,17 @@ def _sft_trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transf
         pass
 
     Probed.recorder = recorder
-    packed, length = job.attention_mask == "packed", job.sequence_length
+    length = job.sequence_length
     data = [{name: tensor[0].tolist() for name, tensor in rows[i].items()} for i in range(len(rows))]
     if job.attention_mask == "padded":
         data = [{name: tokens[:-1] for name, tokens in row.items()} for row in data]
-    if packed:
+    if job.packed:
         data = [{**row, "seq_lengths": lengths(length)} for row in data]
     arguments = SFTConfig(
         **common,
         max_length=length,
         pad_to_multiple_of=length,
-        packing=packed,
+        packing=job.packed,
         dataset_kwargs={"skip_prepare_dataset": True},
         loss_type="nll",
     )
