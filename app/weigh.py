@@ -10,6 +10,7 @@ from app.catalog.gpus import Gpu, find_gpu
 from app.errors import PlanError
 from app.job import Job, OwnGpu
 from app.memory.breakdown import Phase, Reading
+from app.memory.event import KINDS
 from app.memory.fit import Verdict, judge, passes
 from app.memory.overheads import Room
 from app.memory.profile import Profile
@@ -104,19 +105,23 @@ def passes_under(weighing: Weighing, limit: int) -> bool:
 def written(weighing: Weighing) -> int:
     """Bytes of all that a steady step takes: what it writes anew, a lower bound of the memory traffic that it causes.
 
-    Of accumulated batches the books hold :attr:`~app.job.Job.batches_run`.
+    Of accumulated batches the books hold the passes of :attr:`~app.job.Job.batches_run`, and of a trainer what all of
+    them are fetched into.
     """
     stream, marks = weighing.stream, weighing.stream.script.marks
     last = max(mark.step for mark in marks)
     ends = [mark.at for mark in marks[1:]] + [stream.script.events.size]
-    by_phase: dict[str, int] = {}
+    total = passes = 0
     for mark, end in zip(marks, ends):
         if mark.step == last:
             events = stream.script.events[mark.at : end]
-            by_phase[mark.name] = by_phase.get(mark.name, 0) + int(stream.sizes[events[events >= 0]].sum())
+            taken = events[events >= 0]
+            total += int(stream.sizes[taken].sum())
+            if mark.name in ("forward", "backward"):
+                made = taken[stream.script.kind[taken] != KINDS.index("inputs")]
+                passes += int(stream.sizes[made].sum())
     job = weighing.job
-    passes = sum(size for name, size in by_phase.items() if name in ("forward", "backward"))
-    return sum(by_phase.values()) - passes + passes * job.gradient_accumulation_steps // job.batches_run
+    return total - passes + passes * job.gradient_accumulation_steps // job.batches_run
 
 
 def kind_of(job: Job) -> str:

@@ -12,6 +12,8 @@ from app.batch import plan
 from app.dryrun.model import read_config
 from app.dryrun.values import Values
 from app.errors import PlanError
+from app.job import read_job
+from app.weigh import weigh, written
 
 SQUARE = {  # images of one size
     "model_type": "llava",
@@ -179,6 +181,14 @@ def test_a_trainer_fetches_all_batches_of_a_step_first():
     ):
         asked = ask(LLAMA, trainer=trainer, gradient_accumulation_steps=steps, batch_size=2)
         assert asked["parts"]["inputs"] == held * one
+
+
+def test_what_more_batches_write_grows_with_their_number():
+    """A trainer's are fetched into memory of their own, each once."""
+    for trainer in ("pytorch", "transformers"):
+        job = {"config": LLAMA, "method": "full", "sequence_length": 64, "gpu": "h100", "trainer": trainer}
+        two, four, eight = (written(weigh(read_job({**job, "gradient_accumulation_steps": n}))) for n in (2, 4, 8))
+        assert eight - four == 2 * (four - two) > 0
 
 
 def program(ids: torch.Tensor) -> tuple:

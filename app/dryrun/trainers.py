@@ -46,7 +46,7 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
                 begin_forward(ledger, model, job, step, steps)
                 if turn == 0:
                     batches = _batches(ledger, model, job, task)  # those of the step before lie there until now
-                    items = _items(model, batches, fused)
+                    items = _items(model, batches[: job.batches_run], fused)
                 loss = (_fused_loss if fused else _loss)(model, batches[turn], items)
                 if step > steps:
                     break
@@ -109,7 +109,8 @@ def _wrap_forward(ledger: Ledger, model) -> None:
 
 
 def _items(model, batches: list[dict], fused: bool) -> torch.Tensor | None:
-    """``Trainer._get_num_items_in_batch``: how many labels count, where the loss is told so."""
+    """``Trainer._get_num_items_in_batch``: how many labels count, where the loss is told so; batch by batch, so that
+    those that lie there as one would take too much at a time."""
     base = base_of(model)
     accepts = getattr(base, "accepts_loss_kwargs", None)
     if accepts is None:
