@@ -28,7 +28,7 @@
     const [scrub, closer, all, readout] = [".scrub", ".closer", ".all", ".readout"].map((one) => section.querySelector(one));
     const atPeak = [...readout.childNodes];
     const first = event[0], last = event[event.length - 1];
-    let moment = peak, sum = event.map(() => 0);
+    let moment = peak, pointed = false, sum = event.map(() => 0);
     const heights = alive.map((column) => (sum = column.map((bytes, i) => sum[i] + bytes)));
     const top = 1.1 * Math.max(limit ?? 0, ...reserved);
 
@@ -148,12 +148,15 @@
       u.setScale("x", { min: from, max: from + 2 * quarter });
     }
 
-    scrub.oninput = () => show(Number(scrub.value));
+    scrub.oninput = () => ((pointed = false), show(Number(scrub.value)));
     closer.onclick = zoom;
     all.onclick = () => (u.setScale("x", { min: first, max: last }), scrub.focus());
-    u.over.onpointerdown = u.over.onpointermove = ({ clientX }) =>
+    u.over.onpointerdown = u.over.onpointermove = ({ clientX }) => {
+      pointed = true;
       show(u.valToIdx(u.posToVal(clientX - u.over.getBoundingClientRect().left, "x")));
-    u.over.onmouseleave = () => move(peak, ...atPeak); // a finger that is lifted leaves what it found
+    };
+    // A finger that is lifted leaves what it found, and a mouse what the slider found: the page may move away under it.
+    u.over.onmouseleave = () => pointed && move(peak, ...atPeak);
     return u;
   }
 

@@ -21,7 +21,7 @@ import torch
 import app.batch
 import app.service
 from app import warmed
-from app.dryrun.model import bare
+from app.dryrun.model import base_of
 
 KEPT = ("model", "peak", "warnings")
 
@@ -67,7 +67,7 @@ def family(jobs: list, seconds: float, limit: int) -> list[dict]:
     if len(jobs) > 1:
         start = time.process_time()
         with suppress(app.batch.PlanError):
-            bare(jobs[0]["config"], None, "bfloat16", None)
+            base_of(jobs[0]["config"], None, "bfloat16", None)
         gc.collect()
         gc.freeze()
         shared = time.process_time() - start

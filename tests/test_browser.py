@@ -415,6 +415,7 @@ def test_a_stretch_of_the_timeline_is_drawn_larger_and_all_of_it_again(tab):
     drag()
     slider.focus()
     page.keyboard.press("Home")
+    page.locator("h1").hover()
     assert int(slider.input_value()) == int(slider.get_attribute("min"))
     expect(page.locator(".readout")).to_contain_text("step")
     page.keyboard.press("Tab")

@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from app.dryrun import cuda
 from app.dryrun.fold import folded_books
-from app.dryrun.model import Weightless, bare, load
+from app.dryrun.model import Weightless, base_of, load
 from app.dryrun.symbols import symbol
 from app.dryrun.trace import Ledger
 from app.errors import PlanError
@@ -39,7 +39,7 @@ def trace(
 def finish_books(job: Job, config: dict, card: cuda.Card) -> Columns:
     """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it. Raises
     :class:`PlanError`."""
-    base, task = bare(config, job.task, job.dtype, job.attention)
+    base, task = base_of(config, job.task, job.dtype, job.attention)
 
     def run(model) -> Books:
         ledger = Ledger(card)
@@ -72,7 +72,7 @@ def finish_books(job: Job, config: dict, card: cuda.Card) -> Columns:
 
 def load_books(job: Job, config: dict, card: cuda.Card) -> Columns:
     """The books of placing the model of ``job`` (resolved) alone."""
-    base, task = bare(config, job.task, job.dtype, job.attention)
+    base, task = base_of(config, job.task, job.dtype, job.attention)
 
     def run(model) -> Books:
         ledger = Ledger(card)

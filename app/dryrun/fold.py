@@ -79,11 +79,7 @@ def _folded_books(model, trace: Trace, names: Iterable[str], general: Trace | No
         return fold(model, trace, names, general)
     except Unfoldable as reason:
         log.info("not folded: %s", reason)
-    try:
-        books = trace(shortened(model, [], []))
-    except Unfoldable:  # by what the whole does: its layers were not the reason
-        _way.pop(model, None)
-        raise
+    books = trace(shortened(model, [], []))
     return books if general is None else _generalised(books, general, shortened(model, [], []))
 
 
@@ -108,8 +104,8 @@ def _generalised(books: Books, general: Trace, model: torch.nn.Module) -> Books:
 def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None) -> Expansion:
     """The books of ``trace(model)`` from two shorter runs. Raises :class:`Unfoldable` where they do not prove it.
 
-    Tried are the :data:`WAYS`, or the one in which this model was folded before. With ``general``, which is slow, the
-    proof is ``trace``'s as long as no allocation grows with the depth.
+    Tried are the :data:`WAYS`, first the one in which this model was folded before. With ``general``, which is slow,
+    the proof is ``trace``'s as long as no allocation grows with the depth.
     """
     for name in names:
         if re.search(r"(^|\.)\d+(\.|$)", name):
@@ -118,7 +114,7 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
         raise Unfoldable("no layers repeat")
     runs: dict[tuple, Books] = {}
     with _without_collector():
-        for apart, radius in _way[model] if model in _way else _ways(model):
+        for apart, radius in sorted(_ways(model), key=lambda way: way != _way.get(model)):
             try:
                 books = _Fold(model, repeated(model, apart), trace, radius, general, runs).books()
             except (PlanError, DataDependent):  # so would the whole model
@@ -128,9 +124,8 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
             except Exception as error:
                 log.info("the short model does not run: %s: %s", type(error).__name__, error)
             else:
-                _way[model] = ((apart, radius),)
+                _way[model] = apart, radius
                 return books
-    _way[model] = ()
     raise Unfoldable("in no way that was tried do the layers repeat")
 
 
@@ -153,8 +148,8 @@ def _ways(model: torch.nn.Module) -> Sequence[tuple[int, int]]:
     return [way for way in WAYS if way[0]] if counted else WAYS
 
 
-_way: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], ...]] = WeakKeyDictionary()
-"""In which of them a bare model was folded, if in any: the next run of it is of the same layers."""
+_way: WeakKeyDictionary[torch.nn.Module, tuple[int, int]] = WeakKeyDictionary()
+"""In which of them a bare model was folded: the next run of it is of the same layers."""
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from app.dryrun import cuda, layers, stored
 from app.dryrun.fold import folded_books
 from app.dryrun.images import images_of
-from app.dryrun.model import bare, equal_type, quantizable
+from app.dryrun.model import base_of, equal_type, quantizable
 from app.dryrun.scan import FEW
 from app.dryrun.step import dry_run
 from app.dryrun.symbols import symbol, understood
@@ -36,7 +36,7 @@ from app.progress import say
 def _base(job: Job, config: dict):
     """The job that is run, the bare model, its task, and what is to be said of how it came to be."""
     say("building the model")
-    base, task = bare(config, job.task, job.dtype, job.attention)
+    base, task = base_of(config, job.task, job.dtype, job.attention)
     said = list(_planned_as(config, base))
     settings = stored.settings_of(config)
     with weighed(base):

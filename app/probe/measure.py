@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from app.calibration import Facts, is_known, name_of, store
@@ -42,12 +40,12 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     named = {"model": None, "config": config, "gpu": gpu.key if isinstance(gpu, Gpu) else gpu}
     job = job.model_copy(update={**named, "gradient_accumulation_steps": job.batches_run})
     from app.dryrun import stored
-    from app.dryrun.model import read_config, task_of
+    from app.dryrun.model import base_of, read_config, task_of
 
     task = job.task or task_of(read_config(config, job.attention))
     settings = stored.settings_of(config)
     if settings is not None:
-        job, _ = stored.as_loaded(job, settings, _bare(json.dumps(config), task, job.dtype, job.attention))
+        job, _ = stored.as_loaded(job, settings, base_of(config, task, job.dtype, job.attention)[0])
     if layers is None:
         script = profile_of(job, config, gpu).script
     else:
@@ -57,30 +55,24 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     return Planned(job, model, config, task, gpu, stream.books(), read(stream, settings_of(job)), outside)
 
 
-@lru_cache(maxsize=8)
-def _bare(config: str, task: str, dtype: str, attention: str | None):
-    """The bare model on the meta device, for its depth and its shorter copies."""
-    from app.dryrun.model import bare
-
-    return bare(json.loads(config), task, dtype, attention)[0]
-
-
 def depth_of_plan(planned: Planned) -> int:
+    from app.dryrun.model import base_of
     from app.probe.layers import depth_of
 
     job = planned.job
-    return depth_of(_bare(json.dumps(planned.config), planned.task, job.dtype, job.attention))
+    return depth_of(base_of(planned.config, planned.task, job.dtype, job.attention)[0])
 
 
 def _books_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Books:
     from app.dryrun.cuda import Card
     from app.dryrun.images import images_of
+    from app.dryrun.model import base_of
     from app.dryrun.scan import unrolled
     from app.dryrun.step import dry_run
     from app.dryrun.values import Values
     from app.probe.layers import with_layers
 
-    base = _bare(json.dumps(config), task, job.dtype, job.attention)
+    base, _ = base_of(config, task, job.dtype, job.attention)
     images, _ = images_of(base, job, task)
     values = None if images is None else Values(job.expert_routing, images)
     found = unrolled(dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)), values=values))
