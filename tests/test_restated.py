@@ -10,9 +10,10 @@ from functools import partial
 import pytest
 import torch
 from tiny import LLAMA
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from app.catalog.gpus import find_gpu
-from app.dryrun import cuda
+from app.dryrun import cuda, native
 from app.dryrun.trace import Ledger
 from app.job import read_job
 from app.memory.event import Books
@@ -54,6 +55,63 @@ def test_small_reductions_take_nothing():
 def test_efficient_attention_backward(shape, dtype, measured):
     query = meta(*shape, dtype=dtype)
     assert cuda._efficient_workspace(CARD, query, query) == measured
+
+
+COMPOSED = {
+    **{f"{op}.Scalar": (2,) for op in "add sub rsub mul div add_ sub_ mul_ div_ remainder fill".split()},
+    **{f"bitwise_{op}.Scalar": (3,) for op in ("and", "or")},
+    **dict.fromkeys(("mean", "sort", "empty_like", "zeros_like", "ones_like"), ()),
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones"), ([3, 4],)),
+    "masked_fill.Scalar": (torch.ones(2, 1, 4, 1, dtype=torch.bool), 2.0),
+    "masked_fill.Tensor": (torch.ones(6, dtype=torch.bool), torch.tensor(2.0)),
+    "fill.Tensor": (torch.tensor(2.0),),
+    "masked_scatter": (torch.ones(6, dtype=torch.bool), torch.ones(8, 4, 6).bfloat16()),
+    "index_put": ([torch.tensor([0, 2])], torch.ones(2, 4, 6).bfloat16()),
+    "new_full": ([3, 4], 1.0),
+    "_unsafe_view": ([4, 8, 3, 2],),
+    "slice_backward": ([8, 4, 9], 2, 0, 6, 1),
+    "select_backward": ([8, 5, 4, 6], 1, 2),
+    "diagonal_backward": ([8, 4, 6, 6], 0, 2, 3),
+}
+
+
+@pytest.mark.parametrize("laid", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize("name", sorted({*COMPOSED, "stack"}))
+def test_composed_operators_make_what_pytorch_makes_on_a_cpu(name, laid):
+    """Shape, strides and dtype, by the functions in C++."""
+    dtype = torch.int64 if "bitwise" in name else torch.bfloat16
+    source = torch.ones(8, 4, 6, dtype=dtype)
+    if name == "_unsafe_view":  # of what is contiguous
+        pass
+    elif laid == "transposed":
+        source = torch.ones(4, 8, 6, dtype=dtype).transpose(0, 1)
+    elif laid == "expanded" and not name.endswith("_.Scalar"):
+        source = torch.ones(8, 1, 6, dtype=dtype).expand(8, 4, 6)
+    op = getattr(torch.ops.aten, name.split(".")[0])
+    op = getattr(op, name.partition(".")[2] or "default")
+    given = ([source, source], 1) if name == "stack" else (source, *COMPOSED[name])
+    made, light = tree_leaves(op(*given)), tree_leaves(op(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), given)))
+    assert not native._has_kernel(op.name(), "Meta")
+    assert [(t.shape, t.stride(), t.dtype) for t in light] == [(t.shape, t.stride(), t.dtype) for t in made]
+
+
+def test_all_that_is_composed_is_held_against_pytorch():
+    assert {f"aten::{name}" for name in (*COMPOSED, "stack")} == native.COMPOSED
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_what_is_made_by_a_shorter_way_is_what_the_operator_makes(dtype, dims):
+    source = meta(5, 8, 16, dtype=dtype).transpose(0, 1)
+    weight = meta(*source.shape[-dims:], dtype=dtype)
+    for op, given in (
+        (torch.ops.aten.native_layer_norm.default, (source, list(weight.shape), weight, weight, 1e-5)),
+        (torch.ops.aten._safe_softmax.default, (source, -1)),
+    ):
+        long = tree_leaves(op(*given))
+        with Ledger(CARD):
+            short = tree_leaves(op(*given))
+        assert [(t.shape, t.stride(), t.dtype) for t in short] == [(t.shape, t.stride(), t.dtype) for t in long]
 
 
 A100, T4 = cuda.Card((8, 0), 108), cuda.Card((7, 5), 40)

@@ -340,7 +340,7 @@ def _safe_softmax(ledger, func, args, kwargs, place):
 
     Measured on an H100 after the softmax's output: one byte an element, one a row, and a scalar.
     """
-    out = func(*args, **kwargs)
+    out = func(*args, **kwargs) if len(args) > 2 or kwargs else aten._softmax.default(*args, False)
     ledger.enter(out, func, args, place)
     hidden = [out.numel(), out.numel() // out.shape[-1], 4]
     keys = [ledger.take(size, place, "temporaries", "_safe_softmax") for size in hidden]
@@ -380,10 +380,17 @@ def _update_scale(ledger, func, args, kwargs, place):
 def _layer_norm(ledger, func, args, kwargs, place):
     """``layer_norm_cuda`` and ``layer_norm_backward_cuda`` (native/cuda/layer_norm_kernel.cu): ``expect_contiguous`` of
     the input, in backward of the gradient first. Measured on an H100: a copy within every call of an encoder whose
-    states come transposed from a convolution."""
+    states come transposed from a convolution. Forward makes a contiguous output, and mean and deviation of each row in
+    the type that sums are kept in."""
     backward = func is aten.native_layer_norm_backward.default
     with _made_contiguous(ledger, args[: 2 if backward else 1], place, "expect_contiguous"):
-        out = func(*args, **kwargs)
+        source, shape, weight = args[:3]
+        if backward or weight is None or tuple(weight.shape) != tuple(shape):
+            out = func(*args, **kwargs)
+        else:  # as PyTorch's function in Python says, which takes 0.3 ms
+            rows = (*source.shape[: source.dim() - len(shape)], *(1 for _ in shape))
+            kept = torch.promote_types(source.dtype, torch.float32)
+            out = source.new_empty(source.shape), *(source.new_empty(rows, dtype=kept) for _ in range(2))
         ledger.enter(out, func, args, place)
     return out
 
@@ -860,7 +867,10 @@ def _register_bitsandbytes():
         sizes.append(shape[0] * shape[1] * a.element_size())
         keys = [ledger.take(size, place, "dequantized_weights", "gemm_4bit") for size in sizes]
         casts = []
-        out = func(*args, **kwargs)
+        if a.shape[-1] == shape[1]:
+            out = a.new_empty((*a.shape[:-1], shape[0]))  # as its fake says, by a shorter way
+        else:
+            out = func(*args, **kwargs)  # refuses
         low = ledger.autocast.dtype if ledger.autocast and ledger.autocast.active else a.dtype
         if low != a.dtype:
             counts = [*([] if bias is None else [bias.numel()]), shape[0] * shape[1], a.numel()]
