@@ -206,7 +206,7 @@ def program(ids: torch.Tensor) -> tuple:
 def test_values_are_followed_as_a_device_would_compute_them():
     ids = torch.randint(5, 9, (3, 40), generator=torch.Generator().manual_seed(1))
     values = Values("balanced")
-    with values:
+    with values, values.followed():
         told = torch.empty(ids.shape, dtype=torch.long, device="meta")
         values.tell(told, ids)
         found = program(told)
@@ -217,7 +217,7 @@ def test_values_are_followed_as_a_device_would_compute_them():
 
 def test_what_is_overwritten_by_the_unknown_is_forgotten():
     values = Values("balanced")
-    with values:
+    with values, values.followed():
         known = torch.zeros(4, dtype=torch.long, device="meta")
         view = known[1:]
         known += 2

@@ -314,8 +314,7 @@ def _add(ledger, func, args, kwargs, place):
 
     ``InputBuffer::accumulate`` (torch/csrc/autograd/input_buffer.cpp) asks for the last reference to tensor and
     storage; under a dispatch mode it never does so itself (``isTensorSubclassLike``). Here the tensor is held by the
-    buffer, twice on the way to Python, and by its Python object, and once more where values are followed by a mode of
-    their own; the storage by the tensor and its Python object.
+    buffer, twice on the way to Python, and by its Python object; the storage by the tensor and its Python object.
     """
     if _in_math_attention:  # ``attn.add_(*attn_mask)``, which only tensor subclasses and modes turn into ``add``
         return args[0].add_(args[1])
@@ -325,7 +324,7 @@ def _add(ledger, func, args, kwargs, place):
             isinstance(second, torch.Tensor)
             and first.shape == second.shape
             and first.dtype == second.dtype
-            and first._use_count() == 4 + (ledger.values is not None)
+            and first._use_count() == 4
             and torch._C._storage_Use_Count(first.untyped_storage()._cdata) == 2
         ):
             return first.add_(second)

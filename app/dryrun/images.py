@@ -134,7 +134,7 @@ def _tokens(model, inputs: dict[str, torch.Tensor], job: Job) -> int:
     values = Values(job.expert_routing)
     taken = inspect.signature(features).parameters
     any_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    with torch.no_grad(), values:
+    with torch.no_grad(), values, values.followed():
         told = {}
         for name, tensor in inputs.items():
             if name in taken or any_more:

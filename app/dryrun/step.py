@@ -196,7 +196,7 @@ def dry_run(
             ledger.watching(model),
             mode or contextlib.nullcontext(),
             mode.in_modules_of(model) if mode else contextlib.nullcontext(),
-            values or contextlib.nullcontext(),
+            values.followed() if values else contextlib.nullcontext(),
         ):
             run(ledger, model, job, task, steps, other)
         return ledger.close()

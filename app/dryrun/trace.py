@@ -247,6 +247,8 @@ class Ledger(TorchDispatchMode):
         if self.symbolic:
             with enable_python_dispatcher():
                 return self._run(func, args, kwargs or {})
+        if self.values is not None:
+            return self.values.follow(func, args, kwargs or {}, self._run)
         return self._run(func, args, kwargs or {})
 
     def _run(self, func, args, kwargs):

@@ -1,14 +1,15 @@
 """Values on the meta device, for programs that ask: what the job states (ids, masks, image grids) and what follows.
 
-A mode beneath the model and above the ledger: a meta tensor whose values are known has a twin in memory, view for view;
-an operator on known tensors runs on the twins too. So shapes and branches that hang on values are those of a card.
+Between the model and the ledger: a meta tensor whose values are known has a twin in memory, view for view; an operator
+on known tensors runs on the twins too. So shapes and branches that hang on values are those of a card.
 What no job can state is assumed: which experts a router's ``topk`` chooses.
 """
 
 from __future__ import annotations
 
 import weakref
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -70,8 +71,10 @@ class Values(TorchDispatchMode):
         self.routed = False
         self._twins: dict[int, _Twin] = {}
 
-    def __enter__(self):
-        make = self._tensor = torch.tensor
+    @contextmanager
+    def followed(self):
+        """Know also what ``torch.tensor`` makes."""
+        make = torch.tensor
 
         def tensor(data, *args, **kwargs):
             """By way of memory: on the meta device torch.tensor drops its data before any operator runs."""
@@ -81,11 +84,10 @@ class Values(TorchDispatchMode):
             return make(data, *args, **{**kwargs, "device": "cpu"}).to("meta")
 
         torch.tensor = tensor
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        torch.tensor = self._tensor
+        try:
+            yield
+        finally:
+            torch.tensor = make
 
     def tell(self, tensor: torch.Tensor, value: torch.Tensor, chosen: bool = False) -> None:
         """From here on ``tensor``, on the meta device, has these values; ``chosen``: they hang on a router."""
@@ -112,15 +114,18 @@ class Values(TorchDispatchMode):
             del self._twins[twin.id]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        return self.follow(func, args, kwargs or {}, lambda func, args, kwargs: func(*args, **kwargs))
+
+    def follow(self, func, args, kwargs, run: Callable):
+        """``run(func, args, kwargs)``, and what it does to values."""
         name = func.overloadpacket.__name__
         known = self._all_known((*args, *kwargs.values()) if kwargs else args)
         if known or known is None and name in _MADE and str(kwargs.get("device")) == "meta":
             with suppress(NotImplementedError):  # some operators take other dtypes on a CPU
-                return self._compute(func, args, kwargs)
+                return self._compute(func, args, kwargs, run)
         if name in _INDEXED and any(map(self._selects, args[1])):
-            args = (args[0], [part for index in args[1] for part in self._positions(index)], *args[2:])
-        out = func(*args, **kwargs)
+            args = (args[0], [part for index in args[1] for part in self._positions(index, run)], *args[2:])
+        out = run(func, args, kwargs)
         if _mutates(func):
             for written in _written(func, args, kwargs):
                 self._twins.pop(written.untyped_storage()._cdata, None)
@@ -151,12 +156,12 @@ class Values(TorchDispatchMode):
     def _knows(self, tensor: torch.Tensor) -> bool:
         return not _is_large(tensor) and tensor.untyped_storage()._cdata in self._twins
 
-    def _compute(self, func, args, kwargs):
+    def _compute(self, func, args, kwargs, run: Callable):
         """Run an operator on values, unless all that it makes is too large, and on the meta tensors for what it
         allocates."""
         out = None
         if _shapes_tell(func) and kwargs.get("device") != torch.device("cpu"):
-            out = func(*args, **kwargs)
+            out = run(func, args, kwargs)
             if all(_is_large(leaf) for leaf in tree_leaves(out)):
                 return out
         try:
@@ -176,11 +181,11 @@ class Values(TorchDispatchMode):
         if _mutates(func):
             for written in _written(func, args, kwargs):
                 self._twins[written.untyped_storage()._cdata].chosen |= chosen
-            return func(*args, **kwargs)
+            return run(func, args, kwargs)
         if shaped_by_values:
             out = tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), result)
         elif out is None:
-            out = func(*args, **kwargs)
+            out = run(func, args, kwargs)
         for meta, value in zip(tree_leaves(out), tree_leaves(result)):
             if isinstance(meta, torch.Tensor) and meta.untyped_storage()._cdata not in self._twins:
                 self.tell(meta, value, chosen)
@@ -192,12 +197,12 @@ class Values(TorchDispatchMode):
     def _selects(self, index) -> bool:
         return index is not None and index.dtype == torch.bool and self._knows(index)
 
-    def _positions(self, index) -> list:
+    def _positions(self, index, run: Callable) -> list:
         """The columns of ``nonzero`` of a known mask, as CUDA's ``index`` makes them of it; any other index itself."""
         if not self._selects(index):
             return [index]
-        found = self.__torch_dispatch__(torch.ops.aten.nonzero.default, (), (index,))
-        return list(self.__torch_dispatch__(torch.ops.aten.unbind.int, (), (found, 1)))
+        found = self.follow(torch.ops.aten.nonzero.default, (index,), {}, run)
+        return list(self.follow(torch.ops.aten.unbind.int, (found, 1), {}, run))
 
     def _chosen(self, shape: torch.Size, chosen: torch.Size) -> torch.Tensor:
         """Which experts are taken to be chosen: each as often as the others, or by every token the same ones."""
