@@ -7,11 +7,9 @@ for event is it repeated to the whole depth. In every other case the whole model
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import functools
-import gc
 import logging
 import re
 import types as python
@@ -113,19 +111,18 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
     if not repeated(model):
         raise Unfoldable("no layers repeat")
     runs: dict[tuple, Books] = {}
-    with _without_collector():
-        for apart, radius in sorted(_ways(model), key=lambda way: way != _way.get(model)):
-            try:
-                books = _Fold(model, repeated(model, apart), trace, radius, general, runs).books()
-            except (PlanError, DataDependent):  # so would the whole model
-                raise
-            except Unfoldable as error:
-                log.info("not folded with %d layers apart and %d neighbours: %s", apart, radius, error)
-            except Exception as error:
-                log.info("the short model does not run: %s: %s", type(error).__name__, error)
-            else:
-                _way[model] = apart, radius
-                return books
+    for apart, radius in sorted(_ways(model), key=lambda way: way != _way.get(model)):
+        try:
+            books = _Fold(model, repeated(model, apart), trace, radius, general, runs).books()
+        except (PlanError, DataDependent):  # so would the whole model
+            raise
+        except Unfoldable as error:
+            log.info("not folded with %d layers apart and %d neighbours: %s", apart, radius, error)
+        except Exception as error:
+            log.info("the short model does not run: %s: %s", type(error).__name__, error)
+        else:
+            _way[model] = apart, radius
+            return books
     raise Unfoldable("in no way that was tried do the layers repeat")
 
 
@@ -150,18 +147,6 @@ def _ways(model: torch.nn.Module) -> Sequence[tuple[int, int]]:
 
 _way: WeakKeyDictionary[torch.nn.Module, tuple[int, int]] = WeakKeyDictionary()
 """In which of them a bare model was folded: the next run of it is of the same layers."""
-
-
-@contextlib.contextmanager
-def _without_collector():
-    """Python's cyclic collector off: it would look for garbage among millions of live objects, again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Fold:
