@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from weakref import ref
 
 from app.cards import MEASURED_KERNELS, id_of, known, room, usable
 from app.catalog.gpus import Gpu, find_gpu
@@ -63,7 +64,7 @@ class Weighing:
     @property
     def reading(self) -> Reading:
         """The stream without a limit."""
-        return _reading(self.profile, self.point, self.settings)
+        return _reading(ref(self.profile), self.point, self.settings)
 
     @cached_property
     def following(self) -> dict[str, int]:
@@ -81,8 +82,9 @@ def _stream(profile: Profile, point: Point) -> Stream:
 
 
 @lru_cache(maxsize=64)
-def _reading(profile: Profile, point: Point, settings: Settings) -> Reading:
-    return reading_of(_stream(profile, point), settings)
+def _reading(profile: ref[Profile], point: Point, settings: Settings) -> Reading:
+    """By reference, as the verdicts: what is remembered keeps no profile that the shelf has given up."""
+    return reading_of(_stream(profile(), point), settings)
 
 
 def weigh(job: Job) -> Weighing:
@@ -132,12 +134,12 @@ def kind_of(job: Job) -> str:
 def verdict_on(weighing: Weighing, card: Gpu | OwnGpu) -> Verdict:
     """The verdict on a card, by the books of the job's own card."""
     space = room(card, weighing.job.reserve, weighing.reading.parts.get("kernel_workspace", 0))
-    return _verdict(weighing.profile, weighing.point, weighing.settings, space, kind_of(weighing.job))
+    return _verdict(ref(weighing.profile), weighing.point, weighing.settings, space, kind_of(weighing.job))
 
 
 @lru_cache(maxsize=4096)
-def _verdict(profile: Profile, point: Point, settings: Settings, space: Room, kind: str) -> Verdict:
-    return judge(_stream(profile, point), _reading(profile, point, settings), space, kind, settings)
+def _verdict(profile: ref[Profile], point: Point, settings: Settings, space: Room, kind: str) -> Verdict:
+    return judge(_stream(profile(), point), _reading(profile, point, settings), space, kind, settings)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 
-from app import plan
+from app import plan, weigh
 from app.job import read_job
 from app.memory.breakdown import Reading
 from app.memory.profile import Profile
@@ -94,8 +96,8 @@ def fresh(monkeypatch, store):
     """Nothing is known but what the store holds."""
     monkeypatch.setattr(plan, "_shelf", plan._Shelf())
     plan._shelf.own = store
-    for cached in ("_stream", "_reading", "_verdict", "_finish"):
-        getattr(__import__("app.weigh", fromlist=[cached]), cached).cache_clear()
+    for cached in (weigh._stream, weigh._reading, weigh._verdict, weigh._finish):
+        cached.cache_clear()
 
 
 def traces(monkeypatch) -> list[str]:
@@ -104,6 +106,20 @@ def traces(monkeypatch) -> list[str]:
     real = plan.Here.trace
     monkeypatch.setattr(plan.Here, "trace", lambda self, part, *order: parts.append(part) or real(self, part, *order))
     return parts
+
+
+def test_what_is_remembered_of_a_job_keeps_no_profile(store, monkeypatch):
+    """10,000 jobs on 59 cards are 4096 verdicts, each of a profile of up to two megabytes."""
+    fresh(monkeypatch, store)
+    estimate(JOB)
+    profiles = [weakref.ref(one) for kind in plan._shelf._kinds.values() for one in kind.values()]
+    assert weigh._verdict.cache_info().currsize > 10 and weigh._reading.cache_info().currsize == 1
+    plan._shelf._kinds.clear()
+    weigh._stream.cache_clear()
+    plan._stream_at.cache_clear()
+    weigh._finish.cache_clear()
+    gc.collect()
+    assert len(profiles) > 1 and not any(one() for one in profiles)
 
 
 def test_a_stored_job_is_answered_without_a_trace_and_without_torch(store, monkeypatch):
