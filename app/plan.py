@@ -360,11 +360,12 @@ def _stream_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> Stream:
         script = keep(part, order[0], data)
     if isinstance(script, PlanError):
         raise script
-    return _stream_at(script, point)
+    return stream_at(script, point)
 
 
-@lru_cache(maxsize=64)
-def _stream_at(script: Script, point: Point) -> Stream:
+@lru_cache(maxsize=32)
+def stream_at(script: Script, point: Point) -> Stream:
+    """``script.at(*point)``, of the latest ones the same object."""
     return script.at(*point)
 
 

@@ -29,6 +29,7 @@ from app.plan import (
     reading_of,
     refuse_unplanned,
     settings_of,
+    stream_at,
     with_weights,
 )
 
@@ -59,7 +60,7 @@ class Weighing:
 
     @property
     def stream(self) -> Stream:
-        return _stream(self.profile, self.point)
+        return stream_at(self.profile.script, self.point)
 
     @property
     def reading(self) -> Reading:
@@ -76,15 +77,10 @@ class Weighing:
         return {name: need for name, need in asdict(found).items() if need is not None} if found else {}
 
 
-@lru_cache(maxsize=16)
-def _stream(profile: Profile, point: Point) -> Stream:
-    return profile.script.at(*point)
-
-
 @lru_cache(maxsize=64)
 def _reading(profile: ref[Profile], point: Point, settings: Settings) -> Reading:
     """By reference, as the verdicts: what is remembered keeps no profile that the shelf has given up."""
-    return reading_of(_stream(profile(), point), settings)
+    return reading_of(stream_at(profile().script, point), settings)
 
 
 def weigh(job: Job) -> Weighing:
@@ -139,7 +135,7 @@ def verdict_on(weighing: Weighing, card: Gpu | OwnGpu) -> Verdict:
 
 @lru_cache(maxsize=4096)
 def _verdict(profile: ref[Profile], point: Point, settings: Settings, space: Room, kind: str) -> Verdict:
-    return judge(_stream(profile(), point), _reading(profile, point, settings), space, kind, settings)
+    return judge(stream_at(profile().script, point), _reading(profile, point, settings), space, kind, settings)
 
 
 @dataclass(frozen=True)

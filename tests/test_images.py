@@ -9,7 +9,9 @@ from tiny import GRID, LLAMA, TEXT
 from transformers.models.llama import modeling_llama
 
 from app.batch import plan
+from app.dryrun.cuda import Card
 from app.dryrun.model import read_config
+from app.dryrun.trace import Ledger
 from app.dryrun.values import Values
 from app.errors import PlanError
 from app.job import read_job
@@ -206,7 +208,8 @@ def program(ids: torch.Tensor) -> tuple:
 def test_values_are_followed_as_a_device_would_compute_them():
     ids = torch.randint(5, 9, (3, 40), generator=torch.Generator().manual_seed(1))
     values = Values("balanced")
-    with values, values.followed():
+    ledger = Ledger(Card())
+    with ledger, ledger.following(values):
         told = torch.empty(ids.shape, dtype=torch.long, device="meta")
         values.tell(told, ids)
         found = program(told)
@@ -217,7 +220,8 @@ def test_values_are_followed_as_a_device_would_compute_them():
 
 def test_what_is_overwritten_by_the_unknown_is_forgotten():
     values = Values("balanced")
-    with values, values.followed():
+    ledger = Ledger(Card())
+    with ledger, ledger.following(values):
         known = torch.zeros(4, dtype=torch.long, device="meta")
         view = known[1:]
         known += 2

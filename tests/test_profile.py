@@ -7,12 +7,15 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from app.cards import every_card
 from app.catalog.gpus import Gpu, find_gpu
+from app.dryrun.cuda import Card, gemm_4bit_is_fused
 from app.dryrun.run import trace
+from app.dryrun.symbols import Conditions, symbol
 from app.job import read_job
 from app.memory.profile import Profile
 from app.memory.sizes import SYMBOLS, Size, compiled, decided, divided, function, remainder, text_of
@@ -102,6 +105,35 @@ def test_another_batch_or_length_is_what_a_run_says(number):
 def test_twenty_random_points(number):
     points_right, runs = check(number, 20)
     print(f"{points_right} points from {runs} runs")
+
+
+def test_a_few_runs_know_every_length_of_a_usual_job():
+    """Where bitsandbytes multiplies packed weights another way, or a reduction is split, its own rules say for all."""
+    known: list[Profile] = []
+    for length in range(8, 3000, 8):
+        job = read_job({"model": "llama-3.2-1b", "method": "qlora", "sequence_length": length, "gpu": "a100-80gb"})
+        if not any(profile.script.holds(*place_of(job, find_gpu("a100-80gb"))) for profile in known):
+            known.append(traced(job, general=True))
+    assert len(known) <= 6 and all(profile.broad for profile in known[1:])
+
+
+@given(
+    st.sampled_from([(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.sampled_from(
+        [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (256, 2048), (2048, 512), (128256, 512)]
+    ),
+    st.tuples(st.integers(1, 1700), st.sampled_from([20, 46, 84, 108, 132, 170])),
+    st.lists(st.tuples(st.integers(1, 1700), st.integers(1, 200)), min_size=8, max_size=8),
+)
+def test_an_answer_is_one_condition_whatever_the_way_to_it(capability, dtype, shape, point, others):
+    """Where the condition holds the answer is the same, and nowhere else."""
+    conditions = Conditions()
+    card = Card(capability, symbol("m", point[1], conditions))
+    found = gemm_4bit_is_fused(card, dtype, symbol("s", point[0], conditions), *shape, 64)
+    for rows, multiprocessors in (point, *others):
+        same = found == gemm_4bit_is_fused(Card(capability, multiprocessors), dtype, rows, *shape, 64)
+        assert all(compiled(conditions)(1, rows, multiprocessors)) == same
 
 
 NUMBERS = st.recursive(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from app.dryrun.symbols import answered, called
 from app.memory.kernels import KernelFacts
 
 aten = torch.ops.aten
@@ -742,7 +743,7 @@ def _sum(ledger, func, args, kwargs, place):
 def _reduce(ledger, source, dims: list[int], place) -> None:
     """``gpu_reduce_kernel`` (native/cuda/Reduce.cuh): a reduction split over blocks meets in global memory."""
     scratch = reduction_scratch(source, dims, ledger.card)
-    if scratch:
+    if scratch > 0:
         scratch = ledger.card.measured.size("gpu_reduce_kernel", scratch)
         buffer, semaphores = (ledger.take(n, place, "kernel_workspace", "gpu_reduce_kernel") for n in (scratch, 512))
         ledger.give(semaphores)
@@ -750,72 +751,10 @@ def _reduce(ledger, source, dims: list[int], place) -> None:
 
 
 def reduction_scratch(source, dims: list[int], card: Card) -> int:
-    """Bytes of a reduction's buffer in global memory: ``setReduceConfig`` and ``ReduceConfig::global_memory_size``.
-
-    Restated from Reduce.cuh for one pass (less than 2^31 elements). Measured on an H100, bf16, to the byte: 6304 rows
-    of 1024 take 51904512, 6304 of 4096 take 138412032; 4096 rows of 3072 take 100663296.
-    """
-    kept = [d for d in range(source.dim()) if d not in dims and source.shape[d] > 1]
-    gone = [d for d in dims if source.shape[d] > 1]
-    if not gone or source.numel() >= 1 << 31:
-        return 0
-    outputs = 1
-    for d in kept:
-        outputs *= source.shape[d]
-    inputs = source.numel() // outputs
-    element = source.element_size()
-    strides = source.stride()
-    inner_gone = min(strides[d] for d in gone)
-    inner_kept = min((strides[d] for d in kept), default=None)
-    along = inner_kept is None or inner_gone < inner_kept
-    vector = 1
-    if along:
-        width, height = inputs, outputs
-        if inner_gone == 1 and width > 128 and not kept:
-            width //= 8 if element == 2 else 4
-    else:
-        width, height = outputs, inputs
-        if inner_kept == 1:
-            vector = 4
-            fastest = next(d for d in kept if strides[d] == 1)
-            for n in [source.shape[fastest], *(strides[d] for d in (*kept, *gone) if d != fastest)]:
-                while n % vector:
-                    vector //= 2
-            width //= vector
-    threads = 512 // vector
-    power = functools.partial(_power_of_two, most=threads)
-    block_x = min(power(width), 32)
-    block_y = min(power(height), threads // block_x)
-    block_x = min(power(width), threads // block_y)
-    step_in = step_out = 1
-    if along:
-        step_in *= block_x
-    else:
-        step_out *= block_x
-    values = -(-inputs // step_in)
-    split_rows = values >= block_y * 16 or values >= 256
-    if split_rows:
-        step_in *= block_y
-        values = -(-inputs // step_in)
-    else:
-        step_out *= block_y
-    target = card.multiprocessors * (2048 // (block_x * block_y))
-    grid = -(-(outputs // vector) // step_out)
-    if not split_rows or values < 256 or grid > target:
-        return 0
-    blocks = torch.sym_max(torch.sym_min(-(-target // grid), -(-values // 16)), -(-values // 256))
-    if blocks <= 1:
-        return 0
-    size = 4 * outputs * blocks
-    return size if along else size * block_x * vector
-
-
-def _power_of_two(n: int, most: int) -> int:
-    """The largest power of two up to ``n`` and ``most`` (``last_pow2``)."""
-    power = 1
-    while power < most and power * 2 <= n:
-        power *= 2
-    return power
+    """Bytes of the buffer of a reduction of ``source`` over ``dims`` (:func:`app.memory.reduction.scratch`)."""
+    order = [d for d in range(source.dim()) if d not in dims] + dims
+    lies = [number for d in order for number in (source.shape[d], source.stride(d))]
+    return called("scratch", card.multiprocessors, source.element_size(), source.dim() - len(dims), *lies)
 
 
 # --- bitsandbytes -------------------------------------------------------------------------------------------
@@ -839,10 +778,14 @@ def gemm_4bit_is_fused(card: Card, dtype, rows: int, out_features: int, in_featu
     """Whether bitsandbytes multiplies packed weights directly, or dequantises them first: its own heuristic
     (backends/cuda/ops.py ``gemm_4bit`` and ``_gemm_4bit_use_custom_cuda``), asked for this card."""
     ops = bnb_cuda_ops()
-    if rows > ops._gemm_4bit_custom_max_m or in_features % blocksize:
-        return False
-    ops._gpu_dispatch_props = lambda index: (card.multiprocessors, *card.capability)
-    return ops._gemm_4bit_use_custom_cuda.__wrapped__(0, dtype, rows, out_features, in_features)
+
+    def fused(rows, multiprocessors) -> bool:
+        if rows > ops._gemm_4bit_custom_max_m or in_features % blocksize:
+            return False
+        ops._gpu_dispatch_props = lambda index: (multiprocessors, *card.capability)
+        return ops._gemm_4bit_use_custom_cuda.__wrapped__(0, dtype, rows, out_features, in_features)
+
+    return answered((dtype, out_features, in_features, blocksize, card.capability), fused, rows, card.multiprocessors)
 
 
 def _register_bitsandbytes():
@@ -858,18 +801,17 @@ def _register_bitsandbytes():
         a, shape, blocksize = given["A"], given["shapeB"], given["blocksize"]
         nested, bias = given.get("absmax_8bit"), given.get("bias")
         rows = a.numel() // a.shape[-1]
+        if a.shape[-1] == shape[1]:
+            out = a.new_empty((*a.shape[:-1], shape[0]))  # as its fake says, by a shorter way
+        else:
+            out = func(*args, **kwargs)  # refuses
         if gemm_4bit_is_fused(ledger.card, a.dtype, rows, shape[0], a.shape[-1], blocksize):
-            out = func(*args, **kwargs)
             ledger.enter(out, func, args, place)
             return out
         sizes = [] if nested is None else [nested.numel() * 4] * 2
         sizes.append(shape[0] * shape[1] * a.element_size())
         keys = [ledger.take(size, place, "dequantized_weights", "gemm_4bit") for size in sizes]
         casts = []
-        if a.shape[-1] == shape[1]:
-            out = a.new_empty((*a.shape[:-1], shape[0]))  # as its fake says, by a shorter way
-        else:
-            out = func(*args, **kwargs)  # refuses
         low = ledger.autocast.dtype if ledger.autocast and ledger.autocast.active else a.dtype
         if low != a.dtype:
             counts = [*([] if bias is None else [bias.numel()]), shape[0] * shape[1], a.numel()]

@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from app.dryrun import cuda
 from app.dryrun.fold import folded_books
 from app.dryrun.model import Weightless, base_of, load
-from app.dryrun.symbols import symbol
+from app.dryrun.symbols import Conditions, symbol
 from app.dryrun.trace import Ledger
 from app.errors import PlanError
 from app.job import Job
@@ -31,7 +31,7 @@ def trace(
 ) -> Script:
     """The ``finish`` of a job, or the ``load`` of its model, on a card with these kernels and on those that do the same
     with another number of multiprocessors. Raises :class:`PlanError`."""
-    conditions: dict[str, None] = {}
+    conditions = Conditions()
     card = cuda.Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
     return Script.of({"finish": finish_books, "load": load_books}[part](job, config, card), conditions)
 

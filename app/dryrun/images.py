@@ -16,6 +16,8 @@ from transformers.models.auto.image_processing_auto import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from app.dryrun.cuda import Card
+from app.dryrun.trace import Ledger
 from app.dryrun.values import LIMIT, Images, Values
 from app.errors import PlanError
 from app.job import Job
@@ -134,7 +136,8 @@ def _tokens(model, inputs: dict[str, torch.Tensor], job: Job) -> int:
     values = Values(job.expert_routing)
     taken = inspect.signature(features).parameters
     any_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    with torch.no_grad(), values, values.followed():
+    ledger = Ledger(Card())
+    with torch.no_grad(), ledger, ledger.following(values):
         told = {}
         for name, tensor in inputs.items():
             if name in taken or any_more:

@@ -18,7 +18,7 @@ from app.dryrun.images import images_of
 from app.dryrun.model import base_of, equal_type, quantizable
 from app.dryrun.scan import FEW
 from app.dryrun.step import dry_run
-from app.dryrun.symbols import symbol, understood
+from app.dryrun.symbols import Conditions, symbol, understood
 from app.dryrun.trace import OTHER, DataDependent, canonical
 from app.dryrun.values import Values
 from app.errors import PlanError
@@ -92,7 +92,7 @@ def trace(
     multiprocessors they have; ``general``: for all batches and lengths for which the software does the same, which
     takes a few times as long. Raises :class:`PlanError`.
     """
-    conditions: dict[str, None] = {}
+    conditions = Conditions()
     card = cuda.Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
     job, base, task, said = _base(job, config)
     with weighed(base):
@@ -130,7 +130,7 @@ def trace(
     return Profile(Script.of(books, conditions), facts, table, warnings, (*point_of(job), multiprocessors))
 
 
-def _symbols(job: Job, conditions: dict[str, None]) -> dict[str, torch.SymInt]:
+def _symbols(job: Job, conditions: Conditions) -> dict[str, torch.SymInt]:
     """The job's batch and length as symbols; what generates asks transformers, which wants the length as a number."""
     named = {"batch_size": job.batch_size, "sequence_length": job.sequence_length}
     if job.method == "inference" or job.sequence_length is None:

@@ -176,8 +176,8 @@ def dry_run(
     """The books of placing the bare ``model`` and running ``steps`` steps of ``job``; with ``other``, of
     :data:`OTHER` behind them.
 
-    With ``values`` those that the job states are followed, which takes twice as long. Loops over tokens are run for so
-    many ``tokens``: :func:`~app.dryrun.scan.unrolled` repeats them.
+    With ``values`` those that the job states are followed. Loops over tokens are run for so many ``tokens``:
+    :func:`~app.dryrun.scan.unrolled` repeats them.
     """
     from app.dryrun.trainers import run_trainer
 
@@ -189,14 +189,13 @@ def dry_run(
     with cuda.as_if_cuda(card), paged_states_elsewhere():
         model = load(model, job, task, ledger, Weightless())
         mode = ledger.autocast
-        ledger.values = values
         scans = Scans(ledger, tokens)
         with (
             scans.shortened(model),
             ledger.watching(model),
             mode or contextlib.nullcontext(),
             mode.in_modules_of(model) if mode else contextlib.nullcontext(),
-            values.followed() if values else contextlib.nullcontext(),
+            ledger.following(values) if values else contextlib.nullcontext(),
         ):
             run(ledger, model, job, task, steps, other)
         return ledger.close()

@@ -13,13 +13,14 @@ import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import ceil, floor
+from math import ceil, floor, inf
 
 import sympy
 import torch
 import torch.fx.experimental.symbolic_shapes as symbolic_shapes
 
-from app.memory.sizes import OPPOSITE, Number, Size, decided, divided, function, remainder, text_of
+from app.memory import sizes
+from app.memory.sizes import FUNCTIONS, OPPOSITE, Number, Size, decided, divided, function, remainder, text_of
 
 _PYTHON = {
     "==": operator.eq,
@@ -32,19 +33,80 @@ _PYTHON = {
 _STAND_IN = sympy.Symbol("s0")
 
 
+class Conditions(dict[str, None]):
+    """What holds where the program does again what it did, as text."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers: dict[tuple, bool] = {}
+
+    def see(self, comparison: str, left: Number | str, right: Number | str) -> None:
+        self[f"{_text(left)} {comparison} {_text(right)}"] = None
+
+    def decide(self, value: bool, comparison: str, left: Number | str, right: Number | str) -> bool:
+        """What a program is told that asks, and the answer is ``value``."""
+        self.see(comparison if value else OPPOSITE[comparison], left, right)
+        return value
+
+
+class _Way(Conditions):
+    """One way through a question: at every turn that what is known leaves open, it is told its ``turns``, and when they
+    are at an end, what is so. ``taken``: what it was told."""
+
+    def __init__(self, turns: list[bool]):
+        super().__init__()
+        self.turns = turns
+        self.taken: list[bool] = []
+        self._between: dict[Size, list[float]] = {}
+
+    def decide(self, value: bool, comparison: str, left: Number | str, right: Number | str) -> bool:
+        asked = _threshold(comparison, left) if right == 0 and isinstance(left, Size) else None
+        if asked is not None:
+            what, least, up = asked
+            bounds = self._between.setdefault(what, [-inf, inf])
+            if bounds[0] >= least or bounds[1] < least:
+                return (bounds[0] >= least) == up
+        if len(self.taken) < len(self.turns):
+            value = self.turns[len(self.taken)]
+        self.taken.append(value)
+        if asked is None:
+            return super().decide(value, comparison, left, right)
+        bounds[value != up] = least if value == up else least - 1
+        return value
+
+    def __str__(self) -> str:
+        between = []
+        for what, (low, high) in self._between.items():
+            least, most = "" if low == -inf else f"{low} <= ", "" if high == inf else f" <= {high}"
+            between.append(f"{least}{text_of(what)}{most}")
+        return " and ".join([*between, *self])
+
+
+def _threshold(comparison: str, difference: Size) -> tuple[Size, int, bool] | None:
+    """``difference comparison 0`` as a question whether a size is at least a number, and whether that is the answer, or
+    its opposite; None: it is no such question."""
+    terms = {atoms: value for atoms, value in difference.terms.items() if atoms}
+    constant, by = difference.terms.get((), 0), terms[min(terms)]
+    if comparison in ("==", "!=") or any(value % by for value in terms.values()):
+        return None
+    least = -constant // by + 1 if (comparison in (">", "<=")) == (by > 0) else -(constant // by)
+    size = Size({atoms: value // by for atoms, value in terms.items()})
+    return size, least, (comparison[0] == ">") == (by > 0)
+
+
 class Node:
     """What a ``SymInt``, ``SymFloat`` or ``SymBool`` is made of.
 
     ``value`` is the number of this run; ``form`` where it is from: a :data:`~app.memory.sizes.Number` for integers,
     text otherwise (of a bool: (comparison, left, right), or its value alone where it is so everywhere). ``seen``
-    collects the conditions.
+    are the conditions.
     """
 
     __slots__ = ("value", "form", "seen")
     shape_env = None  # "xla symnode path" of symbolic_shapes._guard_or: it asks the node
     expr = _STAND_IN  # what asks for free symbols finds one, and none that is unbacked
 
-    def __init__(self, value, form, seen: dict[str, None]):
+    def __init__(self, value, form, seen: Conditions):
         self.value, self.form, self.seen = value, form, seen
 
     def _of(self, value, form) -> Node:
@@ -118,23 +180,18 @@ class Node:
 
     # --- what the program sees --------------------------------------------------------------------------------
 
-    def _see(self, comparison: str, left: Number | str, right: Number | str) -> None:
-        self.seen[f"{_text(left)} {comparison} {_text(right)}"] = None
-
     def guard_int(self, file: str = "", line: int = 0) -> int:
         if type(self.form) is not int:
-            self._see("==", self.form, self.value)
+            self.seen.see("==", self.form, self.value)
         return self.value
 
     def guard_float(self, file: str = "", line: int = 0) -> float:
-        self._see("==", self.form, repr(self.value))
+        self.seen.see("==", self.form, repr(self.value))
         return self.value
 
     def guard_bool(self, file: str = "", line: int = 0) -> bool:
         if type(self.form) is not bool:
-            comparison, left, right = self.form
-            self._see(comparison if self.value else OPPOSITE[comparison], left, right)
-            self.form = self.value
+            self.form = self.value = self.seen.decide(self.value, *self.form)
         return self.value
 
     guard_size_oblivious = guard_or_false = guard_or_true = expect_true = statically_known_true = guard_bool
@@ -222,7 +279,7 @@ class Node:
         if isinstance(self.form, _Quotient):
             above, below = self.form.above, self.form.below
             return self._of(value, divided(above, below) if how is floor else 0 - divided(0 - above, below))
-        self._see("==", f"{how.__name__}({self.form})", value)
+        self.seen.see("==", f"{how.__name__}({self.form})", value)
         return self.wrap_int(value)
 
     # --- comparison -------------------------------------------------------------------------------------------
@@ -345,9 +402,50 @@ def _descends(sizes: list[Node], strides: list[Node], order) -> bool:
     return True
 
 
-def symbol(name: str, value: int, seen: dict[str, None]) -> torch.SymInt:
+def symbol(name: str, value: int, seen: Conditions) -> torch.SymInt:
     """An integer of this ``value`` that stands for all; ``seen`` collects what holds for this one alone."""
     return torch.SymInt(Node(value, Size.symbol(name), seen))
+
+
+def called(name: str, *numbers: int | torch.SymInt) -> int | torch.SymInt:
+    """The function of this ``name`` in :data:`~app.memory.sizes.FUNCTIONS` of these numbers: a size like any other,
+    whatever it asks on its way."""
+    nodes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
+    value = FUNCTIONS[name](*(number.node.value if isinstance(number, torch.SymInt) else number for number in numbers))
+    form = sizes.called(name, *map(size_of, numbers))
+    return torch.SymInt(nodes[0]._of(value, form)) if nodes else value
+
+
+def answered(about: tuple, question: Callable[..., bool], *numbers: int | torch.SymInt) -> bool:
+    """``question(*numbers)``, where the answer becomes a condition, not how it was found: every way through the
+    question is walked. ``about`` tells the question from others."""
+    nodes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
+    if not nodes:
+        return question(*numbers)
+    seen, key = nodes[0].seen, (*about, *map(size_of, numbers))
+    if key not in seen.answers:
+        seen.answers[key], condition = _explored(question, numbers)
+        if condition:
+            seen[condition] = None
+    return seen.answers[key]
+
+
+def _explored(question: Callable[..., bool], numbers: tuple) -> tuple[bool, str]:
+    """What is true, and the ways that lead there, as one condition; none where every way does."""
+    ways: list[tuple[bool, str]] = []
+    ahead: list[list[bool]] = [[]]
+    while ahead:
+        way = _Way(ahead.pop())
+        mine = (
+            torch.SymInt(Node(number.node.value, number.node.form, way)) if isinstance(number, torch.SymInt) else number
+            for number in numbers
+        )
+        ways.append((bool(question(*mine)), str(way)))
+        ahead += [[*way.taken[:n], not way.taken[n]] for n in range(len(way.turns), len(way.taken))]
+    answer = ways[0][0]
+    if all(said == answer for said, _ in ways):
+        return answer, ""
+    return answer, " or ".join(f"({how})" for said, how in ways if said == answer)
 
 
 def size_of(number: int | torch.SymInt) -> Number:

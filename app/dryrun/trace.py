@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from app.dryrun import cuda, native  # noqa: F401  (native: shape functions in C++)
 from app.dryrun.symbols import size_of
-from app.dryrun.values import Images, Values
+from app.dryrun.values import Images, Values, kept_in_memory
 from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
 
 _current_node = torch._C._current_autograd_node
@@ -129,6 +129,13 @@ class Ledger(TorchDispatchMode):
                 yield self
         finally:
             torch.nn.Module.__call__ = original
+
+    @contextmanager
+    def following(self, values: Values):
+        """Know ``values``, which the program may ask for."""
+        self.values = values
+        with kept_in_memory():
+            yield
 
     @contextmanager
     def on_behalf_of(self, path: str):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 LIMIT = 1 << 22
@@ -56,38 +56,16 @@ class _Twin(weakref.ref):
     __slots__ = ("id", "values", "chosen")
 
 
-class Values(TorchDispatchMode):
-    """Follows known values; ``routing`` is how tokens are taken to fall on experts (:class:`app.job.Job`), ``images``
-    what the sequences show. ``routed`` tells afterwards whether what ran hangs on the experts that were chosen."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in the ledger
+class Values:
+    """Follows known values (:meth:`~app.dryrun.trace.Ledger.following`); ``routing`` is how tokens are taken to fall on
+    experts (:class:`app.job.Job`), ``images`` what the sequences show. ``routed`` tells afterwards whether what ran
+    hangs on the experts that were chosen."""
 
     def __init__(self, routing: str, images: Images | None = None):
-        super().__init__()
         self.routing = routing
         self.images = images
         self.routed = False
         self._twins: dict[int, _Twin] = {}
-
-    @contextmanager
-    def followed(self):
-        """Know also what ``torch.tensor`` makes."""
-        make = torch.tensor
-
-        def tensor(data, *args, **kwargs):
-            """By way of memory: on the meta device torch.tensor drops its data before any operator runs."""
-            if str(kwargs.get("device")) != "meta":
-                return make(data, *args, **kwargs)
-            data = tree_map_only(torch.Tensor, lambda t: t.item() if t.dim() == 0 else t, data)
-            return make(data, *args, **{**kwargs, "device": "cpu"}).to("meta")
-
-        torch.tensor = tensor
-        try:
-            yield
-        finally:
-            torch.tensor = make
 
     def tell(self, tensor: torch.Tensor, value: torch.Tensor, chosen: bool = False) -> None:
         """From here on ``tensor``, on the meta device, has these values; ``chosen``: they hang on a router."""
@@ -112,9 +90,6 @@ class Values(TorchDispatchMode):
     def _forget(self, twin: _Twin) -> None:
         if self._twins.get(twin.id) is twin:
             del self._twins[twin.id]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.follow(func, args, kwargs or {}, lambda func, args, kwargs: func(*args, **kwargs))
 
     def follow(self, func, args, kwargs, run: Callable):
         """``run(func, args, kwargs)``, and what it does to values."""
@@ -211,6 +186,24 @@ class Values(TorchDispatchMode):
             if self.routing == "same":
                 slots = torch.arange(chosen[-1]).expand(chosen)
             return slots % max(shape[-1], 1)
+
+
+@contextmanager
+def kept_in_memory():
+    """Let ``torch.tensor`` go by way of memory: on the meta device it drops its data before any operator runs."""
+    make = torch.tensor
+
+    def tensor(data, *args, **kwargs):
+        if str(kwargs.get("device")) != "meta":
+            return make(data, *args, **kwargs)
+        data = tree_map_only(torch.Tensor, lambda t: t.item() if t.dim() == 0 else t, data)
+        return make(data, *args, **{**kwargs, "device": "cpu"}).to("meta")
+
+    torch.tensor = tensor
+    try:
+        yield
+    finally:
+        torch.tensor = make
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

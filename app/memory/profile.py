@@ -29,9 +29,10 @@ class Profile:
 
     @cached_property
     def broad(self) -> bool:
-        """Whether it holds for some of the batches or lengths that follow its own, however divisible they are."""
+        """Whether it holds for some of the batches or lengths around its own, however divisible they are."""
         batch, length, card = self.point
-        points = [(batch + n, length, card) for n in range(64)] + [(batch, length + n, card) for n in range(64)]
+        points = [(batch + n, length, card) for n in range(max(-63, 1 - batch), 64)]
+        points += [(batch, length + n, card) for n in range(max(-63, 1 - length), 64)]
         return sum(self.script.holds(*point) for point in points) >= 8
 
     def dump(self) -> bytes:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from math import ceil, floor, lcm
 
+from app.memory.reduction import scratch
+
 SYMBOLS = ("b", "s", "m")
 """The batch, the length, and the card's multiprocessors: integers of at least 1."""
 
@@ -163,6 +165,15 @@ def function(name: str, first: Number, second: Number) -> Size:
     return Size({(atom,): 1})
 
 
+FUNCTIONS: dict[str, Callable[..., int]] = {"scratch": scratch}
+"""Functions of integers whose value, at least 0, is a size as it stands, whatever they ask on their way to it."""
+
+
+def called(name: str, *numbers: Number) -> Size:
+    """The atom that is the function of this ``name`` in :data:`FUNCTIONS`, of these numbers."""
+    return Size({(f"{name}({', '.join(map(text_of, numbers))})",): 1})
+
+
 def decided(comparison: str, difference: Number) -> bool | None:
     """Whether ``difference comparison 0`` for all; None: it depends."""
     for sign, low in ((1, least(difference)), (-1, least(-1 * difference))):
@@ -197,7 +208,7 @@ def text_of(size: Number) -> str:
     return " + ".join(parts)
 
 
-_SAFE = re.compile(r"(?:max|min|ceil|floor|float|[bsm0-9.e+\-*/%(), <>=!])*")
+_SAFE = re.compile(rf"(?:max|min|ceil|floor|float|and|or|{'|'.join(FUNCTIONS)}|[bsm0-9.e+\-*/%(), <>=!])*")
 
 
 def compiled(texts: Iterable[str]) -> Callable[[int, int, int], Sequence]:
@@ -208,4 +219,5 @@ def compiled(texts: Iterable[str]) -> Callable[[int, int, int], Sequence]:
         if not _SAFE.fullmatch(text):
             raise ValueError(f"not a size: {text[:80]!r}")
     source = f"lambda b, s, m: [{', '.join(texts)}]"
-    return eval(source, {"__builtins__": {}, "max": max, "min": min, "ceil": ceil, "floor": floor, "float": float})
+    known = {"max": max, "min": min, "ceil": ceil, "floor": floor, "float": float, **FUNCTIONS}
+    return eval(source, {"__builtins__": {}, **known})
