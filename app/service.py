@@ -66,7 +66,7 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
                 for point in reading.timeline
             ],
         },
-        "layers": [vars(layer) for layer in layers],
+        "layers": [layer._asdict() for layer in layers],
         "fits": fits,
         "after": asdict(following) if following else None,
         "warnings": [*weighing.profile.warnings, *card_warnings(card), *warnings_of(card), *unknown],

@@ -158,7 +158,7 @@ class _Fold:
         self.runs: dict[tuple, Books] = runs
         self.whole = [range(len(group.types)) for group in groups]
         self.base = self._depth(1)
-        self.modules = sum(1 for _ in model.modules())
+        self.modules = _modules(model)
 
     def books(self) -> Expansion:
         once, twice = self.base, self._depth(2)
@@ -279,7 +279,7 @@ def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
     it is those that are.
     """
     found: list[Layers] = []
-    least = WORTH * sum(1 for _ in model.modules())
+    least = WORTH * _modules(model)
 
     def look(parent: torch.nn.Module, path: str) -> None:
         zipped = defaultdict(list)
@@ -299,6 +299,16 @@ def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
 
     look(model, "")
     return found
+
+
+_counted: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+def _modules(model: torch.nn.Module) -> int:
+    """How many modules a bare model has."""
+    if model not in _counted:
+        _counted[model] = sum(1 for _ in model.modules())
+    return _counted[model]
 
 
 def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layers:
@@ -392,33 +402,36 @@ def _add_facts(facts: dict[Any, Any], whose: str, layer: torch.nn.Module) -> Non
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 facts[whose, path, name] = _plain(tensor)
-        for name, value in vars(module).items():
-            if name not in _MACHINERY:
-                # A probability of 0 or 1 changes what is run, any other (of DropPath: one a layer) does not.
-                some = "drop" in name and isinstance(value, float) and 0 < value < 1
-                facts[whose, path, name] = "some" if some else _plain(value)
+        attributes = vars(module)
+        for name in attributes.keys() - _MACHINERY:
+            value = attributes[name]
+            # A probability of 0 or 1 changes what is run, any other (of DropPath: one a layer) does not.
+            some = "drop" in name and isinstance(value, float) and 0 < value < 1
+            facts[whose, path, name] = "some" if some else _plain(value)
 
 
-_MACHINERY = frozenset(vars(torch.nn.Module()))
+_MACHINERY = vars(torch.nn.Module()).keys()
 
 
 def _plain(value: Any) -> Any:
     """``value`` as far as it can matter to a run without values; objects of unknown make are told apart by identity."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, enum.Enum, type)):
-        return value
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype, value.requires_grad, type(value)
-    if isinstance(value, (list, tuple)):
-        return type(value), *map(_plain, value)
-    if isinstance(value, dict):
-        return "dict", *((_plain(key), _plain(entry)) for key, entry in value.items())
-    if isinstance(value, (set, frozenset)):
-        return "set", frozenset(map(_plain, value))
-    if isinstance(value, functools.partial):
-        return "partial", _plain(value.func), _plain(value.args), _plain(value.keywords)
-    if isinstance(value, python.MethodType):
-        return value.__func__
-    return "object", type(value), id(value)
+    return _plainly(type(value))(value)
+
+
+@functools.cache
+def _plainly(kind: type) -> Callable[[Any], Any]:
+    """:func:`_plain` of what is of one type. The type is asked: a config looks up its class in itself every time."""
+    plain: dict[tuple[type, ...], Callable[[Any], Any]] = {
+        (bool, int, float, str, torch.dtype, torch.device, enum.Enum, type, type(None)): lambda value: value,
+        (torch.Tensor,): lambda value: (tuple(value.shape), value.dtype, value.requires_grad, kind),
+        (list, tuple): lambda value: (kind, *map(_plain, value)),
+        (dict,): lambda value: ("dict", *((_plain(key), _plain(entry)) for key, entry in value.items())),
+        (set, frozenset): lambda value: ("set", frozenset(map(_plain, value))),
+        (functools.partial,): lambda value: ("partial", *map(_plain, (value.func, value.args, value.keywords))),
+        (python.MethodType,): lambda value: value.__func__,
+    }
+    unknown = lambda value: ("object", kind, id(value))  # noqa: E731
+    return next((how for kinds, how in plain.items() if issubclass(kind, kinds)), unknown)
 
 
 # --- shortening ---------------------------------------------------------------------------------------------

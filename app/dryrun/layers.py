@@ -25,12 +25,13 @@ def weights_table(model: torch.nn.Module, linear: Container[str]) -> list[Layer]
     for path, module in model.named_modules():
         parameters = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
         seen.update(map(id, parameters))
-        count = sum(p.numel() for p in parameters)
-        base = sum(p.numel() * p.element_size() for p in parameters)
+        counts = [p.numel() for p in parameters]
+        count, base = sum(counts), sum(n * p.element_size() for n, p in zip(counts, parameters))
         plain = nested = base
         if path in linear:
-            rest = base - module.weight.numel() * module.weight.element_size()
-            plain = rest + nf4_bytes(module.weight.numel(), False)
-            nested = rest + nf4_bytes(module.weight.numel(), True)
+            weight = module.weight
+            elements = weight.numel()
+            rest = base - elements * weight.element_size()
+            plain, nested = (rest + nf4_bytes(elements, double) for double in (False, True))
         rows.append(Layer(path, type(module).__name__, 1, count, base, plain, nested))
     return rows

@@ -487,8 +487,8 @@ def left_by(patterns: list[str]) -> Callable[[str], bool]:
     """Whether a module of that path is left as it is (quantizers_utils.py ``should_convert_module``): it begins as one
     of the patterns says, or ends with one. Theirs looks up each of them for each path: of a model of 600 tied layers
     for ten seconds."""
-    begins = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).match
-    return lambda path: bool(patterns) and (begins(path) is not None or path.endswith(tuple(patterns)))
+    begins, ends = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).match, tuple(patterns)
+    return lambda path: bool(ends) and (begins(path) is not None or path.endswith(ends))
 
 
 def shape_of(linear: torch.nn.Module) -> tuple[int, int]:

@@ -24,6 +24,10 @@ POINTS = 240
 """Stretches of a stream, about: enough for a screen; of each the highest moment is shown."""
 
 
+_AS = {"back": np.int32, "size": np.int32, "module": np.int32, "kind": np.int8, "op": np.int32}
+"""A script's columns as bytes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Script(Columns):
     """Columns whose ``sizes`` are texts of b, s and m. ``conditions`` are what these must keep. ``digest``
@@ -142,7 +146,7 @@ class Script(Columns):
             "op": self.op,
         }
         return {
-            **{name: column.astype(np.int32).tobytes() for name, column in columns.items()},
+            **{name: column.astype(_AS[name]).tobytes() for name, column in columns.items()},
             "sizes": self.sizes,
             "modules": self.modules,
             "ops": self.ops,
@@ -155,7 +159,7 @@ class Script(Columns):
         """What :meth:`dump` wrote. Raises :class:`ValueError` where it is no script."""
         try:
             back, size, module, kind, op = (
-                np.frombuffer(data[name], np.int32) for name in ("back", "size", "module", "kind", "op")
+                np.frombuffer(data[name], kind) for name, kind in _AS.items()
             )
             takes = back == 0
             taken = np.cumsum(takes)
@@ -171,7 +175,7 @@ class Script(Columns):
             if events.size and not -count <= events.min() <= events.max() < count:
                 raise ValueError("events of nothing")
             marks = [Mark(int(at), str(name), int(step)) for at, name, step in data["marks"]]
-            return Script(events, size, module, kind.astype(np.int8), op, *texts, marks, data["conditions"], digest)
+            return Script(events, size, module, kind, op, *texts, marks, data["conditions"], digest)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"not a script: {error}") from None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ from app.memory.sizes import Number, compiled, text_of
 _KINDS = ("adapters", "gradients", "optimizer_state")
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One module with weights, or ``count`` alike. Bytes of one of them; ``parameters`` is a number."""
 
     path: str
@@ -56,7 +55,7 @@ def with_costs(rows: list[Layer], books: Columns, other: str, checkpointed: bool
     for cells in table.values():
         if "gradients" in cells:
             cells["gradients"] //= steps
-    return [replace(row, **table[row.path]) for row in rows if row.base or table[row.path]]
+    return [row._replace(**table[row.path]) for row in rows if row.base or table[row.path]]
 
 
 def by_module(books: Columns, which: np.ndarray) -> dict[str, Number]:
@@ -108,12 +107,14 @@ class Table:
     def of(layers: Iterable[Layer]) -> Table:
         groups: dict[tuple, tuple[Layer, list[tuple[int, str]]]] = {}
         for place, layer in enumerate(layers):
-            key = (NUMBER.sub(".#", layer.path), *list(vars(layer).values())[1:])
+            key = (NUMBER.sub(".#", layer.path), *layer[1:])
             groups.setdefault(key, (layer, []))[1].append((place, layer.path))
         rows = []
         for layer, members in groups.values():
             costs = {name: text_of(getattr(layer, name)) for name in _COSTS}
-            rows.append({**vars(layer), **costs, "path": _span([path for _, path in members]), "count": len(members)})
+            rows.append(
+                {**layer._asdict(), **costs, "path": _span([path for _, path in members]), "count": len(members)}
+            )
         return Table(rows, [members for _, members in groups.values()])
 
     def at(self, batch: int, length: int, multiprocessors: int, every: bool = False) -> list[Layer]:
@@ -123,7 +124,7 @@ class Table:
         if not every:
             return groups
         single = {
-            place: replace(layer, path=path, count=1)
+            place: layer._replace(path=path, count=1)
             for layer, members in zip(groups, self.members)
             for place, path in members
         }
