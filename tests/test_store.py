@@ -96,7 +96,7 @@ def fresh(monkeypatch, store):
     """Nothing is known but what the store holds."""
     monkeypatch.setattr(plan, "_shelf", plan._Shelf())
     plan._shelf.own = store
-    for cached in (weigh._stream, weigh._reading, weigh._verdict, weigh._finish):
+    for cached in (plan.stream_at, weigh._reading, weigh._verdict, weigh._finish):
         cached.cache_clear()
 
 
@@ -115,8 +115,7 @@ def test_what_is_remembered_of_a_job_keeps_no_profile(store, monkeypatch):
     profiles = [weakref.ref(one) for kind in plan._shelf._kinds.values() for one in kind.values()]
     assert weigh._verdict.cache_info().currsize > 10 and weigh._reading.cache_info().currsize == 1
     plan._shelf._kinds.clear()
-    weigh._stream.cache_clear()
-    plan._stream_at.cache_clear()
+    plan.stream_at.cache_clear()
     weigh._finish.cache_clear()
     gc.collect()
     assert len(profiles) > 1 and not any(one() for one in profiles)
