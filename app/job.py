@@ -163,6 +163,11 @@ class Job(_Strict):
         return self
 
     @property
+    def in_bfloat16(self) -> bool:
+        """Whether anything is computed in bfloat16."""
+        return self.dtype == "bfloat16" or self.mixed_precision == "bf16"
+
+    @property
     def packed(self) -> bool:
         """Whether it trains on packed sequences."""
         return self.attention_mask == "packed" and self.method != "inference"

@@ -69,7 +69,7 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         "layers": [layer._asdict() for layer in layers],
         "fits": fits,
         "after": asdict(following) if following else None,
-        "warnings": [*weighing.profile.warnings, *card_warnings(card), *warnings_of(card), *unknown],
+        "warnings": [*weighing.profile.warnings, *card_warnings(job, card), *warnings_of(card), *unknown],
         "stack": stack(),
     }
 

@@ -241,8 +241,7 @@ def smallest_card(job: Job, prices: dict[str, float] | None = None) -> dict:
     smaller one, which does not; with ``prices``, every priced card that does, the cheapest first.
     """
     base = weigh(job)
-    bf16 = "bfloat16" in (base.job.dtype, "bfloat16" if base.job.mixed_precision == "bf16" else None)
-    cards = [card for card in every_card() if card.bf16 or not bf16]
+    cards = [card for card in every_card() if card.bf16 or not base.job.in_bfloat16]
 
     def on(card) -> dict:
         return summary(weigh(job.model_copy(update={"gpu": card.key})))

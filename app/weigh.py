@@ -208,9 +208,14 @@ def summary(weighing: Weighing) -> dict:
     return {"peak": peak, **{key: fit[key] for key in keys}}
 
 
-def card_warnings(card: Gpu | OwnGpu) -> list[str]:
+def card_warnings(job: Job, card: Gpu | OwnGpu) -> list[str]:
+    """What is to be said of a card, and of the job on it."""
     out = []
     chip = known(card)
+    if chip is not None and not chip.bf16 and job.in_bfloat16:
+        out.append(
+            f"{card.name} has no bfloat16 arithmetic: PyTorch emulates it, slowly; float16 is what it is made for"
+        )
     if chip is None:
         out.append(f"{card.name}: its kernels are unknown and taken to be those of {find_gpu(DEFAULT_GPU).name}")
     elif chip.compute_capability != MEASURED_KERNELS:

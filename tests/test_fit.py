@@ -26,7 +26,7 @@ from app.render import words
 from app.render.table import to_csv
 from app.service import estimate
 from app.solver import climb, edge, solve
-from app.weigh import FITTING, after, kind_of, passes_under, summary, verdict_on, weigh
+from app.weigh import FITTING, after, card_warnings, kind_of, passes_under, summary, verdict_on, weigh
 
 SHARED = Path(os.environ.get("VRAMPLAN_SHARED", Path(__file__).parents[2] / "shared")) / "measured"
 OWN = Path(__file__).parent / "measured"
@@ -209,6 +209,17 @@ def test_a_merge_that_cannot_be_planned_is_a_warning_and_no_verdict(monkeypatch)
     answer = estimate({**JOB, "lora": {"r": 3, "target_modules": ["v_proj"]}, "gpu": "rtx-4090"})
     assert answer["after"] is None and answer["fits"][0]["cannot"] == []
     assert any("no merging here" in warning for warning in answer["warnings"])
+
+
+@pytest.mark.parametrize(
+    "task", [{"method": "lora"}, {"method": "full", "dtype": "float32", "mixed_precision": "bf16"}]
+)
+def test_bfloat16_on_a_card_without_it_is_warned_of(task):
+    job = read_job({"config": LLAMA, **task}).resolved()
+    assert any("emulates it" in said for said in card_warnings(job, find_gpu("t4")))
+    assert not any("emulates it" in said for said in card_warnings(job, find_gpu("a100-80gb")))
+    half = job.model_copy(update={"dtype": "float16", "mixed_precision": "no"})
+    assert not any("emulates it" in said for said in card_warnings(half, find_gpu("t4")))
 
 
 # --- the solver ---------------------------------------------------------------------------------------------

@@ -129,6 +129,9 @@ A100, T4 = cuda.Card((8, 0), 108), cuda.Card((7, 5), 40)
         (A100, 32, 32, 128, torch.bfloat16, True, "efficient"),
         (T4, 32, 32, 128, torch.float16, False, "efficient"),
         (T4, 32, 8, 128, torch.float16, False, "math"),
+        (T4, 32, 32, 128, torch.bfloat16, False, "math"),
+        (T4, 32, 32, 128, torch.float32, False, "efficient"),
+        (A100, 32, 32, 128, torch.float64, False, "math"),
     ],
 )
 def test_attention_backend(card, heads, keys, head, dtype, masked, backend):

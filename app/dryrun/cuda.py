@@ -148,9 +148,10 @@ def _stated_backend(card: Card, query, key, value, mask, dropout_p: float, is_ca
     if half and card.capability >= (8, 0) and mask is None and head == value_head <= 256 and grouped and square:
         if not refused:
             return "flash"
-    # minimum_gemm_alignment: 16 bytes with tensor cores. Grouped heads came with torch 2.14 (PR #191085).
+    # minimum_gemm_alignment: 16 bytes with tensor cores. Grouped heads came with torch 2.14 (PR #191085). Before sm80
+    # less_than_sm80_mem_efficient_dtypes are half and float.
     alignment = (8 if half else 4) if card.capability >= (8, 0) or half else 1
-    if same_heads and head % alignment == 0 and value_head % alignment == 0:
+    if (half or query.dtype == torch.float32) and same_heads and head % alignment == 0 and value_head % alignment == 0:
         return "efficient"
     return "math"
 

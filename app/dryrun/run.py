@@ -295,8 +295,8 @@ def _kernel_warnings(job: Job, task: str, attention: str, books: Columns) -> lis
     if attention == "sdpa" and "_safe_softmax.default" in ops:
         out.append(
             "scaled_dot_product_attention falls back to PyTorch's math kernel, which keeps length × length scores: "
-            "the fused kernels refuse these queries (float32 with grouped heads, or a strided mask). "
-            "Autocast (mixed_precision bf16) or 16-bit activations avoid it"
+            "the fused kernels refuse these queries (float32 with grouped heads, bfloat16 or grouped heads on a card "
+            "before sm80, or a strided mask). Autocast or activations in 16 bit avoid it from sm80 on"
         )
     if "run_conv_plan" in ops:
         out.append(

@@ -158,9 +158,7 @@ class Script(Columns):
     def load(data: dict[str, Any], digest: str = "") -> Script:
         """What :meth:`dump` wrote. Raises :class:`ValueError` where it is no script."""
         try:
-            back, size, module, kind, op = (
-                np.frombuffer(data[name], kind) for name, kind in _AS.items()
-            )
+            back, size, module, kind, op = (np.frombuffer(data[name], kind) for name, kind in _AS.items())
             takes = back == 0
             taken = np.cumsum(takes)
             events = np.where(takes, taken - 1, ~(taken - back)).astype(np.int32)

@@ -106,7 +106,8 @@ def smallest_card(answer: dict) -> dict | None:
 def note(answer: dict, fit: dict) -> str:
     """What a card that fits is to be warned of, in a word or two; mostly nothing."""
     notes = ["tight"] if fit["verdict"] == "tight" else []
-    if answer["job"]["dtype"] == "bfloat16" and fit["gpu"] in _NO_BF16:
+    job = answer["job"]
+    if fit["gpu"] in _NO_BF16 and (job["dtype"] == "bfloat16" or job["mixed_precision"] == "bf16"):
         notes.append("no bfloat16")
     return ", ".join(notes)
 
