@@ -44,7 +44,7 @@ Side = Annotated[int, Field(ge=1, le=8192)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class Quantization(_Strict):

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from app.catalog.gpus import find_gpu
 from app.dryrun import cuda, native
+from app.dryrun.autocast import Autocast
 from app.dryrun.trace import Ledger
 from app.job import read_job
 from app.memory.event import Books
@@ -40,13 +41,107 @@ def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 )
 def test_reductions_meet_in_global_memory(shape, measured):
     """Bias gradients recorded on an H100; the buffer rounded to 512 bytes."""
-    size = cuda.reduction_scratch(meta(*shape), [0], CARD)
+    size = cuda.reduction_scratch(meta(*shape), [0], CARD, 8, 4)
     assert -(-size // 512) * 512 == measured
 
 
 def test_small_reductions_take_nothing():
-    assert cuda.reduction_scratch(meta(64, 1024), [0], CARD) == 0
-    assert cuda.reduction_scratch(meta(4096, 1024), [1], CARD) == 0
+    assert cuda.reduction_scratch(meta(64, 1024), [0], CARD, 8, 4) == 0
+    assert cuda.reduction_scratch(meta(4096, 1024), [1], CARD, 8, 4) == 0
+
+
+def taken(run) -> list[tuple[str, int]]:
+    """What an operator takes under the ledger, in order."""
+    ledger = Ledger(CARD)
+    with ledger:
+        run()
+    return [(entry.op, entry.size) for entry in ledger.books.allocations]
+
+
+def test_a_norm_of_transposed_rows_meets_in_global_memory():
+    """DoRA's norm of a Conv1D's weight (GPT-2 XL), recorded on an H200: 81920512 bytes with the semaphores."""
+    plain, transposed = meta(1600, 6400), meta(6400, 1600).T
+    assert taken(lambda: torch.linalg.norm(transposed, dim=1)) == [
+        ("linalg_vector_norm.default", 2 * 1600),
+        ("gpu_reduce_kernel", 81920000),
+        ("gpu_reduce_kernel", 512),
+    ]
+    assert len(taken(lambda: torch.linalg.norm(plain, dim=1))) == 1
+
+
+@pytest.mark.parametrize(
+    "run, measured",
+    [
+        (lambda x: x.sum(0), 67108864),
+        (lambda x: x.var(0), 268435456),
+        (lambda x: x.std(0), 268435456),
+        (lambda x: torch.var_mean(x, 0), 268435456),
+        (lambda x: x.prod(0), 67108864),
+        (lambda x: x.amax(0), 33554432),
+        (lambda x: x.float().amax(0), 67108864),
+        (lambda x: x.argmax(0), 268435456),
+        (lambda x: x.bool().any(0), 16777216),
+    ],
+)
+def test_what_reductions_meet_in(run, measured):
+    """The buffer of 4096 rows of 2048 in bf16, measured on an H200 by its peak."""
+    rows = meta(4096, 2048)
+    assert [size for op, size in taken(lambda: run(rows)) if op == "gpu_reduce_kernel"] == [measured, 512]
+
+
+@pytest.mark.parametrize(
+    "run, measured",
+    [
+        (lambda x: x.logsumexp(-1), [8192, 8192, 16777216]),
+        (lambda x: torch.nn.functional.logsigmoid(x), [16777216]),
+        (lambda x: x.cumsum(-1, dtype=torch.float32), [33554432, 33554432]),
+    ],
+)
+def test_what_other_kernels_take_beside_their_results(run, measured):
+    rows = meta(4096, 2048)
+    assert [size for _, size in taken(lambda: run(rows))] == measured
+
+
+@pytest.mark.parametrize(
+    "run, dtype, casts",
+    [
+        (torch.square, torch.float32, 1),  # pow within
+        (lambda x: torch.nn.functional.normalize(x, dim=-1), torch.float32, 0),
+        (lambda x: torch.linalg.norm(x, dim=-1), torch.float32, 0),
+        (lambda x: x.double().sum(0), torch.float64, 0),
+        (lambda x: torch.addcmul(x, x, x.float()), torch.float32, 2),
+        (lambda x: torch.addcmul(x, x, x), torch.bfloat16, 0),
+        (lambda x: torch.nn.functional.softplus(x), torch.float32, 1),
+        (lambda x: torch.matmul(x.float(), x.mT), torch.bfloat16, 1),
+    ],
+)
+def test_autocast_casts_as_on_a_card(run, dtype, casts):
+    """Result and casts of 17 million elements, as torch.autocast("cuda", bfloat16) was seen to do on an H200."""
+    rows, mode = meta(4096, 4096), Autocast(torch.bfloat16)
+    made = []
+
+    def under_autocast():
+        with mode, mode.on():
+            made.append(run(rows).dtype)
+
+    asked = sum(op == "_to_copy.default" for op, _ in taken(under_autocast))
+    own = sum(op == "_to_copy.default" for op, _ in taken(lambda: run(rows)))
+    assert made == [dtype] and asked - own == casts
+
+
+def test_a_mask_that_is_counted_is_cast_first():
+    mask, numbers = meta(4, 1000, dtype=torch.bool), meta(4, 1000)
+    assert taken(lambda: mask.sum(1))[:2] == [("sum.dim_IntList", 32), ("make_reduction", 32000)]
+    assert taken(lambda: mask.sum())[:2] == [("sum.default", 8), ("make_reduction", 32000)]
+    assert len(taken(lambda: numbers.sum(1, dtype=torch.float32))) == 1
+
+
+@pytest.mark.parametrize("run", [torch.softmax, torch.log_softmax])
+def test_half_precision_is_raised_within_the_softmax(run):
+    """Recorded on an H200: eager attention's scores of fp16 are not cast; those of bf16 are."""
+    scores = {dtype: meta(2, 64, 64, dtype=dtype).requires_grad_() for dtype in (torch.float16, torch.bfloat16)}
+    half, brain = (taken(lambda s=s: run(s, -1, dtype=torch.float32)) for s in scores.values())
+    assert [size for _, size in half] == [4 * 2 * 64 * 64] and [size for _, size in brain] == [4 * 2 * 64 * 64] * 2
 
 
 @pytest.mark.parametrize(

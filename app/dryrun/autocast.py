@@ -1,9 +1,11 @@
 """CUDA's autocast for meta tensors, which have no autocast key of their own.
 
-The lists are those of ``torch/include/ATen/autocast_mode.h`` (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32 and
-AT_FORALL_FP32_SET_OPT_DTYPE), the cache that of ``cached_cast`` in ATen/autocast_mode.cpp: one low-precision copy of
-each fp32 leaf that needs a gradient, until the outermost autocast ends. A checkpoint's recompute enters an autocast of
-its own, with an empty cache.
+The lists are those of ``torch/include/ATen/autocast_mode.h`` (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32,
+AT_FORALL_FP32_SET_OPT_DTYPE and AT_FORALL_PROMOTE), and what calls one of them within: ``square`` is ``pow``
+(native/UnaryOps.cpp; measured on an H200: the squared ReLU of Nemotron makes two blocks of fp32), ``normalize`` and
+``linalg.norm`` ask for a norm. The cache is that of ``cached_cast`` in ATen/autocast_mode.cpp: one copy in 16 bit of
+each fp32 leaf that needs a gradient, until the outermost autocast ends. A checkpoint's recompute enters an autocast
+of its own, with an empty cache.
 """
 
 from __future__ import annotations
@@ -21,13 +23,19 @@ LOWER_PRECISION = frozenset(
     multi_dot linalg_multi_dot lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell scaled_dot_product_attention""".split()
 )
 FLOAT32 = frozenset(
-    """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus
-    layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss
-    cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
+    """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ square
+    softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity
+    poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss
+    huber_loss mse_loss
     margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
     binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp""".split()
 )
-FLOAT32_BY_DTYPE = frozenset("prod softmax log_softmax cumprod cumsum sum vector_norm matrix_norm norm".split())
+FLOAT32_BY_DTYPE = frozenset(
+    """prod softmax log_softmax cumprod cumsum sum linalg_norm linalg_vector_norm linalg_matrix_norm norm""".split()
+)
+PROMOTE = frozenset(
+    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
+)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -109,13 +117,15 @@ class Autocast(TorchFunctionMode):
         cast = None
         if name in LOWER_PRECISION:
             cast = self._lower
-        elif name in FLOAT32:
+        elif name in FLOAT32 or name in PROMOTE and _any_float32((*args, *kwargs.values())):
             cast = self._raise
         elif name == "cross_entropy" and args[0].dtype in HALF and not kwargs.get("label_smoothing"):
             return self._cross_entropy(*args, **kwargs)
+        elif name == "normalize":
+            return self._normalize(*args, **kwargs)
         elif name in FLOAT32_BY_DTYPE and kwargs.get("dtype") is None:
             first = args[0] if args else None
-            if isinstance(first, torch.Tensor) and first.is_floating_point():
+            if isinstance(first, torch.Tensor) and first.is_floating_point() and first.dtype != torch.float64:
                 if not any(isinstance(argument, torch.dtype) for argument in args):
                     kwargs = kwargs | {"dtype": torch.float32}
         if cast is not None:
@@ -142,6 +152,11 @@ class Autocast(TorchFunctionMode):
         low = torch.log_softmax(logits, 1 if logits.dim() > 1 else 0)
         return torch.nn.functional.nll_loss(low.float(), target, weight, ignore_index=ignore_index, reduction=reduction)
 
+    def _normalize(self, source, p=2.0, dim=1, eps=1e-12, out=None):
+        """``torch.nn.functional.normalize``, whose norm is raised within."""
+        with self:
+            return source / source.norm(p, dim, keepdim=True).clamp_min(eps).expand_as(source)
+
     def _backward(self, loss, gradient=None, **_):
         """``Tensor.backward`` with this mode still in force, so that a recompute is cast too."""
         with self:
@@ -149,3 +164,7 @@ class Autocast(TorchFunctionMode):
             torch.autograd.Variable._execution_engine.run_backward(
                 (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
+
+
+def _any_float32(values) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values)

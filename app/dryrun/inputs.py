@@ -16,10 +16,11 @@ from app.job import Job
 def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Tensor]:
     """The batch on the card: what the model's main input is, labels to train on, and the mask that the job asks for.
 
-    Token ids and labels are int64. Packed sequences are one row of all tokens, as transformers'
-    ``DataCollatorWithFlattening`` and TRL's own collator make it; TRL's adds where each sequence begins. An image is
-    ``config.image_size`` large, in the dtype of the weights, or what the model's image processor makes of it; a
-    recording is the whole window of the speech encoder: ``num_mel_bins`` by twice ``max_source_positions`` frames.
+    Token ids and labels are int64, but for a model that is fitted to numbers (:func:`_targets`). Packed sequences are
+    one row of all tokens, as transformers' ``DataCollatorWithFlattening`` and TRL's own collator make it; TRL's adds
+    where each sequence begins. An image is ``config.image_size`` large, in the dtype of the weights, or what the
+    model's image processor makes of it; a recording is the whole window of the speech encoder: ``num_mel_bins`` by
+    twice ``max_source_positions`` frames.
     """
     config, b, s = model.config, job.batch_size, job.sequence_length
     if s is None and task != "image-classification":
@@ -36,7 +37,7 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         return empty(b, vision.num_channels, height, width, dtype=dtype)
 
     if task == "image-classification":
-        batch = {"pixel_values": pixels(), "labels": empty(b)}
+        batch = {"pixel_values": pixels(), "labels": _targets(config, b, dtype, ledger.device)}
     elif task == "zero-shot-image-classification":
         batch = {"pixel_values": pixels(), "input_ids": empty(b, s)}
     elif task == "speech-seq2seq":
@@ -44,18 +45,17 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         batch = {"input_features": features, "labels": empty(b, job.target_length or s)}
     else:
         tokens = (1, b * s) if job.packed else (b, s)
-        labels = {
-            "sequence-classification": (b,),
-            "seq2seq-lm": (b, job.target_length or s),
-        }.get(task, tokens)
         batch = {"input_ids": empty(*tokens)}
-        if job.method != "inference":
-            batch["labels"] = empty(*labels)
+        if task == "sequence-classification" and job.method != "inference":
+            batch["labels"] = _targets(config, b, dtype, ledger.device)
+        elif job.method != "inference":
+            batch["labels"] = empty(b, job.target_length or s) if task == "seq2seq-lm" else empty(*tokens)
     masked = job.attention_mask != "absent" or job.method == "inference" or job.trainer == "trl"
     if job.packed:
         _refuse_packed(model, ledger, batch)
         batch["position_ids"] = empty(1, b * s)
         if job.trainer == "trl":
+            ledger.shifted, ledger.labelled = b * s - 1, b * s - PACKED * b
             batch |= {name: empty(PACKED * b + 1, dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
             batch["seq_idx"] = empty(1, b * s, dtype=torch.int32)
     elif "input_ids" in batch and masked:
@@ -72,6 +72,17 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
     if job.packed and job.trainer == "trl":
         batch |= dict.fromkeys(("max_length_q", "max_length_k"), -(-s // PACKED))
     return batch
+
+
+def _targets(config, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """The labels of whole sequences or images: their classes; numbers in the dtype of the weights, as the loss of a
+    regression and of several labels at once needs them (transformers/loss/loss_utils.py
+    ``ForSequenceClassificationLoss``)."""
+    kind = getattr(config, "problem_type", None) or ("regression" if config.num_labels == 1 else None)
+    if kind not in ("regression", "multi_label_classification"):
+        return torch.empty(batch, dtype=torch.long, device=device)
+    shape = (batch,) if config.num_labels == 1 else (batch, config.num_labels)
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def _refuse_packed(model, ledger: Ledger, batch: dict) -> None:

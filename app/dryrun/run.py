@@ -173,7 +173,7 @@ def _books(
         general = run(job.model_copy(update=symbols)) if symbols else None
         return folded_books(model, run(job), names, general).columns()
 
-    with weighed(model), _told(model, job, values is not None), understood():
+    with weighed(model), told(model, job, values is not None), understood():
         try:
             return books(FEW)
         except Unfoldable:  # of a loop over tokens, not of the layers
@@ -181,7 +181,7 @@ def _books(
 
 
 @contextmanager
-def _told(model, job: Job, known: bool):
+def told(model, job: Job, known: bool):
     """What the stack itself refuses, as the error that a user is told; with ``known`` values, what they do not tell
     too."""
     try:

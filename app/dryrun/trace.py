@@ -56,7 +56,8 @@ class Ledger(TorchDispatchMode):
 
     ``card`` is the :class:`~app.dryrun.cuda.Card` whose kernels are meant; ``mask``, what the job's batch carries, is
     the answer to a program that asks whether its mask hides anything or sequences are packed, ``length`` to one that
-    asks how long a sequence is; where that is a symbol, shapes are computed by PyTorch's functions in Python.
+    asks how long a sequence is; where that is a symbol, shapes are computed by PyTorch's functions in Python. Of
+    ``shifted`` labels ``labelled`` ones are none of those that are left out; of other numbers of labels all.
     """
 
     device = "meta"
@@ -78,6 +79,7 @@ class Ledger(TorchDispatchMode):
         self.in_backward = False
         self.autocast = None
         self.values: Values | None = None
+        self.shifted = self.labelled = 0
         self.heads: set[str] = {""}
         self._kind = "temporaries"
         self._watched: dict[int, _Watch] = {}

@@ -36,7 +36,9 @@ def run_trainer(ledger: Ledger, model, job: Job, task: str, steps: int, other: b
     with _fused_head(model) if fused else contextlib.nullcontext():
         _wrap_forward(ledger, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(job.optimizer, _groups(model), _embeddings(model))
+        optimizer = own_optimizer(model, job)
+        if optimizer is None:
+            optimizer = make_optimizer(job.optimizer, _groups(model), _embeddings(model))
         # Accelerator.__init__; it does nothing unless enabled
         scaler = torch.amp.GradScaler(ledger.device, enabled=job.mixed_precision == "fp16")
         total = 0.0
@@ -135,6 +137,14 @@ def _fused_loss(model, batch: dict, items) -> torch.Tensor:
     for metric in (outputs.label_mask, outputs.entropy.detach(), outputs.is_top1):
         metric.sum()
     return loss
+
+
+def own_optimizer(model, job: Job) -> torch.optim.Optimizer | None:
+    """What is handed to a Trainer as ``optimizers`` where ``TrainingArguments.optim`` has no name for it: made of all
+    that is trained, in the model's order."""
+    if job.optimizer not in ("adamw_torch_forloop", "sgd_momentum"):
+        return None
+    return make_optimizer(job.optimizer, [p for p in model.parameters() if p.requires_grad])
 
 
 def _groups(model) -> list[dict]:

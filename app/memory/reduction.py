@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 
-def scratch(multiprocessors: int, element: int, kept: int, *lies: int) -> int:
+def scratch(multiprocessors: int, unrolled: int, sum_bytes: int, kept: int, *lies: int) -> int:
     """Bytes of a reduction's buffer in global memory: ``setReduceConfig`` and ``ReduceConfig::global_memory_size``.
 
     ``lies`` are size and stride of each dimension (elements): those that are ``kept``, so many, then those that are
-    reduced; ``element`` is the bytes of one. Restated from native/cuda/Reduce.cuh for one pass (less than 2^31
+    reduced. A thread takes ``unrolled`` elements of a contiguous input at a time; ``sum_bytes`` is the size of what it
+    adds up in. Restated from native/cuda/Reduce.cuh for one pass (less than 2^31
     elements). Measured on an H100, bf16, to the byte: 6304 rows of 1024 take 51904512, 6304 of 4096 take 138412032;
     4096 rows of 3072 take 100663296.
     """
@@ -30,7 +31,7 @@ def scratch(multiprocessors: int, element: int, kept: int, *lies: int) -> int:
     if along:
         width, height = inputs, outputs
         if inner_gone == 1 and width > 128 and not stay:
-            width //= 8 if element == 2 else 4
+            width //= unrolled
     else:
         width, height = outputs, inputs
         if inner_kept == 1:
@@ -65,7 +66,7 @@ def scratch(multiprocessors: int, element: int, kept: int, *lies: int) -> int:
     blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
     if blocks <= 1:
         return 0
-    size = 4 * outputs * blocks
+    size = sum_bytes * outputs * blocks
     return size if along else size * block_x * vector
 
 

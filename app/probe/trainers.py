@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from app.dryrun.inputs import lengths, make_batch
-from app.dryrun.step import make_optimizer, settle
+from app.dryrun.step import settle
+from app.dryrun.trainers import own_optimizer
 from app.errors import PlanError
 from app.job import Job
 
@@ -84,6 +85,7 @@ def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
     batch = make_batch(_OnHost(recorder), model, job, task)
     if job.trainer == "trl":
         batch = {name: batch[name] for name in ("input_ids", "labels")}  # its collator makes the rest
+    own = own_optimizer(model, job)
     rows = _Rows(job.batch_size * accumulate * steps, job.batch_size, batch, int(job.packed))
     checkpointing = job.gradient_checkpointing != "off"
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +96,7 @@ def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
             "max_steps": steps,
             "bf16": job.mixed_precision == "bf16",
             "fp16": job.mixed_precision == "fp16",
-            "optim": "adamw_torch" if job.optimizer in NOT_OF_TRAINER else job.optimizer,
+            "optim": "adamw_torch" if own is not None else job.optimizer,
             "report_to": [],
             "save_strategy": "no",
             "logging_steps": 1,
@@ -106,24 +108,14 @@ def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
             "use_cpu": recorder.device == "cpu",
         }
         make = _sft_trainer if job.trainer == "trl" else _trainer
-        trainer = make(recorder, model, job, rows, common)
+        trainer = make(recorder, model, job, rows, common, own)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     recorder.close()
     settle(recorder, [], trainer.optimizer)
 
 
-NOT_OF_TRAINER = ("adamw_torch_forloop", "sgd_momentum")
-"""Optimisers that ``TrainingArguments.optim`` has no name for: handed to the Trainer as ``optimizers``."""
-
-
-def _optimizers(model, job: Job) -> tuple:
-    if job.optimizer not in NOT_OF_TRAINER:
-        return None, None
-    return make_optimizer(job.optimizer, [p for p in model.parameters() if p.requires_grad]), None
-
-
-def _trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transformers.Trainer:
+def _trainer(recorder, model, job: Job, rows: _Rows, common: dict, own) -> transformers.Trainer:
     class Probed(_Marked, transformers.Trainer):
         pass
 
@@ -134,11 +126,11 @@ def _trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transforme
         train_dataset=rows,
         data_collator=rows.collated,
         callbacks=[_StepEnds(recorder)],
-        optimizers=_optimizers(model, job),
+        optimizers=(own, None),
     )
 
 
-def _sft_trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transformers.Trainer:
+def _sft_trainer(recorder, model, job: Job, rows: _Rows, common: dict, own) -> transformers.Trainer:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -166,7 +158,7 @@ def _sft_trainer(recorder, model, job: Job, rows: _Rows, common: dict) -> transf
         train_dataset=Dataset.from_list(data),
         processing_class=_tokenizer(),
         callbacks=[_StepEnds(recorder)],
-        optimizers=_optimizers(model, job),
+        optimizers=(own, None),
     )
 
 
