@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tiny import LLAMA
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from app.catalog.gpus import find_gpu
-from app.dryrun import cuda, native
+from app.dryrun import autocast, cuda, native
 from app.dryrun.autocast import Autocast
 from app.dryrun.trace import Ledger
 from app.job import read_job
@@ -102,6 +104,28 @@ def test_what_other_kernels_take_beside_their_results(run, measured):
     assert [size for _, size in taken(lambda: run(rows))] == measured
 
 
+def test_the_lists_of_autocast_are_the_installed_ones():
+    """Those whose Python name is another are known by that; what no model calls by itself is left out."""
+    header = (Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h").read_text()
+
+    def listed(name: str) -> set[str]:
+        start = header.index(f"#define {name}(")
+        return set(re.findall(r"_\((?:ADD_NS\()?(\w+)", header[start : header.index("\n\n", start)]))
+
+    inner = {"_scaled_dot_product_flash_attention", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell"}
+    assert listed("AT_FORALL_LOWER_PRECISION_FP") - autocast.LOWER_PRECISION == inner
+    assert autocast.LOWER_PRECISION - listed("AT_FORALL_LOWER_PRECISION_FP") == {
+        "__matmul__",
+        "__rmatmul__",
+        "multi_dot",
+    }
+    raised = {name for name in listed("AT_FORALL_FP32") if "upsample" not in name}
+    assert autocast.FLOAT32 - raised == {"__pow__", "__rpow__", "square", "interpolate"} and raised <= autocast.FLOAT32
+    by_dtype = listed("AT_FORALL_FP32_SET_OPT_DTYPE") | listed("AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE")
+    assert by_dtype | {"linalg_norm", "softmin"} == autocast.FLOAT32_BY_DTYPE
+    assert listed("AT_FORALL_PROMOTE") | {"grid_sample"} == autocast.PROMOTE
+
+
 @pytest.mark.parametrize(
     "run, dtype, casts",
     [
@@ -112,6 +136,8 @@ def test_what_other_kernels_take_beside_their_results(run, measured):
         (lambda x: torch.addcmul(x, x, x.float()), torch.float32, 2),
         (lambda x: torch.addcmul(x, x, x), torch.bfloat16, 0),
         (lambda x: torch.nn.functional.softplus(x), torch.float32, 1),
+        (lambda x: torch.nn.functional.softmin(x, -1), torch.float32, 1),
+        (lambda x: torch.nn.functional.interpolate(x[None, None], scale_factor=0.5, mode="bilinear"), torch.float32, 1),
         (lambda x: torch.matmul(x.float(), x.mT), torch.bfloat16, 1),
     ],
 )

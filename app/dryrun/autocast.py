@@ -3,9 +3,9 @@
 The lists are those of ``torch/include/ATen/autocast_mode.h`` (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32,
 AT_FORALL_FP32_SET_OPT_DTYPE and AT_FORALL_PROMOTE), and what calls one of them within: ``square`` is ``pow``
 (native/UnaryOps.cpp; measured on an H200: the squared ReLU of Nemotron makes two blocks of fp32), ``normalize`` and
-``linalg.norm`` ask for a norm. The cache is that of ``cached_cast`` in ATen/autocast_mode.cpp: one copy in 16 bit of
-each fp32 leaf that needs a gradient, until the outermost autocast ends. A checkpoint's recompute enters an autocast
-of its own, with an empty cache.
+``linalg.norm`` ask for a norm, ``interpolate`` for an ``upsample``. The cache is that of ``cached_cast`` in
+ATen/autocast_mode.cpp: one copy in 16 bit of each fp32 leaf that needs a gradient, until the outermost autocast ends. A
+checkpoint's recompute enters an autocast of its own, with an empty cache.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FLOAT32 = frozenset(
     poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss
     huber_loss mse_loss
     margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
-    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp""".split()
+    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp interpolate""".split()
 )
 FLOAT32_BY_DTYPE = frozenset(
-    """prod softmax log_softmax cumprod cumsum sum linalg_norm linalg_vector_norm linalg_matrix_norm norm""".split()
+    "prod softmax log_softmax softmin cumprod cumsum sum linalg_norm linalg_vector_norm linalg_matrix_norm norm".split()
 )
 PROMOTE = frozenset(
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
+    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler grid_sample index_put tensordot scatter_add".split()
 )
 HALF = (torch.float16, torch.bfloat16)
 

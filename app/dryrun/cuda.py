@@ -529,15 +529,17 @@ def _efficient_workspace(card: Card, query, key) -> int:
 _IN_PLACE = {
     aten.index_put.default: aten.index_put_.default,
     aten.scatter_add.default: aten.scatter_add_.default,
+    aten.scatter.src: aten.scatter_.src,
     aten.index_add.default: aten.index_add_.default,
 }
 
 
 @_kernel(*_IN_PLACE)
 def _accumulate_at(ledger, func, args, kwargs, place):
-    """``index_backward``, ``gather_backward`` and their like (torch/csrc/autograd/FunctionsManual.cpp) add in place
-    into fresh zeros; only for tensor subclasses and under modes do they take the out-of-place operator. What sets
-    instead is the gradient of ``index_put_`` (derivatives.yaml): the incoming one with zeros in a copy."""
+    """``index_backward``, ``gather_backward``, those of ``topk`` and ``max`` and their like
+    (torch/csrc/autograd/FunctionsManual.cpp) write in place into fresh zeros; only for tensor subclasses and under
+    modes do they take the out-of-place operator. What sets instead is the gradient of ``index_put_``
+    (derivatives.yaml): the incoming one with zeros in a copy."""
     sets = func is aten.index_put.default and not (len(args) > 3 and args[3])
     if ledger.in_backward and not ledger.in_module and not sets:
         if func is aten.index_put.default and any(i is not None and i.dtype == torch.bool for i in args[1]):
@@ -634,7 +636,8 @@ def _masked_scatter(ledger, func, args, kwargs, place):
     expanded mask made contiguous, given back in the opposite order (measured on an H200)."""
     out = func(*args, **kwargs)
     ledger.enter(out, func, args, place)
-    sizes = 8 * out.numel(), out.numel()
+    whole = args[1].shape == out.shape and args[1].is_contiguous()
+    sizes = [8 * out.numel(), *([] if whole else [out.numel()])]
     for key in reversed([ledger.take(size, place, "kernel_workspace", "masked_scatter__cuda") for size in sizes]):
         ledger.give(key)
     return out
