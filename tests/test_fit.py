@@ -327,7 +327,7 @@ def test_the_smallest_card_takes_it_and_the_next_smaller_does_not():
 
 
 def test_the_largest_model_rules_out_every_larger_one(monkeypatch):
-    sizes = [Model(f"m/{n}", {**WIDE, "num_hidden_layers": n}, n * 10**6, ()) for n in (1, 2, 4, 8, 16, 64)]
+    sizes = [Model(f"m/{n}", {**WIDE, "num_hidden_layers": n}, n * 10**6, ()) for n in (1, 2, 4, 16, 32, 128)]
     monkeypatch.setattr("app.solver.MODELS", sizes)
     monkeypatch.setattr("app.plan.find_model", {model.id: model for model in sizes}.get)
     base = with_limit({"method": "full", "batch_size": 1, "sequence_length": 128}, 0)["gpu"]

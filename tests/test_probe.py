@@ -200,6 +200,26 @@ def test_the_model_is_given_what_the_plan_gave_it(trainer, mask, monkeypatch):
     assert {*hiding} == {(mask == "padded", 6 if mask == "packed" else 0)}
 
 
+def test_a_shorter_model_that_does_not_run_is_refused():
+    with pytest.raises(PlanError, match="does not run this job"):
+        plan_for(job(sequence_length=64, attention="eager", config={**LLAMA, "head_dim": 3}), H100, layers=2)
+
+
+def test_a_config_with_infinity_reaches_the_measuring_process_as_it_is():
+    """Nemotron-H's ``time_step_limit``, say."""
+    asked = read_job(job(config={**LLAMA, "limit": [0.0, float("inf")]}))
+    assert read_job(json.loads(json.dumps(asked.model_dump(mode="json")))).config["limit"][1] == float("inf")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_forloop", "sgd_momentum"])
+def test_an_optimiser_that_a_trainer_has_no_name_for_takes_the_parameters_in_their_order(optimizer):
+    """Measured on an H200: the head comes after the last norm, not after the last weight that decays."""
+    planned = plan_for(job(method="full", trainer="transformers", optimizer=optimizer), H100)
+    states = [a.module for a in planned.books.allocations if a.kind == "optimizer_state"]
+    norms = [n for n, module in enumerate(states) if module == "model.norm"]
+    assert norms and max(norms) < max(n for n, module in enumerate(states) if module == "lm_head")
+
+
 def test_no_loss_is_taken_of_what_stands_for_an_image(monkeypatch):
     """Some models have no row of their head for it; whose loss would be taken of it breaks the card."""
     from app.probe import child

@@ -155,6 +155,17 @@ def test_autocast_casts_as_on_a_card(run, dtype, casts):
     assert made == [dtype] and asked - own == casts
 
 
+def test_what_autocast_cast_is_given_back_from_the_first_argument_on():
+    """Recorded on an H200: under no_grad the scores' copy goes before the values'."""
+    scores, values = (meta(2, size, 64, dtype=torch.float32) for size in (128, 64))
+    ledger, mode = Ledger(CARD), Autocast(torch.bfloat16)
+    with torch.no_grad(), ledger, mode, mode.on():
+        out = torch.matmul(scores, values)
+    books = ledger.close()
+    sizes = [books.allocations[~event].size for event in books.events if event < 0]
+    assert out.dtype == torch.bfloat16 and sizes == [2 * scores.numel(), 2 * values.numel()]
+
+
 def test_a_mask_that_is_counted_is_cast_first():
     mask, numbers = meta(4, 1000, dtype=torch.bool), meta(4, 1000)
     assert taken(lambda: mask.sum(1))[:2] == [("sum.dim_IntList", 32), ("make_reduction", 32000)]

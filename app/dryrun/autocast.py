@@ -128,11 +128,17 @@ class Autocast(TorchFunctionMode):
             if isinstance(first, torch.Tensor) and first.is_floating_point() and first.dtype != torch.float64:
                 if not any(isinstance(argument, torch.dtype) for argument in args):
                     kwargs = kwargs | {"dtype": torch.float32}
-        if cast is not None:
-            # cached_cast(…)... is a C++ call's argument list: evaluated from the last to the first (measured)
-            kwargs = tree_map_only(torch.Tensor, cast, kwargs)
-            args = tuple(reversed([tree_map_only(torch.Tensor, cast, argument) for argument in reversed(args)]))
-        return func(*args, **kwargs)
+        if cast is None:
+            return func(*args, **kwargs)
+        # cached_cast(…)... is a C++ call's argument list: evaluated from the last to the first, and given back from the
+        # first to the last (measured: of eager attention's product under no_grad, the scores go before the values)
+        kwargs = tree_map_only(torch.Tensor, cast, kwargs)
+        cast_args = [tree_map_only(torch.Tensor, cast, argument) for argument in reversed(args)]
+        del args
+        out = func(*reversed(cast_args), **kwargs)
+        while cast_args:
+            cast_args.pop()
+        return out
 
     @staticmethod
     def _cross_entropy(
