@@ -307,6 +307,10 @@ def _too_much(memory: int) -> PlanError:
     )
 
 
+_OUT = "DefaultCPUAllocator: can't allocate memory"
+"""What PyTorch says where it finds no more (c10/core/impl/alloc_cpu.cpp), as a RuntimeError."""
+
+
 def _work(pipe: Connection, memory: int) -> None:
     """In the forked process: trace what is ordered, tell what is being done, and give back what came of it."""
     with suppress(OSError), open("/proc/self/statm") as pages:  # no single request may outrun who looks after it
@@ -319,7 +323,8 @@ def _work(pipe: Connection, memory: int) -> None:
             try:
                 pipe.send(("done", Here().trace(*order)))
             except PlanError as error:
-                pipe.send(("refused", error.as_dict()))
+                out = _OUT in error.message  # told as the model's own failure
+                pipe.send(("refused", (_too_much(memory) if out else error).as_dict()))
             except MemoryError:
                 pipe.send(("refused", _too_much(memory).as_dict()))
             except Exception as error:
