@@ -26,9 +26,8 @@ FLOAT32 = frozenset(
     """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ square
     softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity
     poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss
-    huber_loss mse_loss
-    margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
-    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp interpolate""".split()
+    huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss
+    multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp interpolate""".split()
 )
 FLOAT32_BY_DTYPE = frozenset(
     "prod softmax log_softmax softmin cumprod cumsum sum linalg_norm linalg_vector_norm linalg_matrix_norm norm".split()
@@ -134,7 +133,6 @@ class Autocast(TorchFunctionMode):
         # first to the last (measured: of eager attention's product under no_grad, the scores go before the values)
         kwargs = tree_map_only(torch.Tensor, cast, kwargs)
         cast_args = [tree_map_only(torch.Tensor, cast, argument) for argument in reversed(args)]
-        del args
         out = func(*reversed(cast_args), **kwargs)
         while cast_args:
             cast_args.pop()

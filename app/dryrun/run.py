@@ -20,11 +20,11 @@ from app.dryrun.scan import FEW
 from app.dryrun.step import dry_run
 from app.dryrun.symbols import Conditions, symbol, understood
 from app.dryrun.trace import OTHER, DataDependent, canonical
-from app.dryrun.values import Values
+from app.dryrun.values import Images, Values
 from app.errors import PlanError
 from app.job import Job, point_of
 from app.memory.event import Books, Columns
-from app.memory.fold import Unfoldable
+from app.memory.fold import Expansion, Unfoldable
 from app.memory.kernels import KernelFacts
 from app.memory.profile import Profile
 from app.memory.script import Script
@@ -109,15 +109,12 @@ def trace(
         "attention": base.config._attn_implementation or "eager",
     }
     warnings = [*said, *([shown] if shown else []), *_weight_warnings(job, facts["parameters"], linear)]
-    values = None if images is None else Values(job.expert_routing, images)
-    symbols = _symbols(job, conditions) if general and values is None else {}
+    symbols = _symbols(job, conditions) if general and images is None else {}
     if symbols:
         _check_length(job.model_copy(update=symbols), base.config, task)
-    try:
-        books = _books(base, job, task, card, symbols, values)
-    except DataDependent:
-        values, symbols = Values(job.expert_routing, images), {}
-        books = _books(base, job, task, card, symbols, values)
+    books, values = with_values(
+        lambda values: _books(base, job, task, card, symbols if values is None else {}, values), job, images
+    )
     if values is not None and values.routed:
         warnings.append(_ROUTED[job.expert_routing])
     warnings += _kernel_warnings(job, task, facts["attention"], books)
@@ -125,9 +122,22 @@ def trace(
     books = books.until(OTHER)
     facts["trainable_parameters"] = _trainable(books, job)
     facts["optimizer_state"] = _state_bytes(books)
-    if not symbols:
+    if not symbols or values is not None:
         conditions |= {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
     return Profile(Script.of(books, conditions), facts, table, warnings, (*point_of(job), multiprocessors))
+
+
+def with_values(
+    run: Callable[[Values | None], Books | Columns | Expansion], job: Job, images: Images | None
+) -> tuple[Books | Columns | Expansion, Values | None]:
+    """``run`` with the values that the job states where it shows images or asks for some, else with none; and those."""
+    if images is None:
+        try:
+            return run(None), None
+        except DataDependent:
+            pass
+    values = Values(job.expert_routing, images)
+    return run(values), values
 
 
 def _symbols(job: Job, conditions: Conditions) -> dict[str, torch.SymInt]:

@@ -67,25 +67,19 @@ def _books_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Boo
     from app.dryrun.cuda import Card
     from app.dryrun.images import images_of
     from app.dryrun.model import base_of
-    from app.dryrun.run import told
+    from app.dryrun.run import told, with_values
     from app.dryrun.scan import unrolled
     from app.dryrun.step import dry_run
-    from app.dryrun.trace import DataDependent
-    from app.dryrun.values import Values
     from app.probe.layers import with_layers
 
     base, _ = base_of(config, task, job.dtype, job.attention)
     images, _ = images_of(base, job, task)
 
-    def books(values: Values | None) -> Books | Expansion:
+    def books(values) -> Books | Expansion:
         with told(base, job, values is not None):
             return unrolled(dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)), values=values))
 
-    known = Values(job.expert_routing, images)
-    try:
-        found = books(None if images is None else known)
-    except DataDependent:
-        found = books(known)
+    found, _ = with_values(books, job, images)
     return found.books() if isinstance(found, Expansion) else found
 
 
