@@ -21,4 +21,4 @@ serve: venv
 	$(VENV)/bin/vramplan serve
 
 pretrace: venv
-	$(VENV)/bin/python -m app.pretrace
+	$(VENV)/bin/python -m vramplan.planning.pretrace

@@ -2,28 +2,55 @@
 
 The way of a request, which is also the direction of the imports::
 
-    cli, web        how it is asked: a terminal, HTTP, a page
-    render/         how an answer looks: words, terminal, HTML, CSV
-    answer          the answer's fields, typed, as the HTTP API documents them
-    batch           many jobs, one answer or one error each
+    cli, server/    how it is asked: a terminal, HTTP, a page
+    api             how it is asked from Python
+    render/         how an answer looks: words, terminal, HTML, pictures
+    schema          the answer's fields, typed, as the API documents them
+    usecases        what can be asked; whatever goes wrong leaves as a PlanError
+    probe/          the same job on a real GPU, beside its plan
+    planning/       from a job to its profile, to verdicts on cards, to the largest job and to advice
     form            a job as flat text
-    service         the use case that all begins with: a job in, a plain answer out
-    solver          the largest job that fits, the smallest card, the largest model
-    advice          the changes of a job that make it fit, planned
-    compare         jobs side by side
-    weigh, cards    a job held against cards; what room a card has
-    plan            a job's profile, kept by everything that shapes it
-    hub             config.json from the Hub, at a pinned commit
-    dryrun/         the user's own step on the meta device, every allocation written down (needs torch)
-    memory/         that step for every batch and length of its kind, read back: allocator, peak, parts, verdict
+    hub/            config.json from the Hub, at a pinned commit
+    dryrun/         the user's own step on the meta device, every allocation recorded (needs torch)
+    memory/         that step for every batch and length of its kind: allocator, peak, parts, verdict
     catalog/        GPUs and models as tables of facts
-    job, errors     the one schema of a job; the one error that a user is told
+    job             the schema of a job
+    resources, progress, errors
+                    the package's data; word of what is being done; the one error
+
+Examples::
+
+    >>> import vramplan
+    >>> answer = vramplan.plan({"model": "llama-3.1-8b", "method": "qlora", "gpu": "rtx-4090"})
+    >>> answer.fits[0].verdict
+    'fits'
 """
 
+from __future__ import annotations
 
-def __getattr__(name: str) -> str:
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import advise, compare, plan, solve
+    from .errors import PlanError
+    from .job import Job
+    from .schema import Answer
+
+    __version__: str
+
+__all__ = ["Answer", "Job", "PlanError", "advise", "compare", "plan", "solve"]
+_HOME = {"Answer": "schema", "Job": "job", "PlanError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first asked for: importing the package costs nothing."""
     if name == "__version__":
         from importlib.metadata import version
 
         return version("vramplan")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f".{_HOME.get(name, 'api')}", __name__), name)
+    return value

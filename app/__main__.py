@@ -1,6 +1,6 @@
 """``python -m app`` is ``vramplan``."""
 
-from app.cli import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

@@ -22,20 +22,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.text import Text
 
-from app.batch import Unexpected, advise, each, failure, plan, recorded, unwrap
-from app.batch import compare as side_by_side
-from app.batch import probe as measure
-from app.batch import solve as largest
-from app.cards import local_card, read_prices
-from app.catalog.gpus import all_gpus, parts_of
-from app.catalog.models import MODELS, search_models
-from app.errors import PlanError
-from app.form import fields, read_json, read_object, to_job
-from app.job import TARGETS
-from app.pretrace import ASKED, QUESTION
-from app.progress import listener
-from app.render import probed, terminal, words
-from app.render.table import to_csv
+from .catalog.gpus import all_gpus, parts_of
+from .catalog.models import MODELS, search_models
+from .errors import PlanError
+from .form import fields, read_json, read_object, to_job
+from .job import TARGETS
+from .planning.cards import local_card, read_prices
+from .planning.pretrace import ASKED, QUESTION
+from .progress import listener
+from .render import probed, terminal, words
+from .render.comparison_csv import to_csv
+from .usecases import Unexpected, advise, each, failure, plan, recorded, unwrap
+from .usecases import compare as side_by_side
+from .usecases import probe as measure
+from .usecases import solve as largest
 
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 1, 2
 PROBE_SECONDS = 600.0
@@ -357,7 +357,7 @@ def probe(
 
     Nothing is downloaded but config.json. Exit codes: 0 measured, 1 out of memory, 2 cannot say.
     """
-    from app.probe.keep import Keep
+    from .probe.keep import Keep
 
     if sum(given is not None for given in (whole, suite, recording)) != 1:
         raise PlanError("probe takes a job, --suite or --recording", "vramplan probe qwen2.5-0.5b -m lora")
@@ -378,7 +378,7 @@ def probe(
 
 def _suite(name: str, yes: bool, timeout: float, keep: Any, as_json: bool) -> int:
     """Measure every job of a suite, with a bar; then the accuracy table of this card."""
-    from app.probe.suite import suite as jobs_of
+    from .probe.suite import suite as jobs_of
 
     jobs = jobs_of(name)
     measured: list[tuple[str, dict]] = []
@@ -416,7 +416,7 @@ def _suite(name: str, yes: bool, timeout: float, keep: Any, as_json: bool) -> in
 @contextmanager
 def _bench(yes: bool, timeout: float, ahead: int = 0) -> Iterator[Any]:
     """This machine's card; where somebody sits at a terminal, they are asked, and shown each phase."""
-    from app.probe.measure import Bench
+    from .probe.measure import Bench
 
     errors = Console(stderr=True)
     status = errors.status("Planning …") if errors.is_terminal and not ahead else None
@@ -461,7 +461,7 @@ def serve(
     """Serve the page and the HTTP API. Local folders are read as models only for this machine's own users."""
     import uvicorn
 
-    from app.web import create_app
+    from .server.app import create_app
 
     local = host in ("127.0.0.1", "::1", "localhost")
     uvicorn.run(
@@ -523,7 +523,7 @@ def demo() -> None:
 @app.command()
 def version() -> None:
     """Print the versions that plans are traced with."""
-    from app.plan import stack
+    from .planning.fingerprint import stack
 
     for name, number in stack().items():
         print(name, number)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from app.errors import PlanError
-from app.job import Job
+from .errors import PlanError
+from .job import Job
 
 PASTE = "paste the model's whole config.json"
 _AMOUNT = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|MiB)", re.IGNORECASE)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from app.errors import PlanError
+from .errors import PlanError
 
 Task = Literal[
     "causal-lm",

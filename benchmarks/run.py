@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from app import pretrace
-from app.cards import every_card
+from vramplan.planning import pretrace
+from vramplan.planning.cards import every_card
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "llama-3.1-8b"
@@ -30,20 +30,20 @@ import accelerate.commands.estimate
 from accelerate import init_empty_weights
 from accelerate.utils import calculate_maximum_sizes
 from transformers import AutoConfig, AutoModelForCausalLM
-from app.catalog.models import find_model
+from vramplan.catalog.models import find_model
 with init_empty_weights():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**find_model("%s").config))
 print(calculate_maximum_sizes(model))
 """
 UNTRACED = """
 import json, statistics, sys, time
-import app.warmed
+import vramplan.server.preload
 from app import plan
-from app.job import read_job
+from vramplan.job import read_job
 question = json.loads(sys.argv[1])
 def seconds(name):
     job = read_job({**question, "model": name}).resolved()
-    order = plan.order_of(job, plan.config_of(job)[0], plan.card_of(job))
+    order = plan.request_of(job, plan.config_of(job)[0], plan.card_of(job))
     start = time.perf_counter()
     plan.Here().trace("step", *order)
     return time.perf_counter() - start
@@ -53,14 +53,14 @@ print(json.dumps([statistics.median(run) for run in zip(*runs)]))
 """
 ANOTHER = """
 import json, statistics, sys, time
-from app.job import read_job
-from app.memory.breakdown import read
-from app.weigh import weigh
-from app.plan import Here, card_of, config_of, keep, order_of
+from vramplan.job import read_job
+from vramplan.memory.summary import read
+from vramplan.planning.planned_job import weigh
+from vramplan.planning.resolve import Here, card_of, config_of, keep, request_of
 question = json.loads(sys.argv[1])
 for name in sys.argv[2:]:
     job = read_job({**question, "model": name, "batch_size": 2}).resolved()
-    order = order_of(job, config_of(job)[0], card_of(job))
+    order = request_of(job, config_of(job)[0], card_of(job))
     keep("general", order[0], Here().trace("general", *order))
     took = []
     for number in range(41):
@@ -85,7 +85,7 @@ def cold() -> tuple[float, float]:
     """The command line on a job of the catalogue, and the reference: medians of seven, in turn."""
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "app", "estimate", MODEL, "-m", "qlora"]
+        command = [sys.executable, "-m", "vramplan", "estimate", MODEL, "-m", "qlora"]
         for _ in range(8):
             theirs.append(process(sys.executable, "-c", REFERENCE % MODEL)[0])
             ours.append(process(*command, VRAMPLAN_CACHE=folder)[0])
@@ -155,7 +155,7 @@ def server(jobs: int) -> dict[str, float]:
     port = 8765
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "VRAMPLAN_CACHE": folder}
-        serve = [sys.executable, "-m", "app", "serve", "--port", str(port)]
+        serve = [sys.executable, "-m", "vramplan", "serve", "--port", str(port)]
         running = subprocess.Popen(
             serve, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -16,9 +16,8 @@ from urllib.parse import urlencode
 import uvicorn
 from PIL import Image
 from playwright.sync_api import sync_playwright
-
-from app import web
-from app.render.html import EXAMPLES
+from vramplan.render.html import EXAMPLES
+from vramplan.server import app as web
 
 OUT = Path(__file__).parent / "screenshots"
 ON_A_4090 = {**EXAMPLES["8B with QLoRA on a 4090"]}

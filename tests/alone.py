@@ -1,7 +1,7 @@
 """Plan jobs, each in a process of its own, and say what it took: ``python alone.py SECONDS BYTES [LANES]``.
 
 A line of standard input is a list of jobs of one model, its answer a line with a list, in order. The parent is what a
-server's traces are forked from (``app.warmed``), the allocator's rules compiled; a job is cold but for that and, where
+server's traces are forked from (``vramplan.server.preload``), the allocator's rules compiled; a job is cold but for that and, where
 a line has several, for the model's classes: they are imported once and counted for each. A process that takes longer
 than ``SECONDS`` by the wall is killed, one that asks for more address space is refused it.
 """
@@ -17,11 +17,10 @@ import time
 from contextlib import suppress
 
 import torch
-
-import app.batch
-import app.service
-from app import warmed
-from app.dryrun.model import base_of
+from vramplan import usecases
+from vramplan.dryrun.build.model import base_of
+from vramplan.planning import estimate  # noqa: F401
+from vramplan.server import preload as warmed
 
 KEPT = ("model", "peak", "warnings")
 
@@ -55,9 +54,9 @@ def planned(job, limit: int) -> dict:
     """The answer, cut short, or the error."""
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        answer = app.batch.plan(job)
+        answer = usecases.plan(job)
         return {key: answer[key] for key in KEPT}
-    except app.batch.PlanError as error:
+    except usecases.PlanError as error:
         return {"error": error.as_dict() | {"type": type(error).__name__}}
 
 
@@ -66,7 +65,7 @@ def family(jobs: list, seconds: float, limit: int) -> list[dict]:
     shared = 0.0
     if len(jobs) > 1:
         start = time.process_time()
-        with suppress(app.batch.PlanError):
+        with suppress(usecases.PlanError):
             base_of(jobs[0]["config"], None, "bfloat16", None)
         gc.collect()
         gc.freeze()
@@ -88,7 +87,7 @@ def lane(lines: list[str], seconds: float, limit: int, out) -> None:
 
 def main(seconds: float, limit: int, lanes: int) -> None:
     torch.set_num_threads(1)
-    app.batch.plan({"config": warmed.CONFIG, "sequence_length": 16})
+    usecases.plan({"config": warmed.CONFIG, "sequence_length": 16})
     gc.collect()
     gc.freeze()
     lines = sys.stdin.readlines()

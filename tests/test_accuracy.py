@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-from app.job import read_job
-from app.memory.fit import LEAST, measured_of
-from app.render.accuracy import DATA, error, summary
-from app.weigh import kind_of
+from vramplan.job import read_job
+from vramplan.memory.fit import LEAST, measured_of
+from vramplan.planning.planned_job import kind_of
+from vramplan.render.accuracy import DATA, error, summary
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("VRAMPLAN_SHARED", ROOT.parent / "shared")) / "measured"
@@ -41,12 +40,12 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def ask(lines: list[dict], *command: str) -> list[dict]:
-    """The answers of two ``python -m app`` processes, every second line each, in order."""
+    """The answers of two ``python -m vramplan`` processes, every second line each, in order."""
 
     def run(part: list[dict]) -> list[dict]:
         text = "\n".join(json.dumps(line) for line in part)
         done = subprocess.run(
-            [sys.executable, "-m", "app", *command, "--jobs", "-", "--json"],
+            [sys.executable, "-m", "vramplan", *command, "--jobs", "-", "--json"],
             input=text,
             capture_output=True,
             text=True,

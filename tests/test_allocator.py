@@ -15,18 +15,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from app.memory.allocator import (
+from vramplan.memory.allocator.caching import (
     LARGE_BUFFER,
     MIB,
     REPEATS,
+    AllocatorConfig,
     CachingAllocator,
     OutOfMemory,
-    Settings,
     replay,
     round_size,
 )
-from app.memory.rules import Course, Steady
+from vramplan.memory.allocator.config import RepeatedStep, ReplayInput
 
 STREAMS = [
     json.loads(line)
@@ -37,13 +36,13 @@ STREAMS = [
 @pytest.mark.parametrize(
     "stream", STREAMS, ids=lambda s: f"{s['id']}{'-' + '-'.join(s['settings']) if s['settings'] else ''}"
 )
-def test_reserved_at_every_step(stream):
+def test_reserved_at_every_step(concrete):
     """Reserved follows the real allocator's through tens of thousands of events."""
-    allocator = CachingAllocator(Settings(**stream["settings"]))
+    allocator = CachingAllocator(AllocatorConfig(**concrete["settings"]))
     allocator.malloc(0, 4)  # the recording began after the process had touched the card: one small segment
     real = allocator.reserved
-    taken, given_back, worst, peak, replayed = 1, False, 0, 0, 0
-    for event in stream["events"]:
+    taken, given_back, worst, peak, run_replay = 1, False, 0, 0, 0
+    for event in concrete["events"]:
         if isinstance(event, list):
             real += event[0]
             if event[0] < 0 and not given_back:
@@ -55,24 +54,24 @@ def test_reserved_at_every_step(stream):
             allocator.malloc(taken, event)
             taken += 1
             worst = max(worst, abs(allocator.reserved - real))
-            peak, replayed = max(peak, real), max(replayed, allocator.reserved)
+            peak, run_replay = max(peak, real), max(run_replay, allocator.reserved)
         else:
             allocator.free(~event + 1)
     # Which address cudaMalloc gives decides ties, and a process that ran other jobs has holes in its address space:
     # at no moment does that make a difference of more than a large segment (two where blocks are not split).
-    assert worst <= (2 if "max_split_size" in stream["settings"] else 1) * LARGE_BUFFER
-    assert replayed == pytest.approx(peak, rel=0.005)
+    assert worst <= (2 if "max_split_size" in concrete["settings"] else 1) * LARGE_BUFFER
+    assert run_replay == pytest.approx(peak, rel=0.005)
 
 
 SIZES = st.one_of(st.integers(1, 4096), st.integers(1, 3 * MIB), st.integers(MIB, 80 * MIB))
 STEPS = st.lists(st.one_of(SIZES, st.integers(-60, -1)), max_size=120)
 SETTINGS = st.sampled_from(
     [
-        Settings(),
-        Settings(expandable_segments=True),
-        Settings(max_split_size=32 * MIB),
-        Settings(limit=200 * MIB),
-        Settings(expandable_segments=True, limit=200 * MIB),
+        AllocatorConfig(),
+        AllocatorConfig(expandable_segments=True),
+        AllocatorConfig(max_split_size=32 * MIB),
+        AllocatorConfig(limit=200 * MIB),
+        AllocatorConfig(expandable_segments=True, limit=200 * MIB),
     ]
 )
 
@@ -125,7 +124,7 @@ def test_blocks_count_whole():
 
 def test_cache_is_given_back_before_out_of_memory():
     """``release_cached_blocks`` and a second try come before the error (``DeviceCachingAllocator::malloc``)."""
-    allocator = CachingAllocator(Settings(limit=64 * MIB))
+    allocator = CachingAllocator(AllocatorConfig(limit=64 * MIB))
     allocator.malloc(0, 40 * MIB)
     allocator.free(0)
     allocator.malloc(1, 60 * MIB)
@@ -141,8 +140,8 @@ def test_any_number_of_free_blocks_and_sizes(sizes):
     sizes = np.array([*sizes, *sorted(sizes[::2], reverse=True)], np.int64)
     events = np.array([*range(count), *(~n for n in range(0, count, 2)), *range(count, sizes.size)], np.int32)
     numbers = np.arange(sizes.size, dtype=np.int32)
-    course = Course(events, numbers, np.arange(events.size + 1), np.zeros(0, int), None, count)
-    found = replay(course, sizes, Settings())
+    replay_input = ReplayInput(events, numbers, np.arange(events.size + 1), np.zeros(0, int), None, count)
+    found = replay(replay_input, sizes, AllocatorConfig())
     allocator = CachingAllocator()
     for at, event in enumerate(events.tolist()):
         allocator.free(~event) if event < 0 else allocator.malloc(event, int(sizes[event]))
@@ -161,10 +160,10 @@ def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order
     again = [event + len(own) if event >= 0 else event - len(own) for event in step]
     events = np.array([*range(first), *step, ~takes[-1], *again], np.int32)
     sizes = np.array([*before, *own, *own], np.int64)
-    given = Steady(first + len(step), np.array([takes[-1]]), np.array([takes[-1] + len(own)]))
+    given = RepeatedStep(first + len(step), np.array([takes[-1]]), np.array([takes[-1] + len(own)]))
     numbers = np.arange(sizes.size, dtype=np.int32)
-    course = Course(events, numbers, np.arange(events.size + 1), np.zeros(0, int), given, sizes.size)
-    found = replay(course, sizes, how)
+    replay_input = ReplayInput(events, numbers, np.arange(events.size + 1), np.zeros(0, int), given, sizes.size)
+    found = replay(replay_input, sizes, how)
 
     allocator = CachingAllocator(how)
     opened, key, names = [], len(sizes), {}

@@ -16,9 +16,8 @@ import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 from tiny import LLAMA
-
-from app import web
-from app.render import words
+from vramplan.render import words
+from vramplan.server import app as web
 
 CHROMIUM = "/usr/bin/chromium"
 PATIENCE = 240_000
@@ -324,7 +323,9 @@ def test_the_timeline_says_sizes_as_all_the_rest_does(tab):
     page.goto(address())
     page.route("**/alive?*", lambda route: route.abort())
     edges = [unit * count for unit in (1 << 10, 1 << 20, 1 << 30) for count in (1, 1.25, 9.99, 10, 10.25, 99.95, 100)]
-    sizes = [0, 256, 768, 1 << 29, 9 << 27, 11 << 27] + [int(edge) + more for edge in edges for more in (-1, 0, 1)]
+    sizes = [0, 256, 768, 1 << 29, 9 << 27, 11 << 27] + [
+        int(largest_fitting) + more for largest_fitting in edges for more in (-1, 0, 1)
+    ]
     assert page.evaluate(SAID, sizes) == [words.size(size) for size in sizes]
 
 

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from app.catalog import gpus, models
-from app.catalog.gpus import MIB, all_gpus, find_gpu
-from app.catalog.models import MODELS, find_model, search_models
-from app.errors import PlanError
+from vramplan.catalog import gpus, models
+from vramplan.catalog.gpus import MIB, all_gpus, find_gpu
+from vramplan.catalog.models import MODELS, find_model, search_models
+from vramplan.errors import PlanError
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("VRAMPLAN_SHARED") or ROOT.parent / "shared")

@@ -8,10 +8,9 @@ import sys
 
 import pytest
 from tiny import BAD, JOB, LLAMA
-
-from app import cli
-from app.form import fields, to_job
-from app.job import Job
+from vramplan import cli
+from vramplan.form import fields, to_job
+from vramplan.job import Job
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_with_json_an_error_is_json_too(vramplan, tmp_path):
 
 
 def test_a_fault_of_the_planner_is_one_sentence_and_exit_code_2(vramplan, config, monkeypatch):
-    monkeypatch.setattr("app.service.estimate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("vramplan.planning.estimate.estimate", lambda *_, **__: 1 / 0)
     code, _, err = vramplan("estimate", "--config", config)
     assert code == 2 and err.startswith("Cannot say: the planner failed on this job: ZeroDivisionError")
 
@@ -157,7 +156,7 @@ def test_jobs_that_all_plan_exit_with_0(vramplan, tmp_path):
 
 
 def test_a_fault_of_the_planner_is_its_lines_alone(vramplan, monkeypatch):
-    from app import service
+    from vramplan.planning import estimate as service
 
     real = service.estimate
     monkeypatch.setattr(service, "estimate", lambda job, **k: real(job, **k) if job["batch_size"] == 1 else {}["x"])
@@ -244,7 +243,7 @@ def test_the_catalogues_are_listed(vramplan):
 
 
 def test_the_demo_answers_the_main_question_and_climbs_the_ladder(vramplan, monkeypatch):
-    from app.batch import plan
+    from vramplan.usecases import plan
 
     asked = []
     monkeypatch.setattr(cli, "plan", lambda job: asked.append(job) or plan({**JOB, "gpu": job.get("gpu")}))
@@ -260,28 +259,28 @@ def test_version_names_the_stack(vramplan):
 
 
 def test_looking_things_up_does_not_import_torch():
-    script = (
+    template = (
         "import sys; from app import cli\n"
         "for args in (['gpus'], ['models', 'llama'], ['--help'], ['estimate', '--help']):\n"
         "    sys.argv = ['vramplan', *args]\n"
         "    try: cli.main()\n"
         "    except SystemExit as end: assert not end.code, args\n"
-        "import app.web\n"
+        "import vramplan.server.app\n"
         "heavy = {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", template], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_python_m_app_is_vramplan():
-    args = [sys.executable, "-m", "app", "estimate", "--job", "/nowhere"]
+    args = [sys.executable, "-m", "vramplan", "estimate", "--job", "/nowhere"]
     done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("Cannot say: /nowhere cannot be read")
 
 
 def test_libraries_do_not_talk_between_an_answer_s_lines():
-    args = [sys.executable, "-m", "app", "estimate", "gpt2", "-m", "lora", "-s", "64", "-g", "t4"]
+    args = [sys.executable, "-m", "vramplan", "estimate", "gpt2", "-m", "lora", "-s", "64", "-g", "t4"]
     done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("Fits a Tesla T4")
 

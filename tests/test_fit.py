@@ -11,22 +11,30 @@ from pathlib import Path
 
 import pytest
 from tiny import LLAMA
-
-from app import cards
-from app.advice import advise
-from app.catalog.gpus import find_gpu, parts_of
-from app.catalog.models import MODELS, Model
-from app.compare import compare
-from app.errors import PlanError
-from app.job import OwnGpu, read_job
-from app.memory.allocator import replay
-from app.memory.fit import ENOUGH, LEAST, MEASURED, judge, measured_of, passes
-from app.memory.overheads import MIB, Room, context
-from app.render import words
-from app.render.table import to_csv
-from app.service import estimate
-from app.solver import climb, edge, solve
-from app.weigh import FITTING, after, card_warnings, kind_of, passes_under, summary, verdict_on, weigh
+from vramplan.catalog.gpus import find_gpu, parts_of
+from vramplan.catalog.models import MODELS, Model
+from vramplan.errors import PlanError
+from vramplan.job import OwnGpu, read_job
+from vramplan.memory.allocator.caching import replay
+from vramplan.memory.budget import MIB, MemoryBudget, context
+from vramplan.memory.fit import ENOUGH, LEAST, MEASURED, fits_under_limit, measured_of, verdict_for
+from vramplan.planning import cards
+from vramplan.planning.advice import advise
+from vramplan.planning.comparison import compare
+from vramplan.planning.estimate import estimate
+from vramplan.planning.planned_job import (
+    FITTING,
+    after,
+    card_warnings,
+    kind_of,
+    plan_job,
+    step_fits_under,
+    summary,
+    verdict_on,
+)
+from vramplan.planning.solver import largest_fitting, largest_passing, solve
+from vramplan.render import words
+from vramplan.render.comparison_csv import to_csv
 
 SHARED = Path(os.environ.get("VRAMPLAN_SHARED", Path(__file__).parents[2] / "shared")) / "measured"
 OWN = Path(__file__).parent / "measured"
@@ -56,21 +64,21 @@ def with_limit(job: dict, limit: int) -> dict:
 # --- the verdict --------------------------------------------------------------------------------------------
 
 
-def verdict_under(weighing, limit: int, unknown: int = 0):
-    space = Room(limit, unknown, 0, "a cap")
-    return judge(weighing.stream, weighing.reading, space, kind_of(weighing.job), weighing.settings)
+def verdict_under(planned, limit: int, unknown: int = 0):
+    space = MemoryBudget(limit, unknown, 0, "a cap")
+    return verdict_for(planned.concrete, planned.summary, space, kind_of(planned.job), planned.settings)
 
 
 def check_caps(rows: list[dict]) -> Counter:
     """Each row's step under caps around the peak that it really reserved: never `fits` where a real card says no."""
     words = Counter()
     for row in rows:
-        weighing = weigh(read_job(row["job"]))
+        planned = plan_job(read_job(row["job"]))
         measured = row["measured"]
-        reserved = measured.get("peak_reserved") or weighing.reading.reserved
+        reserved = measured.get("peak_reserved") or planned.summary.reserved
         for share in (0.9, 0.97, 1.0, 1.03, 1.1):
             cap = int(share * reserved)
-            word = verdict_under(weighing, cap).verdict
+            word = verdict_under(planned, cap).verdict
             words[share, word] += 1
             if cap < measured["peak_allocated"]:
                 assert word == "does_not_fit", (row["id"], share)
@@ -110,24 +118,24 @@ def test_a_kind_that_few_measured_takes_the_worst_of_all():
 
 
 def test_the_interval_says_fits_tight_and_does_not_fit():
-    weighing = weigh(read_job(JOB))
-    needed = weighing.reading.reserved
-    far = verdict_under(weighing, needed + 300 * MIB)
+    planned = plan_job(read_job(JOB))
+    needed = planned.summary.reserved
+    far = verdict_under(planned, needed + 300 * MIB)
     assert far.verdict == "fits" and far.headroom == 300 * MIB
     assert far.interval[0] == far.headroom - far.margin and far.margin >= LEAST
     assert "40 measured" not in far.margin_source and "lora" in far.margin_source and "a cap" in far.margin_source
-    assert verdict_under(weighing, needed + 300 * MIB, unknown=290 * MIB).verdict == "tight"
-    assert verdict_under(weighing, needed).verdict == "tight"
-    short = verdict_under(weighing, weighing.reading.peak.peak - MIB)
+    assert verdict_under(planned, needed + 300 * MIB, unknown=290 * MIB).verdict == "tight"
+    assert verdict_under(planned, needed).verdict == "tight"
+    short = verdict_under(planned, planned.summary.peak.peak - MIB)
     assert short.verdict == "does_not_fit" and short.headroom < 0
-    assert (short.breaks, short.breaks_on) == (weighing.reading.peak.name, "logits_and_loss")
-    small = verdict_under(weighing, 8 * MIB)
+    assert (short.breaks, short.breaks_on) == (planned.summary.peak.name, "logits_and_loss")
+    small = verdict_under(planned, 8 * MIB)
     assert (small.breaks, small.breaks_on) == ("load", "weights")
 
 
 def test_what_is_not_known_of_a_card_widens_the_interval():
-    measured, derived = cards.room(find_gpu("h100"), 0, MIB), cards.room(find_gpu("h800"), 0, MIB)
-    other, own = cards.room(find_gpu("rtx-4090"), 0, MIB), cards.room(OwnGpu(memory_bytes=24 << 30), 0, MIB)
+    measured, derived = cards.budget_on(find_gpu("h100"), 0, MIB), cards.budget_on(find_gpu("h800"), 0, MIB)
+    other, own = cards.budget_on(find_gpu("rtx-4090"), 0, MIB), cards.budget_on(OwnGpu(memory_bytes=24 << 30), 0, MIB)
     assert measured.unknown == 64 * MIB and derived.unknown == measured.unknown + cards.DERIVED
     assert other.unknown == context((8, 9)).high - context((8, 9)).expected + MIB
     assert own.unknown >= other.unknown
@@ -144,8 +152,8 @@ def test_a_job_that_runs_but_cannot_load_says_so():
         "sequence_length": 4,
         "new_tokens": 1,
     }
-    weighing = weigh(read_job(with_limit(job, 1 << 30)))
-    load, step = weighing.reading.phases[0], weighing.reading
+    planned = plan_job(read_job(with_limit(job, 1 << 30)))
+    load, step = planned.summary.phases[0], planned.summary
     assert load.reserved > step.reserved
     answer = estimate(with_limit(job, (load.peak + step.reserved) // 2))
     fit = answer["fits"][0]
@@ -155,7 +163,7 @@ def test_a_job_that_runs_but_cannot_load_says_so():
 
 def test_a_reserve_is_left_to_others():
     job = {**JOB, "gpu": "rtx-4090"}
-    free, held = (summary(weigh(read_job({**job, "reserve": reserve}))) for reserve in (0, 3 << 30))
+    free, held = (summary(plan_job(read_job({**job, "reserve": reserve}))) for reserve in (0, 3 << 30))
     assert free["headroom"] - held["headroom"] == 3 << 30
 
 
@@ -166,12 +174,12 @@ def test_merging_takes_the_base_in_16_bit_and_the_product_of_the_factors_twice()
     config = {**WIDE, "vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
     job = {"config": {**config, "num_key_value_heads": 16}, "method": "qlora", "sequence_length": 64,
            "lora": {"r": 8, "target_modules": ["down_proj"]}}  # fmt: skip
-    weighing = weigh(read_job(with_limit(job, 1 << 30)))
+    planned = plan_job(read_job(with_limit(job, 1 << 30)))
     base = 2 * (2 * 2048 * 1024 + 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 5 * 1024)
     product = 4 * 1024 * 4096
-    need = after(weighing).merge
+    need = after(planned).merge
     assert base + 2 * product <= need <= base + 2 * product + 48 * MIB  # and cuBLAS' workspace
-    limit = max(weighing.reading.reserved, weighing.reading.phases[0].reserved)
+    limit = max(planned.summary.reserved, planned.summary.phases[0].reserved)
     fit = estimate(with_limit(job, limit))["fits"][0]
     assert limit < need and fit["verdict"] in FITTING and fit["cannot"] == ["merge"]
     assert estimate(with_limit(job, need))["fits"][0]["cannot"] == []
@@ -181,24 +189,24 @@ def test_writing_a_fused_mixture_of_experts_copies_what_the_checkpoint_holds_apa
     moe = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 256, "vocab_size": 512,
            "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
            "num_local_experts": 8}  # fmt: skip
-    weighing = weigh(read_job({"config": moe, "method": "full", "sequence_length": 32, "optimizer": "sgd"}))
+    planned = plan_job(read_job({"config": moe, "method": "full", "sequence_length": 32, "optimizer": "sgd"}))
     gate_and_up = 2 * 2 * 8 * 2 * 256 * 512
-    held = weighing.reading.phases[-1].end
-    assert gate_and_up <= after(weighing).save - held <= gate_and_up + 2 * MIB
-    dense = weigh(read_job({**JOB, "method": "full", "lora": None}))
-    assert after(dense).save == dense.reading.phases[-1].end and after(dense).merge is None
-    assert after(weigh(read_job({**JOB, "method": "inference", "lora": None}))) is None
+    held = planned.summary.phases[-1].end
+    assert gate_and_up <= after(planned).save - held <= gate_and_up + 2 * MIB
+    dense = plan_job(read_job({**JOB, "method": "full", "lora": None}))
+    assert after(dense).save == dense.summary.phases[-1].end and after(dense).merge is None
+    assert after(plan_job(read_job({**JOB, "method": "inference", "lora": None}))) is None
 
 
 def test_merging_and_writing_take_what_they_took_on_an_h100():
     """PeftModel.from_pretrained, merge_and_unload, save_pretrained: to the byte."""
     for row in rows_of(OWN / "h100-finish.jsonl"):
-        weighing = weigh(read_job(row["job"]))
-        planned, written = after(weighing), row["save"]["peak_allocated"]
+        planned = plan_job(read_job(row["job"]))
+        planned, written = after(planned), row["save"]["peak_allocated"]
         if row["job"]["method"] == "lora":
             assert planned.merge == max(row["merge"]["peak_allocated"], written), row["id"]
         else:
-            assert planned.save - weighing.reading.phases[-1].end == written - row["before_save"], row["id"]
+            assert planned.save - planned.summary.phases[-1].end == written - row["before_save"], row["id"]
 
 
 def test_a_merge_that_cannot_be_planned_is_a_warning_and_no_verdict(monkeypatch):
@@ -234,25 +242,25 @@ def test_the_edge_is_found_in_few_tries(limit, first):
         tries.append(value)
         return 3 * value + value * value // 1000 - (3 * limit + limit * limit // 1000)
 
-    assert edge(over, 1 << 20, first) == limit
+    assert largest_fitting(over, 1 << 20, first) == limit
     assert len(set(tries)) < 40
 
 
 def test_the_search_goes_on_where_memory_falls_again():
     """A kernel that keeps length × length scores below 2048 and not from there on."""
-    assert edge(lambda s: (s * s if s < 2048 else 1000 * s) - 3_000_000, 1 << 20, 512) == 3000
-    aligned = edge(lambda s: (2 * s if s % 8 else s) - 1000, 1 << 20, 10)
+    assert largest_fitting(lambda s: (s * s if s < 2048 else 1000 * s) - 3_000_000, 1 << 20, 512) == 3000
+    aligned = largest_fitting(lambda s: (2 * s if s % 8 else s) - 1000, 1 << 20, 10)
     assert aligned == 1000
 
 
 def test_what_the_model_cannot_take_ends_the_search():
-    assert edge(lambda s: s - 5000 if s <= 2048 else None, 1 << 20, 1024) == 2048
+    assert largest_fitting(lambda s: s - 5000 if s <= 2048 else None, 1 << 20, 1024) == 2048
 
 
 def test_an_edge_that_a_few_blocks_decide_is_the_one_below_which_all_pass():
-    assert climb(lambda v: v in (9, 11), 8, 100) == 9
-    assert climb(lambda v: v < 200 or v == 230, 100, 1000) == 199
-    assert climb(lambda v: True, 100, 128) == 128
+    assert largest_passing(lambda v: v in (9, 11), 8, 100) == 9
+    assert largest_passing(lambda v: v < 200 or v == 230, 100, 1000) == 199
+    assert largest_passing(lambda v: True, 100, 128) == 128
 
 
 def frontiers():
@@ -284,7 +292,7 @@ def test_measured_edges():
     sides = {}
     for row in frontiers()[1::3]:
         sides[row["id"]] = tuple(
-            passes_under(weigh(read_job(value_at(row, value))), row["cap_bytes"])
+            step_fits_under(plan_job(read_job(value_at(row, value))), row["cap_bytes"])
             for value in (row["largest"], row["largest"] + 1)
         )
     assert sum(both == (True, False) for both in sides.values()) >= len(sides) - 2, sides
@@ -293,12 +301,12 @@ def test_measured_edges():
 def test_what_runs_out_of_memory_in_its_third_step_does_not_fit():
     """Measured were two steps, which pass; the third finds its blocks elsewhere."""
     row = frontiers()[0]
-    weighing = weigh(read_job(value_at(row, row["largest"])))
-    settings = replace(weighing.settings, limit=row["cap_bytes"])
-    stream, script = weighing.stream, weighing.stream.script
-    two = replay(script.course._replace(steady=None), stream.bytes, settings, script.first_step)
-    assert two.served == script.events.size
-    assert passes(stream, settings, placed=True) == (False, "backward")
+    planned = plan_job(read_job(value_at(row, row["largest"])))
+    settings = replace(planned.settings, limit=row["cap_bytes"])
+    concrete, template = planned.concrete, planned.concrete.template
+    two = replay(template.replay_input._replace(steady=None), concrete.bytes, settings, template.first_step)
+    assert two.served == template.events.size
+    assert fits_under_limit(concrete, settings, placed=True) == (False, "backward")
 
 
 def test_solving_for_a_card_is_sure_and_replayed_on_both_sides():
@@ -308,7 +316,7 @@ def test_solving_for_a_card_is_sure_and_replayed_on_both_sides():
     assert answer["memory_limit_bytes"] == (2 << 30) - 100 * MIB and 0 < sure <= most
     assert answer["tries"][most] is True and answer["tries"][most + 1] is False
     verdicts = [
-        verdict_on(w, w.card).verdict for w in (weigh(read_job({**job, "batch_size": b})) for b in (sure, most))
+        verdict_on(w, w.card).verdict for w in (plan_job(read_job({**job, "batch_size": b})) for b in (sure, most))
     ]
     assert verdicts[0] == "fits" and verdicts[1] in FITTING
     free = solve({**job, "batch_size": 3, "gradient_accumulation_steps": 40}, "accumulation_free_batch")
@@ -328,12 +336,14 @@ def test_the_smallest_card_takes_it_and_the_next_smaller_does_not():
 
 def test_the_largest_model_rules_out_every_larger_one(monkeypatch):
     sizes = [Model(f"m/{n}", {**WIDE, "num_hidden_layers": n}, n * 10**6, ()) for n in (1, 2, 4, 16, 32, 128)]
-    monkeypatch.setattr("app.solver.MODELS", sizes)
-    monkeypatch.setattr("app.plan.find_model", {model.id: model for model in sizes}.get)
+    monkeypatch.setattr("vramplan.planning.solver.MODELS", sizes)
+    monkeypatch.setattr("vramplan.planning.resolve.find_model", {model.id: model for model in sizes}.get)
     base = with_limit({"method": "full", "batch_size": 1, "sequence_length": 128}, 0)["gpu"]
-    needs = {n: weigh(read_job({"config": sizes[n].config, "method": "full", "sequence_length": 128})) for n in (2, 3)}
-    limit = needs[3].reading.reserved - LEAST
-    assert limit > needs[2].reading.reserved
+    needs = {
+        n: plan_job(read_job({"config": sizes[n].config, "method": "full", "sequence_length": 128})) for n in (2, 3)
+    }
+    limit = needs[3].summary.reserved - LEAST
+    assert limit > needs[2].summary.reserved
     job = {"method": "full", "sequence_length": 128, "gpu": {**base, "memory_bytes": limit + OUTSIDE}}
     answer = solve(job, "model")
     assert answer["model"] == "m/4" and answer["tries"][-1]["model"] == "m/4"
@@ -403,8 +413,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_suggestion_fits_when_it_is_planned_again(name):
     job = REFUSED[name]
-    weighing = weigh(read_job(job))
-    job = with_limit(job, int(0.85 * weighing.reading.peak.peak))
+    planned = plan_job(read_job(job))
+    job = with_limit(job, int(0.85 * planned.summary.peak.peak))
     advice = advise(job)
     assert advice["now"]["verdict"] == "does_not_fit" and advice["now"]["breaks_on"]
     options = [*advice["suggestions"], *([advice["pair"]] if advice["pair"] else [])]
@@ -422,7 +432,7 @@ def test_every_suggestion_fits_when_it_is_planned_again(name):
 
 def test_what_a_change_costs_is_read_off_the_plans():
     job = {**JOB, "config": {**BIG, "vocab_size": 2048, "num_hidden_layers": 8}}
-    job = with_limit(job, 3 * weigh(read_job(job)).reading.reserved // 4)
+    job = with_limit(job, 3 * plan_job(read_job(job)).summary.reserved // 4)
     found = {option["title"]: option for option in advise(job)["suggestions"]}
     again = found["gradient checkpointing"]
     assert again["flops_added"] == 0.5 and again["bytes_written_added"] > 0 and again["seconds_at_least"] > 0
@@ -433,7 +443,7 @@ def test_what_a_change_costs_is_read_off_the_plans():
 def test_running_the_merged_model_is_planned_too():
     advice = advise(with_limit({**JOB, "method": "qlora"}, 400 * MIB))
     bare = {"config": WIDE, "method": "inference", "sequence_length": 512}
-    run = summary(weigh(read_job(with_limit(bare, 400 * MIB))))
+    run = summary(plan_job(read_job(with_limit(bare, 400 * MIB))))
     assert advice["merged"] == run and run["verdict"] == "fits"
     long = advise(with_limit({**JOB, "sequence_length": 8192, "batch_size": 1}, 400 * MIB))
     assert "8192 positions" in long["merged"]["error"]["message"]
@@ -446,10 +456,10 @@ def test_refused_jobs_ran_with_the_change_that_came_first():
     for row in rows:
         limit = row["cap_bytes"]
         assert row["refused"]["fits"] is False and row["changed"]["fits"] is True
-        assert verdict_under(weigh(read_job(row["job"])), limit).verdict == "does_not_fit", row["id"]
-        changed = weigh(read_job({**row["job"], **row["change"]}))
+        assert verdict_under(plan_job(read_job(row["job"])), limit).verdict == "does_not_fit", row["id"]
+        changed = plan_job(read_job({**row["job"], **row["change"]}))
         assert verdict_under(changed, limit).verdict == "fits", row["id"]
-        assert abs(changed.reading.peak.peak / row["changed"]["peak_allocated"] - 1) < 0.001, row["id"]
+        assert abs(changed.summary.peak.peak / row["changed"]["peak_allocated"] - 1) < 0.001, row["id"]
 
 
 # --- side by side -------------------------------------------------------------------------------------------

@@ -8,18 +8,29 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from app.dryrun import cuda, fold
-from app.dryrun.model import bare
-from app.dryrun.step import dry_run
-from app.dryrun.trace import DataDependent
-from app.errors import PlanError
-from app.job import read_job
-from app.memory.allocator import replay
-from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
-from app.memory.fold import Expansion, Stack, Unfoldable, combination, expand, growth_of, inner_windows, same, shorten
-from app.memory.rules import Settings
-from app.memory.script import Script
+from vramplan.dryrun import repeat_layers as fold
+from vramplan.dryrun.build.model import bare
+from vramplan.dryrun.cuda import kernels as cuda
+from vramplan.dryrun.steps.plain import dry_run
+from vramplan.dryrun.tracker import DataDependent
+from vramplan.errors import PlanError
+from vramplan.job import read_job
+from vramplan.memory.allocator.caching import replay
+from vramplan.memory.allocator.config import AllocatorConfig
+from vramplan.memory.events import EMPTY_CACHE, Allocation, Mark, TraceLog
+from vramplan.memory.repeat import (
+    Expansion,
+    NotRepeatable,
+    Stack,
+    combination,
+    expand,
+    growth_of,
+    inner_windows,
+    same,
+    shorten,
+)
+from vramplan.memory.sizes import ShapePoint
+from vramplan.memory.template import TraceTemplate
 
 # --- a made-up step -----------------------------------------------------------------------------------------
 
@@ -28,25 +39,25 @@ class Tape:
     """Writes books by name: ``take`` and ``give`` what, where."""
 
     def __init__(self):
-        self.books = Books()
+        self.trace_log = TraceLog()
         self.keys: dict = {}
 
     def mark(self, name: str, step: int) -> None:
-        self.books.marks.append(Mark(len(self.books.events), name, step))
+        self.trace_log.marks.append(Mark(len(self.trace_log.events), name, step))
         self.phase = name
 
     def take(self, name, size: int, module: str, op: str = "mm") -> None:
-        self.keys[name] = len(self.books.allocations)
-        self.books.allocations.append(Allocation(size, module, "temporaries", self.phase, op))
-        self.books.events.append(self.keys[name])
-        self.books.sites.append(module)
+        self.keys[name] = len(self.trace_log.allocations)
+        self.trace_log.allocations.append(Allocation(size, module, "temporaries", self.phase, op))
+        self.trace_log.events.append(self.keys[name])
+        self.trace_log.event_fqns.append(module)
 
     def give(self, name, site: str) -> None:
-        self.books.events.append(~self.keys.pop(name))
-        self.books.sites.append(site)
+        self.trace_log.events.append(~self.keys.pop(name))
+        self.trace_log.event_fqns.append(site)
 
 
-def step(types, sizes, shares=False, gaps=False, keeps=True) -> Books:
+def step(types, sizes, shares=False, gaps=False, keeps=True) -> TraceLog:
     """Two steps over layers of these types. ``sizes[type]`` are the tensors a layer saves; ``shares``: all layers of a
     type use one tensor, which the last user gives back; ``gaps``: something outside happens after every layer;
     ``keeps``: a layer's input lives until its backward pass (else until the next layer has run)."""
@@ -54,50 +65,50 @@ def step(types, sizes, shares=False, gaps=False, keeps=True) -> Books:
     name = "model.layers.{}.mlp".format
     tape.mark("load", 0)
     for i, kind in enumerate(types):
-        tape.take(("weight", i), 100 + kind, name(i))
+        tape.record_alloc(("weight", i), 100 + kind, name(i))
         tape.mark(EMPTY_CACHE, 0)
         tape.phase = "load"
     for number in (1, 2):
         tape.mark("forward", number)
-        tape.take("embedded", 8, "model.embed")
+        tape.record_alloc("embedded", 8, "model.embed")
         for kind in sorted(set(types)) if shares else ():
-            tape.take(("shared", kind), 16 + kind, "model.rotary")
+            tape.record_alloc(("shared", kind), 16 + kind, "model.rotary")
         for i, kind in enumerate(types):
-            tape.take("temporary", 3, name(i))
+            tape.record_alloc("temporary", 3, name(i))
             for n, size in enumerate(sizes[kind]):
-                tape.take(("saved", i, n), size, name(i))
-            tape.give("temporary", name(i))
-            tape.take(("out", i), 8, name(i))
+                tape.record_alloc(("saved", i, n), size, name(i))
+            tape.record_free("temporary", name(i))
+            tape.record_alloc(("out", i), 8, name(i))
             if i and not keeps:
-                tape.give(("out", i - 1), name(i))
+                tape.record_free(("out", i - 1), name(i))
             if gaps:
-                tape.take("gap", 5 + kind, "model")
-                tape.give("gap", "model")
-        tape.take("stacked", 4 * len(types), "model.head", "stack")
+                tape.record_alloc("gap", 5 + kind, "model")
+                tape.record_free("gap", "model")
+        tape.record_alloc("stacked", 4 * len(types), "model.head", "stack")
         tape.mark("backward", number)
-        tape.take(("grad", len(types)), 9, "model.head")
+        tape.record_alloc(("grad", len(types)), 9, "model.head")
         for i, kind in reversed(list(enumerate(types))):
-            tape.take(("grad", i), 9, name(i))
+            tape.record_alloc(("grad", i), 9, name(i))
             for n in range(len(sizes[kind])):
-                tape.give(("saved", i, n), name(i))
-            tape.give(("grad", i + 1), name(i))
-            tape.take(("weight grad", i), 100 + kind, name(i))
+                tape.record_free(("saved", i, n), name(i))
+            tape.record_free(("grad", i + 1), name(i))
+            tape.record_alloc(("weight grad", i), 100 + kind, name(i))
             if keeps or i == len(types) - 1:
-                tape.give(("out", i), name(i))
+                tape.record_free(("out", i), name(i))
             if shares and i == types.index(kind):
-                tape.give(("shared", kind), name(i))
-        tape.give(("grad", 0), "model.embed")
-        tape.give("embedded", "model.embed")
-        tape.give("stacked", "model.head")
+                tape.record_free(("shared", kind), name(i))
+        tape.record_free(("grad", 0), "model.embed")
+        tape.record_free("embedded", "model.embed")
+        tape.record_free("stacked", "model.head")
         tape.mark("optimizer", number)
         for i, kind in enumerate(types):
-            tape.take(("root", i), 100 + kind, name(i), "sqrt")
+            tape.record_alloc(("root", i), 100 + kind, name(i), "sqrt")
         for i in range(len(types)):
-            tape.give(("root", i), name(i))
+            tape.record_free(("root", i), name(i))
         for i in range(len(types)):
-            tape.give(("weight grad", i), name(i))
+            tape.record_free(("weight grad", i), name(i))
         tape.mark("end", number)
-    return tape.books
+    return tape.trace_log
 
 
 TYPES = st.builds(
@@ -118,23 +129,23 @@ def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps
     short = [types[index] for index in shorten(types, 1)]
     options = {"shares": shares, "gaps": gaps, "keeps": keeps}
     whole = step(types, sizes, **options)
-    books = step(short, sizes, **options)
+    trace_log = step(short, sizes, **options)
     stacks = [Stack(("model.layers",), tuple(short), tuple(types))]
-    stacked = [key for key, entry in enumerate(books.allocations) if entry.op == "stack"]
+    stacked = [key for key, entry in enumerate(trace_log.allocations) if entry.op == "stack"]
     growth = {key: 4 * (len(types) - len(short)) for key in stacked}
-    expansion = expand(books, stacks, growth)
-    out = expansion.books()
+    expansion = expand(trace_log, stacks, growth)
+    out = expansion.trace_log()
     assert out == whole
-    assert growth_of(books, stacks, whole) == (growth if len(types) > len(short) else {})
+    assert growth_of(trace_log, stacks, whole) == (growth if len(types) > len(short) else {})
     live: set[int] = set()
     for event in out.events:
         if event >= 0:
             live.add(event)
         else:
             live.remove(~event)
-    stream = Script.of(expansion.columns(), []).at(1, 1, 1)
-    assert stream.books() == Script.of(out.columns(), []).at(1, 1, 1).books()
-    run = replay(stream.script.course, stream.bytes, Settings())
+    concrete = TraceTemplate.of(expansion.columns(), []).at(ShapePoint(1, 1, 1))
+    assert concrete.trace_log() == TraceTemplate.of(out.columns(), []).at(ShapePoint(1, 1, 1)).trace_log()
+    run = replay(concrete.template.replay_input, concrete.bytes, AllocatorConfig())
     assert run.left[-1] == 512 * len(live) == 512 * len(types)
 
 
@@ -172,31 +183,31 @@ def test_a_deeper_run_that_differs_is_noticed():
     stacks = [Stack(("model.layers",), (0, 0, 0), (0, 0, 0, 0))]
     short, longer = step([0] * 3, [[7]]), step([0] * 4, [[7]])
     assert growth_of(short, stacks, longer)
-    key = next(n for n, entry in enumerate(longer.allocations) if entry.module == "model.layers.1.mlp")
+    key = next(n for n, entry in enumerate(longer.allocations) if entry.fqn == "model.layers.1.mlp")
     for change in ({"size": 1}, {"kind": "buffers"}, {"module": "model.layers.2.mlp"}):
         changed = copy.deepcopy(longer)
         changed.allocations[key] = changed.allocations[key]._replace(**change)
-        with pytest.raises(Unfoldable):
+        with pytest.raises(NotRepeatable):
             growth_of(short, stacks, changed)
-    with pytest.raises(Unfoldable):
+    with pytest.raises(NotRepeatable):
         growth_of(short, stacks, step([0] * 5, [[7]]))
     sizes = [[7], [6]]
-    with pytest.raises(Unfoldable):
+    with pytest.raises(NotRepeatable):
         growth_of(step([0, 1, 0], sizes), stacks, step([0, 1, 0, 0], sizes))
 
 
 def test_memory_that_not_all_alike_give_back_is_refused():
     """The last layer gives back what the one before it made, the middle one does not: what of those in between?"""
-    books = step([0] * 3, [[7]], keeps=False)
-    made = {event: entry.module for event, entry in enumerate(books.allocations)}
+    trace_log = step([0] * 3, [[7]], keeps=False)
+    made = {event: entry.fqn for event, entry in enumerate(trace_log.allocations)}
     at = next(
-        n for n, (event, site) in enumerate(zip(books.events, books.sites))
+        n for n, (event, site) in enumerate(zip(trace_log.events, trace_log.event_fqns))
         if event < 0 and site == "model.layers.1.mlp" and made[~event] == "model.layers.0.mlp"
     )  # fmt: skip
-    del books.events[at], books.sites[at]
-    books.marks = [mark._replace(at=mark.at - (mark.at > at)) for mark in books.marks]
-    with pytest.raises(Unfoldable, match="does not give back"):
-        expand(books, [Stack(("model.layers",), (0, 0, 0), (0,) * 6)])
+    del trace_log.events[at], trace_log.event_fqns[at]
+    trace_log.marks = [mark._replace(at=mark.at - (mark.at > at)) for mark in trace_log.marks]
+    with pytest.raises(NotRepeatable, match="does not give back"):
+        expand(trace_log, [Stack(("model.layers",), (0, 0, 0), (0,) * 6)])
 
 
 def test_layers_chosen_by_number_are_refused():
@@ -204,21 +215,21 @@ def test_layers_chosen_by_number_are_refused():
     tape = Tape()
     tape.mark("load", 0)
     for i in range(3):
-        tape.take(i, 9, f"model.layers.{i}")
+        tape.record_alloc(i, 9, f"model.layers.{i}")
     tape.mark("forward", 1)
-    tape.take("x", 9, "model.layers.0")
-    with pytest.raises(Unfoldable, match="some run and some do not"):
-        expand(tape.books, [Stack(("model.layers",), (0, 0, 0), (0,) * 6)])
+    tape.record_alloc("x", 9, "model.layers.0")
+    with pytest.raises(NotRepeatable, match="some run and some do not"):
+        expand(tape.trace_log, [Stack(("model.layers",), (0, 0, 0), (0,) * 6)])
 
 
 def test_same_allows_only_the_order_of_releases():
-    def books(*events):
+    def trace_log(*events):
         taken = [Allocation(4, "", "inputs", "load", "x")] * 3
-        return Books(taken, list(events), [""] * len(events), [Mark(0, "load", 0)])
+        return TraceLog(taken, list(events), [""] * len(events), [Mark(0, "load", 0)])
 
-    assert same(books(0, 1, ~0, ~1, 2), books(0, 1, ~1, ~0, 2))
-    assert not same(books(0, 1, ~0, 2, ~1), books(0, 1, ~1, 2, ~0))
-    assert not same(books(0, 1, ~0, ~1, 2), books(0, 1, ~0, 2, ~1))
+    assert same(trace_log(0, 1, ~0, ~1, 2), trace_log(0, 1, ~1, ~0, 2))
+    assert not same(trace_log(0, 1, ~0, 2, ~1), trace_log(0, 1, ~1, 2, ~0))
+    assert not same(trace_log(0, 1, ~0, ~1, 2), trace_log(0, 1, ~0, 2, ~1))
 
 
 # --- real models --------------------------------------------------------------------------------------------
@@ -332,8 +343,8 @@ def prepare(kind: str, choice: dict):
     return model, lambda model: dry_run(model, job, task, cuda.Card())
 
 
-def books_of(found: Books | Expansion) -> Books:
-    return found.books() if isinstance(found, Expansion) else found
+def log_of(found: TraceLog | Expansion) -> TraceLog:
+    return found.trace_log() if isinstance(found, Expansion) else found
 
 
 @pytest.fixture
@@ -353,19 +364,19 @@ def test_folded_equals_unfolded(fold_always, kind, choice):
         return trace(bare)
 
     groups = fold.repeated(model)
-    books = fold.fold(model, watched).books()
+    trace_log = fold.fold(model, watched).trace_log()
     assert len(depths) >= 2
     assert all(depth < len(group.types) for depth, group in zip(depths[0], groups))
-    assert same(books, trace(model))
+    assert same(trace_log, trace(model))
 
 
 def test_checkpointed_layers_differ_from_the_others(fold_always):
     """The comparison itself can fail: other jobs, other depths and other widths give other books."""
     model, trace = prepare("llama", FULL)
-    books = fold.fold(model, trace).books()
+    trace_log = fold.fold(model, trace).trace_log()
     for kind, choice in (("llama", FULL | NEW), ("llama", FULL | FUSED), ("qwen2", FULL)):
         other, run = prepare(kind, choice)
-        assert not same(books, run(other))
+        assert not same(trace_log, run(other))
 
 
 def test_the_bare_model_stays_as_it_is(fold_always):
@@ -374,7 +385,7 @@ def test_the_bare_model_stays_as_it_is(fold_always):
         model, trace = prepare(kind, QLORA | {"gradient_checkpointing": "off"})
         before = [(name, type(p), p.dtype, p.shape, p.requires_grad, id(p)) for name, p in model.named_parameters()]
         config = model.config.to_dict()
-        fold.folded_books(model, trace)
+        fold.folded_log(model, trace)
         assert [(n, type(p), p.dtype, p.shape, p.requires_grad, id(p)) for n, p in model.named_parameters()] == before
         assert model.config.to_dict() == config
 
@@ -382,14 +393,14 @@ def test_the_bare_model_stays_as_it_is(fold_always):
 def test_unfolded_where_nothing_repeats():
     """ALBERT runs one layer many times: there is nothing to leave out, and the whole is run."""
     model, trace = prepare("albert", FULL)
-    with pytest.raises(Unfoldable, match="no layers repeat"):
+    with pytest.raises(NotRepeatable, match="no layers repeat"):
         fold.fold(model, trace)
-    assert fold.folded_books(model, trace) == trace(model)
+    assert fold.folded_log(model, trace) == trace(model)
 
 
 def test_unfolded_where_the_job_names_a_layer(fold_always):
     model, trace = prepare("llama", QLORA)
-    with pytest.raises(Unfoldable, match="by its number"):
+    with pytest.raises(NotRepeatable, match="by its number"):
         fold.fold(model, trace, ["lm_head", "model.layers.3.mlp.up_proj"])
     fold.fold(model, trace, ["lm_head", "q_proj", "w2"])
 
@@ -403,7 +414,7 @@ def test_unfolded_where_the_short_model_fails(fold_always):
             raise IndexError("short")
         return trace(bare)
 
-    assert books_of(fold.folded_books(model, fails)) == trace(model)
+    assert log_of(fold.folded_log(model, fails)) == trace(model)
 
 
 def test_what_folded_a_model_once_folds_it_again(fold_always, monkeypatch):
@@ -420,7 +431,7 @@ def test_what_folded_a_model_once_folds_it_again(fold_always, monkeypatch):
                 raise IndexError("short")
             return trace(bare)
 
-        assert books_of(fold.folded_books(model, fails)) == trace(model)
+        assert log_of(fold.folded_log(model, fails)) == trace(model)
         return ran
 
     assert depths(6) == [3, 6, 7] and depths(6) == [6, 7]
@@ -438,7 +449,7 @@ def test_what_the_whole_would_say_too_is_said_at_once(error):
         raise error
 
     with pytest.raises(type(error)):
-        fold.folded_books(model, refuses)
+        fold.folded_log(model, refuses)
     assert len(ran) == 1
 
 

@@ -20,12 +20,11 @@ from hub_server import STRANGER, TOKEN, HubServer, Sparse
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled
-
-from app import hub as client
-from app.batch import plan
-from app.catalog.models import MODELS
-from app.errors import PlanError
-from app.web import create_app
+from vramplan.catalog.models import MODELS
+from vramplan.errors import PlanError
+from vramplan.hub import client as client
+from vramplan.server.app import create_app
+from vramplan.usecases import plan
 
 ROOT = Path(__file__).parents[1]
 IDS = {model.id for model in MODELS}
@@ -67,11 +66,11 @@ def fetch(hub, tmp_path):
 
 
 @pytest.fixture
-def weigh(hub, tmp_path):
-    def weigh(name=ID, revision=None, token=None):
+def plan_job(hub, tmp_path):
+    def plan_job(name=ID, revision=None, token=None):
         return client.weights_of(name, revision, endpoint=hub.endpoint, token=token, cache_dir=str(tmp_path / "cache"))
 
-    return weigh
+    return plan_job
 
 
 def refused(call, *args, **kwargs) -> PlanError:
@@ -520,16 +519,16 @@ def python(code: str, hub: HubServer, home: Path, **env: str) -> object:
 
 
 def test_endpoint_token_and_cache_are_the_user_s_own(hub, tmp_path):
-    """A config by name in a fresh process, without torch; and after what app.dryrun tells the libraries."""
+    """A config by name in a fresh process, without torch; and after what vramplan.dryrun tells the libraries."""
     repo = hub.add(ID, FILES, private=True)
     code = f"""
 import json, sys
 import huggingface_hub
-from app.job import Job
-from app.plan import config_of
+from vramplan.job import Job
+from vramplan.planning.resolve import config_of
 before = config_of(Job(model={ID!r}, method="lora"))
 heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
-import app.dryrun
+import vramplan.dryrun
 answer = config_of(Job(model={ID!r}, method="lora"))
 print(json.dumps([before, answer, huggingface_hub.constants.is_offline_mode(), heavy]))
 """
@@ -543,7 +542,7 @@ print(json.dumps([before, answer, huggingface_hub.constants.is_offline_mode(), h
     code = f"""
 import json, huggingface_hub
 theirs = huggingface_hub.hf_hub_download({ID!r}, "config.json")
-from app.hub import fetch_config
+from vramplan.hub.client import fetch_config
 print(json.dumps([theirs, fetch_config({ID!r})]))
 """
     theirs, ours = python(code, hub, tmp_path, HF_HUB_OFFLINE="1")
@@ -576,12 +575,12 @@ def safetensors(tensors: dict, pad: int = 0) -> Sparse:
     return Sparse(struct.pack("<Q", len(text)) + text, 8 + len(text) + at)
 
 
-def test_weights_are_counted_from_one_header(hub, weigh):
+def test_weights_are_counted_from_one_header(hub, plan_job):
     file = safetensors(
         {"embed": ("BF16", (128_000, 4096), 2), "scale": ("F32", (), 4), "packed": ("I32", (512, 64), 4)}
     )
     repo = hub.add(ID, {**FILES, "model.safetensors": file}, lfs=["model.safetensors"], private=True)
-    assert weigh(token=TOKEN) == {
+    assert plan_job(token=TOKEN) == {
         "parameters": 128_000 * 4096 + 1 + 512 * 64,
         "bytes": 128_000 * 4096 * 2 + 4 + 512 * 64 * 4,
         "by_dtype": {
@@ -596,7 +595,7 @@ def test_weights_are_counted_from_one_header(hub, weigh):
     assert sum(one.sent for one in hub.log) < 110_000 < 10**9 < len(file)
 
 
-def test_weights_in_shards_are_counted_by_ranges_alone(hub, weigh):
+def test_weights_in_shards_are_counted_by_ranges_alone(hub, plan_job):
     """20 files of 10 GiB; one header is longer than the first read and takes a second."""
     shards = {
         f"model-{i:05}-of-00020.safetensors": safetensors(
@@ -608,7 +607,7 @@ def test_weights_in_shards_are_counted_by_ranges_alone(hub, weigh):
     files = {**FILES, **shards, "model.safetensors.index.json": json.dumps(index).encode()}
     repo = hub.add(ID, files, lfs=list(shards), refs={"v2": "d" * 40})
     total = 20 * 10240 << 20
-    assert weigh(revision="v2") == {
+    assert plan_job(revision="v2") == {
         "parameters": total,
         "bytes": total,
         "by_dtype": {"F8_E4M3": {"parameters": total, "bytes": total}},
@@ -622,21 +621,21 @@ def test_weights_in_shards_are_counted_by_ranges_alone(hub, weigh):
     assert repo.commit != "d" * 40
 
 
-def test_a_shard_that_fails_once_is_read_again_and_one_that_fails_is_told(hub, weigh):
+def test_a_shard_that_fails_once_is_read_again_and_one_that_fails_is_told(hub, plan_job):
     index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
     part = safetensors({"a": ("F16", (8, 8), 2)})
     files = {"a.safetensors": part, "b.safetensors": part, "model.safetensors.index.json": json.dumps(index).encode()}
     hub.add(ID, files, lfs=["a.safetensors", "b.safetensors"])
     once = hub.fault("GET", "/cdn/acme/Llama-3.1-8B-tuned/b.safetensors", status=503, times=2)
-    assert weigh()["parameters"] == 128
+    assert plan_job()["parameters"] == 128
     once.times = 1 << 30
-    assert "answers 503" in refused(weigh).message
+    assert "answers 503" in refused(plan_job).message
 
 
-def test_a_server_that_ignores_ranges_is_left_at_once(hub, weigh):
+def test_a_server_that_ignores_ranges_is_left_at_once(hub, plan_job):
     hub.add(ID, {"model.safetensors": safetensors({"a": ("BF16", (1 << 20, 8192), 2)})}, lfs=["model.safetensors"])
     hub.fault("GET", "/cdn/", status=200, headers={}, length=16 << 30, endless=True)
-    seconds, error = took(lambda: refused(weigh))
+    seconds, error = took(lambda: refused(plan_job))
     assert "bytes or more" in error.message and seconds < 3
 
 
@@ -652,51 +651,51 @@ def test_a_server_that_ignores_ranges_is_left_at_once(hub, weigh):
     ],
     ids=["short", "giant", "text", "list", "negative", "words"],
 )
-def test_a_broken_header(hub, weigh, head):
+def test_a_broken_header(hub, plan_job, head):
     hub.add(ID, {"model.safetensors": head})
-    refused(weigh)
+    refused(plan_job)
 
 
 @pytest.mark.parametrize("index", [b"{}", b'{"weight_map": {"a": 1}}', b'{"weight_map": []}', b"["])
-def test_a_broken_index(hub, weigh, index):
+def test_a_broken_index(hub, plan_job, index):
     hub.add(ID, {"model.safetensors.index.json": index})
-    refused(weigh)
+    refused(plan_job)
 
 
-def test_an_index_of_too_many_files(hub, weigh):
+def test_an_index_of_too_many_files(hub, plan_job):
     index = {"weight_map": {str(i): f"{i}.safetensors" for i in range(client.SHARD_LIMIT + 1)}}
     hub.add(ID, {"model.safetensors.index.json": json.dumps(index).encode()})
-    assert "2001 files" in refused(weigh).message
+    assert "2001 files" in refused(plan_job).message
 
 
-def test_weights_that_cannot_be_read(hub, weigh):
+def test_weights_that_cannot_be_read(hub, plan_job):
     hub.add(ID, {**FILES, "pytorch_model.bin": b"\x80"})
-    assert "no safetensors weights" in refused(weigh).message
+    assert "no safetensors weights" in refused(plan_job).message
     hub.add("acme/gated", {"model.safetensors": safetensors({})}, gated=True)
-    assert "gated" in refused(weigh, "acme/gated").message
-    assert "has no model" in refused(weigh, "acme/none").message
-    assert refused(weigh, revision="nope").field == "revision"
-    assert "neither a file" in refused(weigh, "a/b/c").message
+    assert "gated" in refused(plan_job, "acme/gated").message
+    assert "has no model" in refused(plan_job, "acme/none").message
+    assert refused(plan_job, revision="nope").field == "revision"
+    assert "neither a file" in refused(plan_job, "a/b/c").message
 
 
-def test_weights_of_a_folder_and_of_the_cache(hub, weigh, tmp_path, monkeypatch):
+def test_weights_of_a_folder_and_of_the_cache(hub, plan_job, tmp_path, monkeypatch):
     file = safetensors({"a": ("U8", (64, 64), 1)})
     counted = {"parameters": 4096, "bytes": 4096, "by_dtype": {"U8": {"parameters": 4096, "bytes": 4096}}}
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert "no safetensors weights" in refused(weigh, str(folder)).message
+    assert "no safetensors weights" in refused(plan_job, str(folder)).message
     (folder / "model.safetensors").write_bytes(file[:])
-    assert weigh(str(folder)) == {**counted, "commit": None} and hub.log == []
+    assert plan_job(str(folder)) == {**counted, "commit": None} and hub.log == []
     (folder / "model.safetensors").write_bytes(b"\0")
-    assert "cannot be counted" in refused(weigh, str(folder)).message
+    assert "cannot be counted" in refused(plan_job, str(folder)).message
 
     repo = hub.add(ID, {"model.safetensors": file[:]})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     huggingface_hub.hf_hub_download(ID, "model.safetensors", endpoint=hub.endpoint, cache_dir=str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = len(hub.log)
-    assert weigh() == {**counted, "commit": repo.commit} and len(hub.log) == asked
-    assert "HF_HUB_OFFLINE" in refused(weigh, "acme/none").message
+    assert plan_job() == {**counted, "commit": repo.commit} and len(hub.log) == asked
+    assert "HF_HUB_OFFLINE" in refused(plan_job, "acme/none").message
 
 
 # Search

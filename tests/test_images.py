@@ -7,15 +7,14 @@ import torch
 import transformers
 from tiny import GRID, LLAMA, TEXT
 from transformers.models.llama import modeling_llama
-
-from app.batch import plan
-from app.dryrun.cuda import Card
-from app.dryrun.model import read_config
-from app.dryrun.trace import Ledger
-from app.dryrun.values import Values
-from app.errors import PlanError
-from app.job import read_job
-from app.weigh import weigh, written
+from vramplan.dryrun.build.model import read_config
+from vramplan.dryrun.cuda.kernels import Card
+from vramplan.dryrun.known_values import KnownValues
+from vramplan.dryrun.tracker import MemoryTracker
+from vramplan.errors import PlanError
+from vramplan.job import read_job
+from vramplan.planning.planned_job import plan_job, written
+from vramplan.usecases import plan
 
 SQUARE = {  # images of one size
     "model_type": "llava",
@@ -189,7 +188,7 @@ def test_what_more_batches_write_grows_with_their_number():
     """A trainer's are fetched into memory of their own, each once."""
     for trainer in ("pytorch", "transformers"):
         job = {"config": LLAMA, "method": "full", "sequence_length": 64, "gpu": "h100", "trainer": trainer}
-        two, four, eight = (written(weigh(read_job({**job, "gradient_accumulation_steps": n}))) for n in (2, 4, 8))
+        two, four, eight = (written(plan_job(read_job({**job, "gradient_accumulation_steps": n}))) for n in (2, 4, 8))
         assert eight - four == 2 * (four - two) > 0
 
 
@@ -207,24 +206,24 @@ def program(ids: torch.Tensor) -> tuple:
 
 def test_values_are_followed_as_a_device_would_compute_them():
     ids = torch.randint(5, 9, (3, 40), generator=torch.Generator().manual_seed(1))
-    values = Values("balanced")
-    ledger = Ledger(Card())
-    with ledger, ledger.following(values):
+    values = KnownValues("balanced")
+    tracker = MemoryTracker(Card())
+    with tracker, tracker.track_values(values):
         told = torch.empty(ids.shape, dtype=torch.long, device="meta")
-        values.tell(told, ids)
+        values.set_values(told, ids)
         found = program(told)
     for meta, real in zip(found, program(ids), strict=True):
         assert meta.device.type == "meta" and meta.shape == real.shape and meta.dtype == real.dtype
-        assert torch.equal(values.of(meta), real)
+        assert torch.equal(values.get(meta), real)
 
 
 def test_what_is_overwritten_by_the_unknown_is_forgotten():
-    values = Values("balanced")
-    ledger = Ledger(Card())
-    with ledger, ledger.following(values):
+    values = KnownValues("balanced")
+    tracker = MemoryTracker(Card())
+    with tracker, tracker.track_values(values):
         known = torch.zeros(4, dtype=torch.long, device="meta")
         view = known[1:]
         known += 2
-        assert values.of(view).tolist() == [2, 2, 2]
+        assert values.get(view).tolist() == [2, 2, 2]
         known.copy_(torch.empty(4, dtype=torch.long, device="meta"))
-        assert values.of(known) is None and values.of(view) is None
+        assert values.get(known) is None and values.get(view) is None

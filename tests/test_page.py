@@ -11,10 +11,10 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 from tiny import JOB, LLAMA
-
-from app import desk, web
-from app.render import html, words
-from app.service import estimate
+from vramplan.planning.estimate import estimate
+from vramplan.render import html, words
+from vramplan.server import app as web
+from vramplan.server import runner
 
 ADDRESS = {"model": "pythia-70m", "method": "lora", "gpu": "t4", "batch_size": "1", "sequence_length": "64"}
 
@@ -93,7 +93,7 @@ def test_the_document_nests_and_every_control_has_a_label_and_every_reference_a_
 
 def test_nothing_is_inline_and_nothing_comes_from_elsewhere(page):
     tags = Tags(page)
-    assert not tags.all("style") and all(script.get("src") for script in tags.all("script"))
+    assert not tags.all("style") and all(template.get("src") for template in tags.all("script"))
     for _, attributes in tags.found:
         assert "style" not in attributes and not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "action"):
@@ -110,7 +110,7 @@ def test_the_form_keeps_what_was_asked(page):
 
 
 def test_every_field_of_the_form_is_one_of_the_job():
-    from app.form import fields
+    from vramplan.form import fields
 
     for name in (*html.MAIN, *(name for names in html.FOLDED.values() for name in names)):
         assert name in fields(), name
@@ -123,16 +123,16 @@ def test_links_hold_whole_jobs(client, page):
     cards = [parse_qs(urlsplit(link).query) for link in links if "gpu=h100" in link and "pythia" in link]
     assert cards and all(card["sequence_length"] == ["64"] for card in cards)
     for address in (*html.EXAMPLES.values(), html.FIRST_VISIT):
-        from app.form import to_job
-        from app.job import read_job
+        from vramplan.form import to_job
+        from vramplan.job import read_job
 
         read_job(to_job(address.items()))
 
 
 def test_the_first_visit_shows_a_real_answer(client, monkeypatch):
     asked = []
-    real = desk.plan
-    monkeypatch.setattr(desk, "plan", lambda job, **k: asked.append(job) or real({**JOB, "gpu": job["gpu"]}, **k))
+    real = runner.plan
+    monkeypatch.setattr(runner, "plan", lambda job, **k: asked.append(job) or real({**JOB, "gpu": job["gpu"]}, **k))
     response = client.get("/")
     assert "</svg>Fits an A100-SXM4-80GB with" in response.text
     assert asked[0]["model"] == html.FIRST_VISIT["model"]
@@ -216,7 +216,7 @@ def test_advice_comes_in_parts_and_is_remembered(client, monkeypatch):
     assert '<ul class="changes">' in parts[0] and "the largest batch" in parts[1] and "tokens" in parts[2]
     whole = client.get("/advice?" + urlsplit(places[0]).query).text
     assert all(part.strip() in whole for part in parts)
-    monkeypatch.setattr(desk, "plan", lambda *_, **__: pytest.fail("planned again"))
+    monkeypatch.setattr(runner, "plan", lambda *_, **__: pytest.fail("planned again"))
     assert [client.get(place).text for place in places] == parts
 
 
@@ -395,7 +395,7 @@ def test_the_page_of_accuracy_has_every_row_with_its_error(client):
 
 
 def test_how_it_works_shows_a_real_plan(client, monkeypatch, answer):
-    monkeypatch.setattr(web.Desk, "plan", lambda *_, **__: asyncio.sleep(0, answer))
+    monkeypatch.setattr(web.RequestRunner, "plan", lambda *_, **__: asyncio.sleep(0, answer))
     page = client.get("/how-it-works").text
     assert Tags(page).open == [] and page.count('class="time"') == 1 and 'class="bar"' in page
     assert words.size(answer["peak"]["allocated"]) in page and "/accuracy" in page

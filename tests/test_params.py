@@ -7,10 +7,9 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from published import REFUSED, config_of, counts, ids, needs_configs
-
-from app.catalog.models import MODELS
-from app.dryrun.model import build_base, read_config, task_of
-from app.errors import PlanError
+from vramplan.catalog.models import MODELS
+from vramplan.dryrun.build.model import build_base, read_config, task_of
+from vramplan.errors import PlanError
 
 pytestmark = needs_configs
 

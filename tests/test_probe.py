@@ -16,28 +16,28 @@ import torch
 from rich.console import Console
 from tiny import GRID, LLAMA
 from transformers.models.llama import modeling_llama
-
-from app import calibration
-from app.catalog.gpus import find_gpu
-from app.dryrun import cuda, step
-from app.errors import PlanError
-from app.job import read_job
-from app.memory.allocator import CachingAllocator
-from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
-from app.memory.kernels import KernelFacts
-from app.memory.overheads import HOPPER_CONTEXT
-from app.probe import card
-from app.probe.answer import Probed, answer_of, row_of
-from app.probe.card import CardState
-from app.probe.compare import compare, labelled
-from app.probe.history import books_of
-from app.probe.kernels import ATTENTION, OPERATIONS, _qkv, attention_choices, facts_of, planned_peak
-from app.probe.layers import depths_for, extrapolate
-from app.probe.measure import SPARE, Bench, calibrate, depth_of_plan, from_recording, gpu_of, measured, plan_for
-from app.probe.process import Child
-from app.probe.recording import FAILED, OUT_OF_MEMORY, Recording, read_recording
-from app.probe.suite import SUITES, suite
-from app.render import probed as probed_page
+from vramplan.catalog.gpus import find_gpu
+from vramplan.dryrun.cuda import kernels as cuda
+from vramplan.dryrun.steps import plain as step
+from vramplan.errors import PlanError
+from vramplan.job import read_job
+from vramplan.memory.allocator.caching import CachingAllocator
+from vramplan.memory.budget import HOPPER_CONTEXT
+from vramplan.memory.events import EMPTY_CACHE, Allocation, Mark, TraceLog
+from vramplan.memory.kernel_facts import KernelFacts
+from vramplan.planning import calibration
+from vramplan.probe import card
+from vramplan.probe.card import CardState
+from vramplan.probe.extrapolate import depths_for, extrapolate
+from vramplan.probe.history import log_of
+from vramplan.probe.kernel_checks import ATTENTION, OPERATIONS, _qkv, attention_choices, facts_of, planned_peak
+from vramplan.probe.matching import compare, labelled
+from vramplan.probe.measure import SPARE, Bench, calibrate, depth_of_plan, from_recording, gpu_of, measured, plan_for
+from vramplan.probe.process import Child
+from vramplan.probe.recording import FAILED, OUT_OF_MEMORY, Recording, read_recording
+from vramplan.probe.report import Probed, answer_of, row_of
+from vramplan.probe.suite import SUITES, suite
+from vramplan.render import probed as probed_page
 
 ROOT = Path(__file__).parents[1]
 MEASURED = Path(__file__).parent / "measured"
@@ -62,8 +62,8 @@ class FakeMeter:
     device = "cpu"
     context = 700 << 20
 
-    def __init__(self, books: Books, breaks_in: tuple[int, str] | None = None):
-        self.books, self.breaks_in = books, breaks_in
+    def __init__(self, trace_log: TraceLog, breaks_in: tuple[int, str] | None = None):
+        self.trace_log, self.breaks_in = trace_log, breaks_in
         self.allocator = CachingAllocator()
         self.taken = self.given = self.at = 0
 
@@ -71,15 +71,15 @@ class FakeMeter:
         """Run the books to where ``phase`` begins."""
         if (step, phase) == self.breaks_in:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        for mark in self.books.marks:
+        for mark in self.trace_log.marks:
             if mark.at >= self.at and mark.name == phase and mark.step == step:
                 self.run_to(mark.at)
                 return
 
     def run_to(self, end: int) -> None:
-        for event in self.books.events[self.at : end]:
+        for event in self.trace_log.events[self.at : end]:
             if event >= 0:
-                self.allocator.malloc(event, self.books.allocations[event].size)
+                self.allocator.malloc(event, self.trace_log.allocations[event].size)
                 self.taken += 1
             else:
                 self.allocator.free(~event)
@@ -122,9 +122,9 @@ class FakeMeter:
     def history(self) -> list[dict]:
         """As ``device_traces`` of a snapshot, with what happens on a card between the events."""
         out = []
-        for event in self.books.events:
+        for event in self.trace_log.events:
             key = event if event >= 0 else ~event
-            entry = {"addr": key, "size": self.books.allocations[key].size, "frames": []}
+            entry = {"addr": key, "size": self.trace_log.allocations[key].size, "frames": []}
             if event >= 0:
                 out += [{**entry, "action": "alloc"}]
             else:
@@ -132,12 +132,12 @@ class FakeMeter:
         return [{"action": "segment_alloc", "addr": 0, "size": 2 << 20, "frames": []}, *out]
 
 
-def measure(data: dict, monkeypatch, breaks_in=None, books=None, layers=None):
+def measure(data: dict, monkeypatch, breaks_in=None, trace_log=None, layers=None):
     """A job planned, and really built and run on the CPU under the fake card."""
-    from app.probe import child
+    from vramplan.probe import child
 
     planned = plan_for(data, H100, layers)
-    meter = FakeMeter(books or planned.books, breaks_in)
+    meter = FakeMeter(trace_log or planned.trace_log, breaks_in)
     mark = child.Recorder.mark
 
     def marked(self, phase, step, kind=""):
@@ -165,9 +165,9 @@ def test_the_real_job_runs_and_its_phases_are_the_plans(name, monkeypatch):
     """The same builders and steps, or the Trainers' own, run for real on the CPU; their marks are the dry run's."""
     planned, recording = measure(JOBS[name], monkeypatch)
     assert (recording.outcome, recording.reason) == ("ok", "")
-    steps = [(mark.step, mark.name) for mark in planned.books.marks if mark.step > 0]
+    steps = [(mark.step, mark.name) for mark in planned.trace_log.marks if mark.step > 0]
     assert [(phase["step"], phase["name"]) for phase in recording.steps] == steps
-    answer = answer_of(Probed(planned, recording, compare(planned.books, recording.books)))
+    answer = answer_of(Probed(planned, recording, compare(planned.trace_log, recording.trace_log)))
     rows = {row["figure"]: row for row in answer["figures"]}
     assert rows["allocated"]["difference"] == rows["reserved"]["difference"] == 0
     assert answer["match"]["share"] == 1 and not answer["match"]["differences"]
@@ -215,14 +215,14 @@ def test_a_config_with_infinity_reaches_the_measuring_process_as_it_is():
 def test_an_optimiser_that_a_trainer_has_no_name_for_takes_the_parameters_in_their_order(optimizer):
     """Measured on an H200: the head comes after the last norm, not after the last weight that decays."""
     planned = plan_for(job(method="full", trainer="transformers", optimizer=optimizer), H100)
-    states = [a.module for a in planned.books.allocations if a.kind == "optimizer_state"]
+    states = [a.fqn for a in planned.trace_log.allocations if a.kind == "optimizer_state"]
     norms = [n for n, module in enumerate(states) if module == "model.norm"]
     assert norms and max(norms) < max(n for n, module in enumerate(states) if module == "lm_head")
 
 
 def test_no_loss_is_taken_of_what_stands_for_an_image(monkeypatch):
     """Some models have no row of their head for it; whose loss would be taken of it breaks the card."""
-    from app.probe import child
+    from vramplan.probe import child
 
     shown = {}
     monkeypatch.setattr(child, "run_plain", lambda recorder, model, job, task, steps: shown.update(
@@ -238,20 +238,20 @@ def test_a_shorter_model_is_built_and_measured(monkeypatch):
     planned, recording = measure(deep, monkeypatch, layers=2)
     assert recording.outcome == "ok" and recording.layers == 2
     whole = plan_for(deep, H100)
-    assert planned.reading.peak.peak < whole.reading.peak.peak
-    modules = {a.module for a in planned.books.allocations}
+    assert planned.summary.peak.peak < whole.summary.peak.peak
+    modules = {a.fqn for a in planned.trace_log.allocations}
     assert "model.layers.1" in modules and "model.layers.2" not in modules
 
 
 def test_out_of_memory_is_a_finding_with_its_phase(monkeypatch):
     planned, recording = measure(job(), monkeypatch, breaks_in=(1, "backward"))
     assert recording.outcome == OUT_OF_MEMORY and "2.00 GiB" in recording.reason
-    answer = answer_of(Probed(planned, recording, compare(planned.books, recording.books)))
+    answer = answer_of(Probed(planned, recording, compare(planned.trace_log, recording.trace_log)))
     assert answer["broke_in"] == {"step": 1, "phase": "forward"}
 
 
 def test_what_else_fails_is_told_in_the_stacks_words(monkeypatch):
-    from app.probe import child
+    from vramplan.probe import child
 
     monkeypatch.setattr(child, "run_plain", lambda *_: 1 / 0)
     _, recording = measure(job(), monkeypatch)
@@ -261,29 +261,29 @@ def test_what_else_fails_is_told_in_the_stacks_words(monkeypatch):
 # --- both books ---------------------------------------------------------------------------------------------
 
 
-def books(*sizes: int, module: str = "layer", free=()) -> Books:
+def trace_log(*sizes: int, module: str = "layer", free=()) -> TraceLog:
     allocations = [Allocation(size, f"{module}.{i}", "activations", "forward", "mm") for i, size in enumerate(sizes)]
     events = []
     for i in range(len(sizes)):
         events += [i] + ([~i] if i in free else [])
-    return Books(allocations, events, [""] * len(events), [Mark(0, "load", 0), Mark(0, "forward", 1)])
+    return TraceLog(allocations, events, [""] * len(events), [Mark(0, "load", 0), Mark(0, "forward", 1)])
 
 
 def test_equal_books_match_whole():
-    match = compare(books(1024, 2048, 4096), books(1024, 2048, 4096))
+    match = compare(trace_log(1024, 2048, 4096), trace_log(1024, 2048, 4096))
     assert match.share == 1 and match.pairs == {0: 0, 1: 1, 2: 2} and not match.differences
 
 
 def test_another_size_in_the_same_place_is_named_with_its_bytes():
-    match = compare(books(1024, 1 << 20, 4096), books(1024, 3 << 20, 4096))
+    match = compare(trace_log(1024, 1 << 20, 4096), trace_log(1024, 3 << 20, 4096))
     (found,) = match.differences
-    assert (found.module, found.kind, found.phase) == ("layer.1", "activations", "forward")
+    assert (found.fqn, found.kind, found.phase) == ("layer.1", "activations", "forward")
     assert (found.planned, found.measured) == (1 << 20, 3 << 20)
     assert match.share == pytest.approx((1024 + 4096) / (1024 + 4096 + (3 << 20)))
 
 
 def test_what_one_has_alone_is_named():
-    plan, real = books(1024, 2048), books(1024, 2048, 8192)
+    plan, real = trace_log(1024, 2048), trace_log(1024, 2048, 8192)
     more = compare(plan, real)
     assert [(d.planned, d.measured) for d in more.differences] == [(0, 8192)] and more.measured_only == 1
     less = compare(real, plan)
@@ -291,18 +291,18 @@ def test_what_one_has_alone_is_named():
 
 
 def test_what_the_plan_gave_back_before_is_no_match():
-    match = compare(books(1 << 20, 2048, free=(0,)), books(1 << 20, 2048))
+    match = compare(trace_log(1 << 20, 2048, free=(0,)), trace_log(1 << 20, 2048))
     assert match.share < 0.01 and match.differences[0].measured == 1 << 20
 
 
 def test_kinds_and_modules_come_from_the_plan():
-    real = books(1024, 2048)
-    real.allocations = [a._replace(module="", kind="temporaries") for a in real.allocations]
+    real = trace_log(1024, 2048)
+    real.allocations = [a._replace(fqn="", kind="temporaries") for a in real.allocations]
     real.marks = plan_marks = [Mark(0, "load", 0), Mark(0, "backward", 1)]
-    plan = books(1024, 2048)
+    plan = trace_log(1024, 2048)
     plan.marks = plan_marks
     named = labelled(plan, real, compare(plan, real))
-    assert [(a.kind, a.module) for a in named.allocations] == [("activations", "layer.0"), ("activations", "layer.1")]
+    assert [(a.kind, a.fqn) for a in named.allocations] == [("activations", "layer.0"), ("activations", "layer.1")]
 
 
 def test_a_history_is_read_with_its_places():
@@ -320,9 +320,9 @@ def test_a_history_is_read_with_its_places():
         {"action": "alloc", "addr": 7, "size": 300, "frames": []},
         {"action": "free_completed", "addr": 12345, "size": 1, "frames": []},
     ]
-    read = books_of(trace, [(0, "load", 0), (1, EMPTY_CACHE, 0), (1, "forward", 1)], [(1, "layers.0"), (2, "")])
+    read = log_of(trace, [(0, "load", 0), (1, EMPTY_CACHE, 0), (1, "forward", 1)], [(1, "layers.0"), (2, "")])
     assert read.events == [0, 1, ~0, 2]
-    assert [(a.size, a.module, a.phase) for a in read.allocations] == [
+    assert [(a.size, a.fqn, a.phase) for a in read.allocations] == [
         (100, "", "load"),
         (200, "layers.0", "forward"),
         (300, "", "forward"),
@@ -386,7 +386,7 @@ def test_a_recording_is_kept_whole(tmp_path, real):
 
 
 def test_files_are_left_where_they_are_asked_for(tmp_path, real):
-    from app.probe.keep import Keep
+    from vramplan.probe.keep import Keep
 
     answer, probed = real
     keep = Keep(str(tmp_path / "all"), str(tmp_path / "both.png"), str(tmp_path / "rows.jsonl"))
@@ -402,7 +402,7 @@ def test_files_are_left_where_they_are_asked_for(tmp_path, real):
 
 
 def test_a_phase_that_only_one_has_stands_in_its_step():
-    from app.probe.picture import in_order
+    from vramplan.probe.chart import in_order
 
     plan, measured = [(0, "load", 0), (1, "forward", 0), (2, "forward", 0)], [(1, "forward", 0), (1, "end", 0)]
     assert in_order(plan, measured) == [(0, "load", 0), (1, "forward", 0), (1, "end", 0), (2, "forward", 0)]
@@ -428,7 +428,7 @@ def test_the_command_line_compares_a_recording(tmp_path):
 
 def run(*command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "app", *command], capture_output=True, text=True, cwd=ROOT, timeout=120, **options
+        [sys.executable, "-m", "vramplan", *command], capture_output=True, text=True, cwd=ROOT, timeout=120, **options
     )
 
 
@@ -493,8 +493,7 @@ def test_the_card_is_found_in_the_catalogue():
 
 def test_a_server_probes_only_where_it_was_told_to():
     from fastapi.testclient import TestClient
-
-    from app import web
+    from vramplan.server import app as web
 
     with TestClient(web.create_app()) as client:
         refused = client.post("/probe", json=job())
@@ -507,7 +506,7 @@ def test_a_server_probes_only_where_it_was_told_to():
 
 
 def test_the_answer_is_the_documented_one(real):
-    from app.answer import Probe
+    from vramplan.schema import Probe
 
     assert Probe.model_validate(real[0]).match.share == 1
 
@@ -594,10 +593,10 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_process_that_does_not_live_to_tell(name):
-    script, message = SCRIPTS[name]
+    template, message = SCRIPTS[name]
     said = {"ready": '{"ready": true}', "say": '{"phase": "backward", "step": 2}'}
-    script = script.format(**{key: f"print({text!r}, flush=True)" for key, text in said.items()})
-    child = Child((sys.executable, "-c", script))
+    template = template.format(**{key: f"print({text!r}, flush=True)" for key, text in said.items()})
+    child = Child((sys.executable, "-c", template))
     with pytest.raises(PlanError) as told:
         child.run({}, 1)
     assert message in told.value.message
@@ -619,7 +618,7 @@ def facts(card: str = "h100", date: str = "2026-11-25", context: int = 500, **fo
 
 
 def test_the_context_of_a_probed_card_is_used_by_later_plans_and_said():
-    from app.service import estimate
+    from vramplan.planning.estimate import estimate
 
     before = estimate(job(gpu="h100"))
     row = {"name": "a product's peak", "planned": 1, "measured": 2}
@@ -650,7 +649,7 @@ WIDE = {**LLAMA, "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layer
 )
 def test_kernels_of_a_probed_card_change_later_plans_and_are_said(found, moves):
     """Workspaces, kernels' temporaries and the attention kernel that runs, each where the sources say otherwise."""
-    from app.service import estimate
+    from vramplan.planning.estimate import estimate
 
     one = {"config": WIDE, "method": "full", "gpu": "h100", "batch_size": 8, "sequence_length": 256}
     before, elsewhere = estimate(one), estimate({**one, "gpu": "h200"})
@@ -682,7 +681,7 @@ def stated_for(dtype, heads: int, keys: int, size: int, masked: bool) -> str:
 
 def test_a_real_cards_kernels_are_planned_as_it_ran_them(real):
     """No kernel of that H100 is otherwise than stated: what is planned for it stays as it is, but for the context."""
-    from app.service import estimate
+    from vramplan.planning.estimate import estimate
 
     found = recorded_kernels()
     assert facts_of(found, cuda.Card()) == (KernelFacts(), [])
@@ -761,10 +760,10 @@ def test_extrapolation_against_the_whole_depth():
     for name in short:
         depths = sorted(layers for other, layers in found if other == name and layers)
         data = {**found[name, None]["job"], "gpu": None}
-        planned = tuple(plan_for(data, H100, depth).reading.peak.peak for depth in depths)
+        planned = tuple(plan_for(data, H100, depth).summary.peak.peak for depth in depths)
         truth = tuple(found[name, depth]["measured"]["peak_allocated"] for depth in (*depths, None))
         whole = plan_for(data, H100)
-        guess = extrapolate(tuple(depths), planned, truth[:2], depth_of_plan(whole), whole.reading.peak.peak)
+        guess = extrapolate(tuple(depths), planned, truth[:2], depth_of_plan(whole), whole.summary.peak.peak)
         assert abs(guess / truth[2] - 1) <= 0.005, name
 
 
@@ -777,7 +776,7 @@ def test_suites_are_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("name, one", SUITES["full"])
 def test_every_job_of_the_suite_is_planned(name, one):
-    assert plan_for(one, H100).reading.peak.peak > 0
+    assert plan_for(one, H100).summary.peak.peak > 0
 
 
 @pytest.mark.gpu

@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vramplan.catalog.gpus import Gpu, find_gpu
+from vramplan.dryrun.cuda.kernels import Card, gemm_4bit_is_fused
+from vramplan.dryrun.symbols import Conditions, symbol
+from vramplan.dryrun.trace import trace
+from vramplan.job import read_job
+from vramplan.memory.profile import Profile
+from vramplan.memory.sizes import SYMBOLS, ShapePoint, Size, compiled, decide, floordiv, function, remainder, text_of
+from vramplan.planning.cards import every_card
+from vramplan.planning.resolve import config_of, kernels_of, shape_point_of
 
-from app.cards import every_card
-from app.catalog.gpus import Gpu, find_gpu
-from app.dryrun.cuda import Card, gemm_4bit_is_fused
-from app.dryrun.run import trace
-from app.dryrun.symbols import Conditions, symbol
-from app.job import read_job
-from app.memory.profile import Profile
-from app.memory.sizes import SYMBOLS, Size, compiled, decided, divided, function, remainder, text_of
-from app.plan import config_of, kernels_of, place_of
 from tests.tiny import LLAMA
 
 WINDOW = {
@@ -52,7 +52,7 @@ def traced(job, general: bool) -> Profile:
 def traced_with_numbers(job) -> Profile:
     """Without any symbol, the card's multiprocessors included."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.dryrun.run.symbol", lambda name, value, seen: value)
+        patch.setattr("vramplan.dryrun.trace.symbol", lambda name, value, seen: value)
         return traced(job, general=False)
 
 
@@ -75,18 +75,18 @@ def check(number: int, count: int) -> tuple[int, int]:
         if "vit" in JOBS[number].get("model", ""):
             task.pop("sequence_length")
         job = read_job({**JOBS[number], **task})
-        point = place_of(job, card)
-        profile = next((p for p in known if p.script.holds(*point)), None)
+        point = shape_point_of(job, card)
+        profile = next((p for p in known if p.template.holds(point)), None)
         if profile is None:
             profile = traced(job, general=True)
-            assert profile.script.holds(*point)
+            assert profile.template.holds(point)
             known.append(Profile.load(profile.dump()))
         fresh = traced_with_numbers(job)
-        mine, theirs = profile.script.at(*point), fresh.script.at(*point)
-        assert (mine.script.events == theirs.script.events).all()
+        mine, theirs = profile.template.at(point), fresh.template.at(point)
+        assert (mine.template.events == theirs.template.events).all()
         assert (mine.sizes == theirs.sizes).all()
-        assert mine.books() == theirs.books()
-        assert profile.table.at(*point, every=True) == fresh.table.at(*point, every=True)
+        assert mine.trace_log() == theirs.trace_log()
+        assert profile.table.at(point, every=True) == fresh.table.at(point, every=True)
         assert profile.facts == fresh.facts and profile.warnings == fresh.warnings
     return count, len(known)
 
@@ -112,9 +112,9 @@ def test_a_few_runs_know_every_length_of_a_usual_job():
     known: list[Profile] = []
     for length in range(8, 3000, 8):
         job = read_job({"model": "llama-3.2-1b", "method": "qlora", "sequence_length": length, "gpu": "a100-80gb"})
-        if not any(profile.script.holds(*place_of(job, find_gpu("a100-80gb"))) for profile in known):
+        if not any(profile.template.holds(shape_point_of(job, find_gpu("a100-80gb"))) for profile in known):
             known.append(traced(job, general=True))
-    assert len(known) <= 6 and all(profile.broad for profile in known[1:])
+    assert len(known) <= 6 and all(profile.covers_many_points for profile in known[1:])
 
 
 @given(
@@ -133,7 +133,7 @@ def test_an_answer_is_one_condition_whatever_the_way_to_it(capability, dtype, sh
     found = gemm_4bit_is_fused(card, dtype, symbol("s", point[0], conditions), *shape, 64)
     for rows, multiprocessors in (point, *others):
         same = found == gemm_4bit_is_fused(Card(capability, multiprocessors), dtype, rows, *shape, 64)
-        assert all(compiled(conditions)(1, rows, multiprocessors)) == same
+        assert all(compiled(conditions)(ShapePoint(1, rows, multiprocessors))) == same
 
 
 NUMBERS = st.recursive(
@@ -160,7 +160,7 @@ def _computed(tree, symbols):
         return (
             (left // right if sign == "/" else left % right)
             if plain
-            else (divided if sign == "/" else remainder)(left, right)
+            else (floordiv if sign == "/" else remainder)(left, right)
         )
     return (
         (max if sign == "M" else min)(left, right) if plain else function("max" if sign == "M" else "min", left, right)
@@ -173,9 +173,9 @@ def test_sizes_are_what_integers_are(tree, batch, length, multiprocessors):
     hold everywhere holds here."""
     general = _computed(tree, {})
     exact = _computed(tree, {"b": batch, "s": length, "m": multiprocessors})
-    assert compiled([text_of(general)])(batch, length, multiprocessors) == [exact]
+    assert compiled([text_of(general)])(ShapePoint(batch, length, multiprocessors)) == [exact]
     for comparison in ("==", "!=", "<", "<=", ">", ">="):
-        always = decided(comparison, general)
+        always = decide(comparison, general)
         assert always is None or always == eval(f"{exact} {comparison} 0")
 
 
@@ -185,7 +185,7 @@ def test_damaged_bytes_are_no_profile():
             read_job({"config": LLAMA, "method": "full", "sequence_length": 64, "gpu": "h100"}), general=False
         ).dump()
     )
-    assert Profile.load(bytes(data)).script.events.dtype == np.int32
+    assert Profile.load(bytes(data)).template.events.dtype == np.int32
     for at in range(0, len(data), max(1, len(data) // 40)):
         broken = bytes(data[:at]) + bytes([data[at] ^ 0x55]) + bytes(data[at + 1 :])
         with pytest.raises(ValueError):

@@ -13,15 +13,16 @@ import pytest
 import torch
 from tiny import LLAMA
 from torch.utils._pytree import tree_leaves, tree_map_only
-
-from app.catalog.gpus import find_gpu
-from app.dryrun import autocast, cuda, native
-from app.dryrun.autocast import Autocast
-from app.dryrun.trace import Ledger
-from app.job import read_job
-from app.memory.event import Books
-from app.plan import load_of
-from app.weigh import weigh
+from vramplan.catalog.gpus import find_gpu
+from vramplan.dryrun import autocast
+from vramplan.dryrun import meta_kernels as native
+from vramplan.dryrun.autocast import Autocast
+from vramplan.dryrun.cuda import kernels as cuda
+from vramplan.dryrun.tracker import MemoryTracker
+from vramplan.job import read_job
+from vramplan.memory.events import TraceLog
+from vramplan.planning.planned_job import plan_job
+from vramplan.planning.profile_cache import load_of
 
 CARD = cuda.Card()
 
@@ -53,11 +54,11 @@ def test_small_reductions_take_nothing():
 
 
 def taken(run) -> list[tuple[str, int]]:
-    """What an operator takes under the ledger, in order."""
-    ledger = Ledger(CARD)
-    with ledger:
+    """What an operator takes under the tracker, in order."""
+    tracker = MemoryTracker(CARD)
+    with tracker:
         run()
-    return [(entry.op, entry.size) for entry in ledger.books.allocations]
+    return [(entry.op, entry.size) for entry in tracker.trace_log.allocations]
 
 
 def test_a_norm_of_transposed_rows_meets_in_global_memory():
@@ -158,11 +159,11 @@ def test_autocast_casts_as_on_a_card(run, dtype, casts):
 def test_what_autocast_cast_is_given_back_from_the_first_argument_on():
     """Recorded on an H200: under no_grad the scores' copy goes before the values'."""
     scores, values = (meta(2, size, 64, dtype=torch.float32) for size in (128, 64))
-    ledger, mode = Ledger(CARD), Autocast(torch.bfloat16)
-    with torch.no_grad(), ledger, mode, mode.on():
+    tracker, mode = MemoryTracker(CARD), Autocast(torch.bfloat16)
+    with torch.no_grad(), tracker, mode, mode.on():
         out = torch.matmul(scores, values)
-    books = ledger.close()
-    sizes = [books.allocations[~event].size for event in books.events if event < 0]
+    trace_log = tracker.close()
+    sizes = [trace_log.allocations[~event].size for event in trace_log.events if event < 0]
     assert out.dtype == torch.bfloat16 and sizes == [2 * scores.numel(), 2 * values.numel()]
 
 
@@ -241,7 +242,7 @@ def test_what_is_made_by_a_shorter_way_is_what_the_operator_makes(dtype, dims):
         (torch.ops.aten._safe_softmax.default, (source, -1)),
     ):
         long = tree_leaves(op(*given))
-        with Ledger(CARD):
+        with MemoryTracker(CARD):
             short = tree_leaves(op(*given))
         assert [(t.shape, t.stride(), t.dtype) for t in short] == [(t.shape, t.stride(), t.dtype) for t in long]
 
@@ -283,10 +284,10 @@ def test_bitsandbytes_heuristic_is_asked_for_the_card():
 
 def kept_books(run, card=CARD) -> list:
     """What ``run`` takes on the meta device as on ``card``, in order."""
-    ledger = Ledger(card)
-    with cuda.as_if_cuda(card), ledger:
+    tracker = MemoryTracker(card)
+    with cuda.as_if_cuda(card), tracker:
         run()
-    return ledger.books.allocations
+    return tracker.trace_log.allocations
 
 
 def test_layer_norm_copies_what_is_not_contiguous():
@@ -315,26 +316,26 @@ def test_seeds_of_the_efficient_attention_lie_on_the_host(card, kernel, seeds):
     assert taken and sum(a.size == 8 for a in taken) == seeds
 
 
-def placed(**fields) -> Books:
+def placed(**fields) -> TraceLog:
     """The books of placing a small model."""
     job = read_job({"config": LLAMA, "method": "lora", "sequence_length": 64, "gpu": "h100", **fields}).resolved()
-    return load_of(job, job.config, find_gpu("h100")).books()
+    return load_of(job, job.config, find_gpu("h100")).trace_log()
 
 
-def stays(books: Books) -> list:
+def stays(trace_log: TraceLog) -> list:
     """What is taken and not given back."""
-    given = {~event for event in books.events if event < 0}
-    return [entry for key, entry in enumerate(books.allocations) if key not in given]
+    given = {~event for event in trace_log.events if event < 0}
+    return [entry for key, entry in enumerate(trace_log.allocations) if key not in given]
 
 
 def entered(run) -> list[int]:
     """The bytes that ``run`` enters, one by one; as in backward, outside modules."""
-    ledger = Ledger(CARD)
-    ledger.in_backward = True
-    with cuda.as_if_cuda(CARD), ledger:
+    tracker = MemoryTracker(CARD)
+    tracker.in_backward = True
+    with cuda.as_if_cuda(CARD), tracker:
         kept = run()
     assert kept is not None
-    return [allocation.size for allocation in ledger.books.allocations]
+    return [allocation.size for allocation in tracker.trace_log.allocations]
 
 
 def test_the_embeddings_gradient_of_many_indices():
@@ -387,28 +388,28 @@ def test_attention_without_gradients_keeps_no_logsumexp():
 
 def test_values_that_are_followed_change_nothing_but_what_they_tell():
     """The engine's sums in place, too: a mode more holds every tensor once more."""
-    from app.dryrun.model import bare
-    from app.dryrun.step import dry_run
-    from app.dryrun.values import Values
+    from vramplan.dryrun.build.model import bare
+    from vramplan.dryrun.known_values import KnownValues
+    from vramplan.dryrun.steps.plain import dry_run
 
     job = read_job({"config": LLAMA, "method": "full", "sequence_length": 64}).resolved()
 
     def events(values):
-        books = dry_run(bare(LLAMA, None, job.dtype, None)[0], job, "causal-lm", CARD, values=values)
-        return [(event >= 0, books.allocations[event if event >= 0 else ~event].size) for event in books.events]
+        trace_log = dry_run(bare(LLAMA, None, job.dtype, None)[0], job, "causal-lm", CARD, values=values)
+        return [(event >= 0, trace_log.allocations[event if event >= 0 else ~event].size) for event in trace_log.events]
 
-    followed = events(Values("balanced"))
+    followed = events(KnownValues("balanced"))
     assert Counter(followed) == Counter(events(None)) and len(followed) > 500
 
 
 def test_int8_weights_pass_through_fp16():
     """bitsandbytes quantises a weight that came as fp16 from the host, beside what arrived; neither stays."""
-    books = placed(method="qlora", quantization={"type": "int8"})
+    trace_log = placed(method="qlora", quantization={"type": "int8"})
     path, count = "model.layers.0.mlp.up_proj", 64 * 128
-    arrived, half, scales, weight = (key for key, a in enumerate(books.allocations) if a.module == path)
-    sizes = [books.allocations[key].size for key in (arrived, half, scales, weight)]
+    arrived, half, scales, weight = (key for key, a in enumerate(trace_log.allocations) if a.fqn == path)
+    sizes = [trace_log.allocations[key].size for key in (arrived, half, scales, weight)]
     assert sizes == [2 * count, 2 * count, 4 * 128, count]
-    order = [books.events.index(event) for event in (arrived, half, scales, weight, ~half, ~arrived)]
+    order = [trace_log.events.index(event) for event in (arrived, half, scales, weight, ~half, ~arrived)]
     assert order == sorted(order)
 
 
@@ -417,14 +418,14 @@ def test_dora_leaves_a_workspace_where_it_adapts():
     plain, dora = (placed(lora={"target_modules": ["q_proj"], "use_dora": on}) for on in (False, True))
     more = Counter(a.size for a in stays(dora)) - Counter(a.size for a in stays(plain))
     assert more == {32 << 20: 1, 64 * 4: 2}  # and a magnitude vector a layer
-    ops = Counter(a.op for a in dora.allocations if a.module == "model.layers.1.self_attn.q_proj")
+    ops = Counter(a.op for a in dora.allocations if a.fqn == "model.layers.1.self_attn.q_proj")
     assert ops["mm.default"] == ops["linalg_vector_norm.default"] == 1
 
 
 def test_the_trainers_gradient_scaler_is_run_in_fp16():
     """Its scale and its growth tracker stay on the card; whether a gradient is infinite is asked, and answered no."""
     job = {"config": LLAMA, "method": "full", "dtype": "float32", "trainer": "transformers", "sequence_length": 64}
-    scaled, plain = (weigh(read_job({**job, "mixed_precision": p})).stream.books() for p in ("fp16", "bf16"))
+    scaled, plain = (plan_job(read_job({**job, "mixed_precision": p})).concrete.trace_log() for p in ("fp16", "bf16"))
     full = [a for a in stays(scaled) if a.op == "full.default"]
     assert [(a.size, a.phase) for a in full] == [(4, "backward")] * 2 and len(stays(scaled)) == len(stays(plain)) + 2
     assert Counter(a.kind for a in stays(scaled))["optimizer_state"] > 0

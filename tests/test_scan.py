@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-
-from app.dryrun import cuda
-from app.dryrun.model import bare
-from app.dryrun.scan import FEW, unrolled
-from app.dryrun.step import dry_run
-from app.job import read_job
-from app.memory.fold import same
+from vramplan.dryrun.build.model import bare
+from vramplan.dryrun.cuda import kernels as cuda
+from vramplan.dryrun.steps.plain import dry_run
+from vramplan.dryrun.token_loops import TOKENS_RUN, repeat_tokens
+from vramplan.job import read_job
+from vramplan.memory.repeat import same
 
 MAMBA = {
     "model_type": "mamba",
@@ -45,7 +44,7 @@ JOBS = {
     "generation": (MAMBA, {"method": "inference", "new_tokens": 2}),
     "hybrid": (JAMBA, {"method": "lora", "lora": LORA, "gradient_checkpointing": True}),
 }
-LENGTH = 2 * FEW + 8
+LENGTH = 2 * TOKENS_RUN + 8
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -53,10 +52,10 @@ def test_a_few_tokens_stand_for_all(name):
     config, fields = JOBS[name]
     job = read_job({"config": config, "sequence_length": LENGTH, **fields}).resolved()
 
-    def books(tokens: int):
+    def trace_log(tokens: int):
         base, task = bare(config, job.task, job.dtype, job.attention)
         return dry_run(base, job, task, cuda.Card((9, 0), 132), tokens=tokens)
 
-    whole = books(LENGTH)
-    assert same(unrolled(books(FEW)).books(), whole)
+    whole = trace_log(LENGTH)
+    assert same(repeat_tokens(trace_log(TOKENS_RUN)).trace_log(), whole)
     assert sum(entry.op == "mul.Tensor" for entry in whole.allocations) > LENGTH  # the loop ran

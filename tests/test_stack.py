@@ -11,11 +11,10 @@ import pytest
 import torch
 import transformers
 from transformers.quantizers.quantizers_utils import should_convert_module
-
-from app.batch import plan
-from app.dryrun.model import AUTO, PEFT_TASKS, left_by, read_config, task_of
-from app.errors import PlanError
-from app.job import Job, read_job
+from vramplan.dryrun.build.model import AUTO, PEFT_TASKS, left_by, read_config, task_of
+from vramplan.errors import PlanError
+from vramplan.job import Job, read_job
+from vramplan.usecases import plan
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "vocab_size": 512}  # fmt: skip

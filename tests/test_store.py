@@ -10,13 +10,14 @@ import sys
 import weakref
 
 import pytest
+from vramplan.job import read_job
+from vramplan.memory.profile import Profile
+from vramplan.memory.summary import MemorySummary
+from vramplan.planning import fingerprint, planned_job, profile_cache, tracer
+from vramplan.planning.estimate import estimate
+from vramplan.planning.profile_store import Store
+from vramplan.planning.resolve import card_of, config_of, shape_point_of
 
-from app import plan, weigh
-from app.job import read_job
-from app.memory.breakdown import Reading
-from app.memory.profile import Profile
-from app.service import estimate
-from app.store import Store
 from tests.tiny import LLAMA
 
 JOB = {"config": LLAMA, "method": "lora", "sequence_length": 32, "gpu": "rtx-4090"}
@@ -39,7 +40,7 @@ def test_what_is_kept_is_found_again(store):
 
 def test_what_was_not_asked_for_longest_goes(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("app.store.time.time", lambda: now[0])
+    monkeypatch.setattr("vramplan.planning.profile_store.time.time", lambda: now[0])
     store = Store(tmp_path / "profiles.db", limit=10_000)
     for name in "abc":
         now[0] += 10_000
@@ -81,7 +82,7 @@ def test_many_processes_write_one_file(store):
     code = """
 import sys
 from pathlib import Path
-from app.store import Store
+from vramplan.planning.profile_store import Store
 store = Store(Path(sys.argv[1]))
 for number in range(60):
     store.put("all", f"{sys.argv[2]} {number}".encode(), 240)
@@ -94,17 +95,20 @@ for number in range(60):
 
 def fresh(monkeypatch, store):
     """Nothing is known but what the store holds."""
-    monkeypatch.setattr(plan, "_shelf", plan._Shelf())
-    plan._shelf.own = store
-    for cached in (plan.stream_at, weigh._reading, weigh._verdict, weigh._finish):
+    monkeypatch.setattr(profile_cache, "_profiles", profile_cache.ProfileCache())
+    store.key = fingerprint.cache_key
+    profile_cache._profiles.own = store
+    for cached in (profile_cache.concrete_at, planned_job._summary, planned_job._verdict, planned_job._finish):
         cached.cache_clear()
 
 
 def traces(monkeypatch) -> list[str]:
     """The parts that are traced from now on."""
     parts = []
-    real = plan.Here.trace
-    monkeypatch.setattr(plan.Here, "trace", lambda self, part, *order: parts.append(part) or real(self, part, *order))
+    real = tracer.InProcessTracer.trace
+    monkeypatch.setattr(
+        tracer.InProcessTracer, "trace", lambda self, part, *order: parts.append(part) or real(self, part, *order)
+    )
     return parts
 
 
@@ -112,11 +116,11 @@ def test_what_is_remembered_of_a_job_keeps_no_profile(store, monkeypatch):
     """10,000 jobs on 59 cards are 4096 verdicts, each of a profile of up to two megabytes."""
     fresh(monkeypatch, store)
     estimate(JOB)
-    profiles = [weakref.ref(one) for kind in plan._shelf._kinds.values() for one in kind.values()]
-    assert weigh._verdict.cache_info().currsize > 10 and weigh._reading.cache_info().currsize == 1
-    plan._shelf._kinds.clear()
-    plan.stream_at.cache_clear()
-    weigh._finish.cache_clear()
+    profiles = [weakref.ref(one) for kind in profile_cache._profiles._kinds.values() for one in kind.values()]
+    assert planned_job._verdict.cache_info().currsize > 10 and planned_job._summary.cache_info().currsize == 1
+    profile_cache._profiles._kinds.clear()
+    profile_cache.concrete_at.cache_clear()
+    planned_job._finish.cache_clear()
     gc.collect()
     assert len(profiles) > 1 and not any(one() for one in profiles)
 
@@ -125,15 +129,16 @@ def test_a_stored_job_is_answered_without_a_trace_and_without_torch(store, monke
     fresh(monkeypatch, store)
     first = estimate(JOB)
     fresh(monkeypatch, store)
-    monkeypatch.setattr(plan.Here, "trace", lambda *_: pytest.fail("it was traced again"))
+    monkeypatch.setattr(tracer.InProcessTracer, "trace", lambda *_: pytest.fail("it was traced again"))
     assert estimate(JOB) == first
     code = """
 import json, sys
 from pathlib import Path
-from app import plan
-from app.store import Store
-plan._shelf.own = Store(Path(sys.argv[1]))
-from app.service import estimate
+from vramplan.planning import profile_cache
+from vramplan.planning.fingerprint import cache_key
+from vramplan.planning.profile_store import Store
+profile_cache._profiles.own = Store(Path(sys.argv[1]), key=cache_key)
+from vramplan.planning.estimate import estimate
 print(json.dumps(estimate(json.loads(sys.argv[2]))))
 assert not {"torch", "transformers", "numba", "fastapi"} & set(sys.modules)
 """
@@ -159,7 +164,7 @@ def test_another_engine_s_entries_are_not_found(store, monkeypatch):
     fresh(monkeypatch, store)
     estimate(JOB)
     fresh(monkeypatch, store)
-    monkeypatch.setattr(plan, "engine", lambda: "another")
+    monkeypatch.setattr(fingerprint, "code_digest", lambda: "another")
     traced = traces(monkeypatch)
     estimate(JOB)
     assert "step" in traced
@@ -171,9 +176,9 @@ WINDOW = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalL
 def ask(length: int) -> str:
     """A length of one kind: what it is stored under."""
     job = read_job({"config": WINDOW, "method": "full", "sequence_length": length}).resolved()
-    card = plan.card_of(job)
-    assert plan.profile_of(job, WINDOW, card).script.holds(*plan.place_of(job, card))
-    return plan._digest(plan.order_of(job, WINDOW, card)[0])
+    card = card_of(job)
+    assert profile_cache.profile_of(job, WINDOW, card).template.holds(shape_point_of(job, card))
+    return tracer.request_of(job, WINDOW, card).key
 
 
 def test_a_region_of_its_own_is_not_taken_for_a_narrow_one(store, monkeypatch):
@@ -191,13 +196,13 @@ def test_a_region_of_its_own_is_not_taken_for_a_narrow_one(store, monkeypatch):
 
 def test_no_more_of_a_kind_are_in_memory_than_are_kept(store, monkeypatch):
     fresh(monkeypatch, store)
-    monkeypatch.setattr(plan, "ALONE", 2)
-    monkeypatch.setattr(plan, "REGIONS", 3)
+    monkeypatch.setattr(profile_cache, "POINT_PROFILES_BEFORE_GENERAL", 2)
+    monkeypatch.setattr(profile_cache, "TRACES_PER_KIND", 3)
     parts = traces(monkeypatch)
     for length in (40, 41, 42, 44, 128, 129, 132):
         kind = ask(length)
     assert len(parts) > 3
-    (here,) = plan._shelf._kinds.values()
+    (here,) = profile_cache._profiles._kinds.values()
     assert len(here) == len(store.get(kind)) == 3
     assert sum(profile.general for profile in here.values()) == min(parts.count("general"), 3)
 
@@ -206,13 +211,13 @@ def test_profiles_and_readings_are_bytes_and_back(store, monkeypatch):
     fresh(monkeypatch, store)
     estimate(JOB)
     job = read_job(JOB).resolved()
-    config, card = plan.config_of(job)[0], plan.card_of(job)
-    profile = plan.profile_of(job, config, card)
+    config, card = config_of(job)[0], card_of(job)
+    profile = profile_cache.profile_of(job, config, card)
     assert Profile.load(profile.dump()).dump() == profile.dump()
-    from app.weigh import weigh
+    from vramplan.planning.planned_job import plan_job
 
-    reading = weigh(read_job(JOB)).reading
-    assert Reading.load(reading.dump()) == reading
-    for bad in (b"", b"nothing", reading.dump()[:100]):
+    summary = plan_job(read_job(JOB)).summary
+    assert MemorySummary.load(summary.dump()) == summary
+    for bad in (b"", b"nothing", summary.dump()[:100]):
         with pytest.raises(ValueError):
-            Reading.load(bad)
+            MemorySummary.load(bad)

@@ -8,11 +8,10 @@ import pytest
 import torch
 import transformers
 from tiny import LLAMA
-
-from app.batch import plan
-from app.dryrun.model import bare
-from app.dryrun.stored import stored_weights
-from app.errors import PlanError
+from vramplan.dryrun.build.model import bare
+from vramplan.dryrun.build.prequantized import stored_weights
+from vramplan.errors import PlanError
+from vramplan.usecases import plan
 
 CONFIG = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
 SETTINGS = {

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fastapi.testclient import TestClient
 from tiny import BAD, JOB
-
-from app import desk, web, workers
-from app.answer import Advice, Answer, Comparison, Solved
-from app.errors import PlanError
-from app.job import Job
-from app.service import estimate
+from vramplan.errors import PlanError
+from vramplan.job import Job
+from vramplan.planning.estimate import estimate
+from vramplan.schema import Advice, Answer, Comparison, Solved
+from vramplan.server import app as web
+from vramplan.server import runner
+from vramplan.server import trace_pool as workers
 
 PATIENCE = 120
 """Seconds in which what is waited for must have come: a bound for what never comes, not for speed."""
@@ -155,7 +156,7 @@ def test_advice_is_planned_changes(client):
 
 
 def test_a_fault_of_the_planner_is_500_and_one_sentence(client, monkeypatch):
-    monkeypatch.setattr("app.service.estimate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("vramplan.planning.estimate.estimate", lambda *_, **__: 1 / 0)
     assert "ZeroDivisionError" in error_of(client.post("/estimate", json={**JOB, "batch_size": 31}), 500)["message"]
     failed = client.post("/estimate/batch", json=[JOB]).json()
     assert "ZeroDivisionError" in failed[0]["error"]["message"]
@@ -188,27 +189,27 @@ def test_a_full_line_is_503(monkeypatch):
             running -= 1
         return {"peak": job.batch_size, "model": {"kind": "hub"}}
 
-    monkeypatch.setattr(desk, "plan", slow)
-    places = desk.THREADS + workers.LINE
+    monkeypatch.setattr(runner, "plan", slow)
+    places = runner.THREADS + workers.QUEUE_LIMIT
     with TestClient(web.create_app()) as client, ThreadPoolExecutor(places + 1) as pool:
         ask = lambda size: client.post("/estimate", json={**JOB, "batch_size": size})  # noqa: E731
         pending = [pool.submit(ask, size) for size in range(1, places + 1)]
         try:
             until = time.monotonic() + PATIENCE
-            while client.get("/health").json()["waiting"] < workers.LINE and time.monotonic() < until:
+            while client.get("/health").json()["waiting"] < workers.QUEUE_LIMIT and time.monotonic() < until:
                 time.sleep(0.01)
             busy = pool.submit(ask, 99).result(timeout=PATIENCE)
         finally:
             gate.set()
         answers = sorted(job.result().json()["peak"] for job in pending)
     assert "waiting" in error_of(busy, 503)["message"] and int(busy.headers["retry-after"]) > 0
-    assert answers == list(range(1, places + 1)) and most == desk.THREADS
+    assert answers == list(range(1, places + 1)) and most == runner.THREADS
 
 
 def test_the_same_question_is_answered_again_without_planning(monkeypatch):
     asked = []
-    real = desk.plan
-    monkeypatch.setattr(desk, "plan", lambda job, **k: asked.append(1) or real(job, **k))
+    real = runner.plan
+    monkeypatch.setattr(runner, "plan", lambda job, **k: asked.append(1) or real(job, **k))
     with TestClient(web.create_app()) as client:
         one, same = (client.post("/estimate", json={**JOB, "batch_size": 3}) for _ in range(2))
         assert one.json() == same.json() and len(asked) == 1
@@ -224,8 +225,8 @@ def test_the_same_question_is_answered_again_without_planning(monkeypatch):
 def test_searches_are_answered_again_too(monkeypatch):
     """Not so for a model of a folder, whose config may change."""
     asked = []
-    real = web.Desk.run
-    monkeypatch.setattr(web.Desk, "run", lambda self, *rest: asked.append(1) or real(self, *rest))
+    real = web.RequestRunner.run
+    monkeypatch.setattr(web.RequestRunner, "run", lambda self, *rest: asked.append(1) or real(self, *rest))
     with TestClient(web.create_app(local_files=True)) as client:
         job = {**JOB, "gpu": "t4"}
         found = [client.post(path, json=job).json() for path in ("/solve", "/solve?for=sequence_length", "/advise") * 2]
@@ -238,7 +239,7 @@ def test_searches_are_answered_again_too(monkeypatch):
 def test_who_waits_is_told_what_is_being_done():
     with TestClient(web.create_app()) as client, ThreadPoolExecutor(1) as pool:
         deep = {**JOB, "config": {**JOB["config"], "num_hidden_layers": 500}}
-        asked = pool.submit(client.post, "/estimate", json=deep, headers={"X-Ticket": "mine"})
+        asked = pool.submit(client.post, "/estimate", json=deep, headers={"X-RequestHandle": "mine"})
         seen = []
         while not asked.done():
             seen.append(client.get("/progress/mine").json())

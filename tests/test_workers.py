@@ -13,20 +13,21 @@ from multiprocessing import forkserver
 
 import anyio
 import pytest
+from vramplan.errors import PlanError
+from vramplan.job import read_job
+from vramplan.memory.profile import Profile
+from vramplan.planning.resolve import card_of, config_of
+from vramplan.planning.tracer import InProcessTracer, request_of
+from vramplan.server.runner import RequestRunner
+from vramplan.server.trace_pool import QUEUE_LIMIT, Abandoned, Busy, Pool, RequestHandle
+from vramplan.usecases import solve
 
-from app.batch import solve
-from app.desk import Desk
-from app.errors import PlanError
-from app.job import read_job
-from app.memory.profile import Profile
-from app.plan import Here, card_of, config_of, order_of
-from app.workers import LINE, Abandoned, Busy, Pool, Ticket
 from tests.tiny import LLAMA
 
 
 def order(**changes):
     job = read_job({"config": LLAMA, "method": "lora", "sequence_length": 32, **changes}).resolved()
-    return order_of(job, config_of(job)[0], card_of(job))
+    return request_of(job, config_of(job)[0], card_of(job))
 
 
 SLOW = {"config": {**LLAMA, "num_hidden_layers": 500}, "method": "full", "dtype": "float32"}
@@ -50,10 +51,10 @@ def until(condition, seconds=60):
 
 def test_a_trace_is_what_it_is_here(pool):
     job = order()
-    theirs, mine = pool.trace("step", *job, Ticket()), Here().trace("step", *job)
+    theirs, mine = pool.trace("step", job, RequestHandle()), InProcessTracer().trace("step", job)
     assert theirs == mine and Profile.load(theirs).facts["class"] == "LlamaForCausalLM"
     with pytest.raises(PlanError, match="matches nothing|target") as refused:
-        pool.trace("step", *order(lora={"target_modules": ["no_such"]}), Ticket())
+        pool.trace("step", order(lora={"target_modules": ["no_such"]}), RequestHandle())
     assert refused.value.hint
 
 
@@ -61,27 +62,27 @@ def test_many_ask_and_one_is_run(pool, monkeypatch):
     runs = []
     run = pool._run
     monkeypatch.setattr(pool, "_run", lambda *given: runs.append(1) or run(*given))
-    tickets = [Ticket() for _ in range(5)]
+    tickets = [RequestHandle() for _ in range(5)]
     with ThreadPoolExecutor(5) as threads:
-        asked = [threads.submit(pool.trace, "step", *order(**SLOW), ticket) for ticket in tickets]
-        until(lambda: all(t.flight and t.flight.waiting == 5 and t.flight.doing for t in tickets))
+        asked = [threads.submit(pool.trace, "step", order(**SLOW), ticket) for ticket in tickets]
+        until(lambda: all(t.in_flight and t.in_flight.waiting == 5 and t.in_flight.doing for t in tickets))
         tickets[0].left = True
         with pytest.raises(Abandoned):
             asked[0].result()
         assert len({one.result() for one in asked[1:]}) == 1
-    assert len(runs) == 1 and not pool._flights
+    assert len(runs) == 1 and not pool._in_flight
 
 
 def test_when_all_have_left_it_is_ended_at_once(pool):
-    ticket = Ticket()
+    ticket = RequestHandle()
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(pool.trace, "step", *order(**SLOW, batch_size=3), ticket)
-        until(lambda: ticket.flight and ticket.flight.doing)
+        asked = threads.submit(pool.trace, "step", order(**SLOW, batch_size=3), ticket)
+        until(lambda: ticket.in_flight and ticket.in_flight.doing)
         ticket.left = True
         with pytest.raises(Abandoned):
             asked.result()
-    until(lambda: not pool._flights)
-    assert pool.trace("step", *order(), Ticket())
+    until(lambda: not pool._in_flight)
+    assert pool.trace("step", order(), RequestHandle())
 
 
 def children(of: int) -> list[int]:
@@ -90,66 +91,68 @@ def children(of: int) -> list[int]:
 
 
 def test_a_killed_process_is_an_error_of_its_job_alone(pool):
-    ticket = Ticket()
+    ticket = RequestHandle()
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(pool.trace, "step", *order(**SLOW, batch_size=4), ticket)
-        until(lambda: ticket.flight and ticket.flight.doing)
+        asked = threads.submit(pool.trace, "step", order(**SLOW, batch_size=4), ticket)
+        until(lambda: ticket.in_flight and ticket.in_flight.doing)
         for pid in children(forkserver._forkserver._forkserver_pid):
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(PlanError, match="ended from outside"):
             asked.result()
-    assert pool.trace("step", *order(), Ticket())
+    assert pool.trace("step", order(), RequestHandle())
 
 
 def test_a_process_with_nothing_to_do_is_ended_and_a_dead_one_is_not_asked(monkeypatch):
-    monkeypatch.setattr("app.workers.IDLE", 0.3)
+    monkeypatch.setattr("vramplan.server.trace_pool.IDLE", 0.3)
     pool = Pool(slots=1)
     pool.ready()
     (first,) = pool._workers
     os.kill(first._process.pid, signal.SIGKILL)
     until(lambda: not first.alive)
-    assert pool.trace("step", *order(), Ticket())
+    assert pool.trace("step", order(), RequestHandle())
     (second,) = pool._workers
-    assert second.orders == 1 and second.alive
+    assert second.requests_served == 1 and second.alive
     until(lambda: not pool._workers, 5)
     until(lambda: not second.alive)
-    assert pool.trace("step", *order(), Ticket())
+    assert pool.trace("step", order(), RequestHandle())
     pool.close()
 
 
 def test_limits_of_time_and_memory(pool):
     hasty = Pool(slots=1, seconds=0.2)
     with pytest.raises(PlanError, match="more than 0 s"):
-        hasty.trace("step", *order(**SLOW, batch_size=5), Ticket())
+        hasty.trace("step", order(**SLOW, batch_size=5), RequestHandle())
     hasty.close()
     poor = Pool(slots=1, memory=1 << 20)
     with pytest.raises(PlanError, match="MiB of this server's memory"):
-        poor.trace("step", *order(**SLOW, batch_size=6), Ticket())
+        poor.trace("step", order(**SLOW, batch_size=6), RequestHandle())
     poor.close()
 
 
 def test_a_full_line_is_busy(pool, monkeypatch):
     gate = threading.Event()
     monkeypatch.setattr(pool, "_run", lambda *_: gate.wait(60) and b"")
-    with ThreadPoolExecutor(LINE + 1) as threads:
-        asked = [threads.submit(pool.trace, "step", *order(batch_size=n + 1), Ticket()) for n in range(LINE + 1)]
-        until(lambda: pool.waiting == LINE)
+    with ThreadPoolExecutor(QUEUE_LIMIT + 1) as threads:
+        asked = [
+            threads.submit(pool.trace, "step", order(batch_size=n + 1), RequestHandle()) for n in range(QUEUE_LIMIT + 1)
+        ]
+        until(lambda: pool.waiting == QUEUE_LIMIT)
         with pytest.raises(Busy):
-            pool.trace("step", *order(batch_size=LINE + 2), Ticket())
+            pool.trace("step", order(batch_size=QUEUE_LIMIT + 2), RequestHandle())
         gate.set()
-        assert [one.result() for one in asked] == [b""] * (LINE + 1)
+        assert [one.result() for one in asked] == [b""] * (QUEUE_LIMIT + 1)
 
 
 def test_those_who_left_are_in_nobody_s_way(pool, monkeypatch):
-    gate, tickets = threading.Event(), [Ticket() for _ in range(LINE + 1)]
+    gate, tickets = threading.Event(), [RequestHandle() for _ in range(QUEUE_LIMIT + 1)]
     monkeypatch.setattr(pool, "_run", lambda *_: gate.wait(60) and b"")
-    with ThreadPoolExecutor(LINE + 2) as threads:
-        asked = [threads.submit(pool.trace, "step", *order(batch_size=n + 1), t) for n, t in enumerate(tickets)]
-        until(lambda: pool.waiting == LINE)
+    with ThreadPoolExecutor(QUEUE_LIMIT + 2) as threads:
+        asked = [threads.submit(pool.trace, "step", order(batch_size=n + 1), t) for n, t in enumerate(tickets)]
+        until(lambda: pool.waiting == QUEUE_LIMIT)
         for ticket in tickets:
             ticket.left = True
         assert all(isinstance(one.exception(), Abandoned) for one in asked)
-        came = threads.submit(pool.trace, "step", *order(batch_size=LINE + 2), Ticket())
+        came = threads.submit(pool.trace, "step", order(batch_size=QUEUE_LIMIT + 2), RequestHandle())
         until(lambda: pool.waiting == 1)
         gate.set()
         assert came.result() == b""
@@ -157,7 +160,9 @@ def test_those_who_left_are_in_nobody_s_way(pool, monkeypatch):
 
 def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
     kept = {}
-    monkeypatch.setattr("app.workers.keep", lambda part, key, data: kept.setdefault(key, Profile.load(data)))
+    monkeypatch.setattr(
+        "vramplan.server.trace_pool.keep", lambda part, request, data: kept.setdefault(request.key, Profile.load(data))
+    )
     gate, started = threading.Event(), threading.Event()
     run = pool._run
 
@@ -170,7 +175,7 @@ def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
     monkeypatch.setattr(pool, "_run", first_held)
     job = order(batch_size=2)
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(pool.trace, "step", *job, Ticket())
+        asked = threads.submit(pool.trace, "step", job, RequestHandle())
         started.wait(60)
         pool.later("general", *job)
         time.sleep(0.1)
@@ -178,7 +183,7 @@ def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
         gate.set()
         asked.result()
     until(lambda: kept)
-    assert kept[job[0]].general
+    assert kept[job.key].general
 
 
 def test_a_search_whose_visitor_leaves_finds_nothing():
@@ -189,14 +194,14 @@ def test_a_search_whose_visitor_leaves_finds_nothing():
             traced.append(order)
             if len(traced) > 1:
                 raise Abandoned
-            return Here().trace(*order[:-1])
+            return InProcessTracer().trace(*order[:-1])
 
         later = trace
 
     traced = []
-    desk = Desk(local_files=False, pool=Until(slots=1))
+    runner = RequestRunner(local_files=False, pool=Until(slots=1))
     job = {"config": {**LLAMA, "hidden_size": 96, "vocab_size": 72}, "method": "full", "sequence_length": 32}
     job |= {"gpu": {"name": "a card", "memory_bytes": 1 << 30}}
     with pytest.raises(Abandoned):
-        anyio.run(desk.run, partial(solve, target="batch_size"), job)
+        anyio.run(runner.run, partial(solve, target="batch_size"), job)
     assert len(traced) == 2

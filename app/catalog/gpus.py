@@ -17,7 +17,7 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
-from app.errors import PlanError
+from ..errors import PlanError
 
 MIB = 1024**2
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 import huggingface_hub.constants
 import torch
 
-# A stranger's config makes no requests: only app.hub may reach the network, by the user's own setting, which stays in
+# A stranger's config makes no requests: only vramplan.hub.client may reach the network, by the user's own setting, which stays in
 # the environment.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

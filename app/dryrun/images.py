@@ -16,11 +16,11 @@ from transformers.models.auto.image_processing_auto import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from app.dryrun.cuda import Card
-from app.dryrun.trace import Ledger
-from app.dryrun.values import LIMIT, Images, Values
-from app.errors import PlanError
-from app.job import Job
+from ..errors import PlanError
+from ..job import Job
+from .cuda.kernels import Card
+from .known_values import LIMIT, Images, KnownValues
+from .tracker import MemoryTracker
 
 SIDE = 448
 """Pixels of a side of the image that a job does not size."""
@@ -133,11 +133,11 @@ def _tokens(model, inputs: dict[str, torch.Tensor], job: Job) -> int:
     features = getattr(model, "get_image_features", None)
     if features is None:
         return len(next(iter(inputs.values())))
-    values = Values(job.expert_routing)
+    values = KnownValues(job.expert_routing)
     taken = inspect.signature(features).parameters
     any_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    ledger = Ledger(Card())
-    with torch.no_grad(), ledger, ledger.following(values):
+    tracker = MemoryTracker(Card())
+    with torch.no_grad(), tracker, tracker.track_values(values):
         told = {}
         for name, tensor in inputs.items():
             if name in taken or any_more:
@@ -145,7 +145,7 @@ def _tokens(model, inputs: dict[str, torch.Tensor], job: Job) -> int:
                 if tensor.is_floating_point():
                     told[name] = told[name].to(model.dtype)
                 else:
-                    values.tell(told[name], tensor)
+                    values.set_values(told[name], tensor)
         out = features(**told, return_dict=True)
     rows = getattr(out, "pooler_output", out)
     rows = rows if isinstance(rows, (list, tuple)) else [rows]

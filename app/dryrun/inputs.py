@@ -7,13 +7,13 @@ import inspect
 import torch
 from peft import PeftModel
 
-from app.dryrun.trace import Ledger
-from app.dryrun.values import LIMIT, Images
-from app.errors import PlanError
-from app.job import Job
+from ..errors import PlanError
+from ..job import Job
+from .known_values import LIMIT, Images
+from .tracker import MemoryTracker
 
 
-def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Tensor]:
+def make_batch(tracker: MemoryTracker, model, job: Job, task: str) -> dict[str, torch.Tensor]:
     """The batch on the card: what the model's main input is, labels to train on, and the mask that the job asks for.
 
     Token ids and labels are int64, but for a model that is fitted to numbers (:func:`_targets`). Packed sequences are
@@ -28,7 +28,7 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
     dtype = getattr(torch, job.dtype)
 
     def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device=ledger.device)
+        return torch.empty(*shape, dtype=dtype, device=tracker.device)
 
     def pixels() -> torch.Tensor:
         vision = getattr(config, "vision_config", config)
@@ -37,7 +37,7 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         return empty(b, vision.num_channels, height, width, dtype=dtype)
 
     if task == "image-classification":
-        batch = {"pixel_values": pixels(), "labels": _targets(config, b, dtype, ledger.device)}
+        batch = {"pixel_values": pixels(), "labels": _targets(config, b, dtype, tracker.device)}
     elif task == "zero-shot-image-classification":
         batch = {"pixel_values": pixels(), "input_ids": empty(b, s)}
     elif task == "speech-seq2seq":
@@ -47,25 +47,25 @@ def make_batch(ledger: Ledger, model, job: Job, task: str) -> dict[str, torch.Te
         tokens = (1, b * s) if job.packed else (b, s)
         batch = {"input_ids": empty(*tokens)}
         if task == "sequence-classification" and job.method != "inference":
-            batch["labels"] = _targets(config, b, dtype, ledger.device)
+            batch["labels"] = _targets(config, b, dtype, tracker.device)
         elif job.method != "inference":
             batch["labels"] = empty(b, job.target_length or s) if task == "seq2seq-lm" else empty(*tokens)
     masked = job.attention_mask != "absent" or job.method == "inference" or job.trainer == "trl"
     if job.packed:
-        _refuse_packed(model, ledger, batch)
+        _refuse_packed(model, tracker, batch)
         batch["position_ids"] = empty(1, b * s)
         if job.trainer == "trl":
-            ledger.shifted, ledger.labelled = b * s - 1, b * s - PACKED * b
+            tracker.shifted, tracker.labelled = b * s - 1, b * s - PACKED * b
             batch |= {name: empty(PACKED * b + 1, dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
             batch["seq_idx"] = empty(1, b * s, dtype=torch.int32)
     elif "input_ids" in batch and masked:
         batch["attention_mask"] = empty(b, s)
-    stated = {} if ledger.images is None and ledger.values is None else _stated(model, job, ledger.images)
+    stated = {} if tracker.images is None and tracker.values is None else _stated(model, job, tracker.images)
     for name, value in stated.items():
         if name not in ("input_ids", "attention_mask", "position_ids"):
             batch[name] = empty(*value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
-    ledger.arrived(batch, {name: value for name, value in stated.items() if not value.is_floating_point()})
-    if job.packed and ledger.device != "meta":
+    tracker.register_batch(batch, {name: value for name, value in stated.items() if not value.is_floating_point()})
+    if job.packed and tracker.device != "meta":
         batch["position_ids"].copy_(_positions(b, s))
     if task == "zero-shot-image-classification":
         batch["return_loss"] = True  # of every text against every image
@@ -85,14 +85,14 @@ def _targets(config, batch: int, dtype: torch.dtype, device: str) -> torch.Tenso
     return torch.empty(*shape, dtype=dtype, device=device)
 
 
-def _refuse_packed(model, ledger: Ledger, batch: dict) -> None:
+def _refuse_packed(model, tracker: MemoryTracker, batch: dict) -> None:
     """Sequences are packed by their positions, as TRL's and transformers' collators without padding do."""
     base = base_of(model)
     if "input_ids" not in batch or "position_ids" not in inspect.signature(type(base).forward).parameters:
         reason = "takes no position_ids"
     elif batch["labels"].shape != batch["input_ids"].shape:
         reason = "answers once a row"
-    elif ledger.images is not None:
+    elif tracker.images is not None:
         reason = "finds its positions by its images"
     else:
         return

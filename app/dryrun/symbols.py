@@ -2,7 +2,7 @@
 
 PyTorch asks a ``SymInt`` for its arithmetic through its ``node`` (torch/csrc/utils/python_symnode.h); torch.compile
 puts sympy there, which takes minutes for a training step. Here a node is a value and a
-:class:`~app.memory.sizes.Size`. The program runs as it does with the value; wherever it looks at one (a comparison,
+:class:`~vramplan.memory.sizes.Size`. The program runs as it does with the value; wherever it looks at one (a comparison,
 ``int()``), what it saw becomes a condition, unless it is so for every batch and length. Where the conditions hold, the
 program does the same again.
 """
@@ -19,8 +19,8 @@ import sympy
 import torch
 import torch.fx.experimental.symbolic_shapes as symbolic_shapes
 
-from app.memory import sizes
-from app.memory.sizes import FUNCTIONS, OPPOSITE, Number, Size, decided, divided, function, remainder, text_of
+from ..memory import sizes
+from ..memory.sizes import FUNCTIONS, OPPOSITE, Number, Size, decide, floordiv, function, remainder, text_of
 
 _PYTHON = {
     "==": operator.eq,
@@ -97,7 +97,7 @@ def _threshold(comparison: str, difference: Size) -> tuple[Size, int, bool] | No
 class Node:
     """What a ``SymInt``, ``SymFloat`` or ``SymBool`` is made of.
 
-    ``value`` is the number of this run; ``form`` where it is from: a :data:`~app.memory.sizes.Number` for integers,
+    ``value`` is the number of this run; ``form`` where it is from: a :data:`~vramplan.memory.sizes.Number` for integers,
     text otherwise (of a bool: (comparison, left, right), or its value alone where it is so everywhere). ``seen``
     are the conditions.
     """
@@ -222,7 +222,7 @@ class Node:
         return self._number(other, "*", operator.mul, self.value * other.value)
 
     def floordiv(self, other: Node) -> Node:
-        return self._number(other, "//", divided, self.value // other.value)
+        return self._number(other, "//", floordiv, self.value // other.value)
 
     int_floordiv = floordiv
 
@@ -255,7 +255,7 @@ class Node:
     def _choice(self, name: str, other: Node, value) -> Node:
         if not (self.is_int() and other.is_int()):
             return self._of(value, f"{name}({_text(self.form)}, {_text(other.form)})")
-        larger = decided(">=", self.form - other.form)
+        larger = decide(">=", self.form - other.form)
         if larger is None:
             return self._of(value, function(name, self.form, other.form))
         return self if larger == (name == "max") else other
@@ -278,7 +278,7 @@ class Node:
         value = how(self.value)
         if isinstance(self.form, _Quotient):
             above, below = self.form.above, self.form.below
-            return self._of(value, divided(above, below) if how is floor else 0 - divided(0 - above, below))
+            return self._of(value, floordiv(above, below) if how is floor else 0 - floordiv(0 - above, below))
         self.seen.see("==", f"{how.__name__}({self.form})", value)
         return self.wrap_int(value)
 
@@ -289,7 +289,7 @@ class Node:
         if not (self.is_int() and other.is_int()):
             return self._of(value, (comparison, self.form, other.form))
         difference = self.form - other.form
-        always = decided(comparison, difference)
+        always = decide(comparison, difference)
         return self._of(value, value if always is not None else (comparison, difference, 0))
 
     def eq(self, other: Node) -> Node:
@@ -408,7 +408,7 @@ def symbol(name: str, value: int, seen: Conditions) -> torch.SymInt:
 
 
 def called(name: str, *numbers: int | torch.SymInt) -> int | torch.SymInt:
-    """The function of this ``name`` in :data:`~app.memory.sizes.FUNCTIONS` of these numbers: a size like any other,
+    """The function of this ``name`` in :data:`~vramplan.memory.sizes.FUNCTIONS` of these numbers: a size like any other,
     whatever it asks on its way."""
     nodes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
     value = FUNCTIONS[name](*(number.node.value if isinstance(number, torch.SymInt) else number for number in numbers))
@@ -416,7 +416,7 @@ def called(name: str, *numbers: int | torch.SymInt) -> int | torch.SymInt:
     return torch.SymInt(nodes[0]._of(value, form)) if nodes else value
 
 
-def answered(about: tuple, question: Callable[..., bool], *numbers: int | torch.SymInt) -> bool:
+def sym_predicate(about: tuple, question: Callable[..., bool], *numbers: int | torch.SymInt) -> bool:
     """``question(*numbers)``, where the answer becomes a condition, not how it was found: every way through the
     question is walked. ``about`` tells the question from others."""
     nodes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
@@ -453,7 +453,7 @@ def size_of(number: int | torch.SymInt) -> Number:
     return number.node.form if isinstance(number, torch.SymInt) else number
 
 
-def stepped(start, stop=None, step=1):
+def sym_range(start, stop=None, step=1):
     """``range`` that looks at how many steps there are, not at where the last one ends."""
     start, stop = (0, start) if stop is None else (start, stop)
     if not any(isinstance(number, torch.SymInt) for number in (start, stop, step)):
@@ -462,7 +462,7 @@ def stepped(start, stop=None, step=1):
 
 
 @contextmanager
-def understood() -> Iterator[None]:
+def symbol_guards() -> Iterator[None]:
     """Let PyTorch's shape functions in Python, which are those that take symbols, ask these nodes."""
     original = symbolic_shapes._static_eval_sym_bool
     symbolic_shapes._static_eval_sym_bool = lambda answer: answer.node.guard_bool()

@@ -1,350 +1,344 @@
-"""The dispatch mode that keeps the books of whatever runs under it on the meta device.
-
-Every tensor's storage is followed by a weak reference: its first appearance is memory taken, its death memory given
-back. The same autograd engine, the same Python and the same reference counts run as on a card, so lifetimes are exact;
-what CUDA does otherwise is asked of :mod:`app.dryrun.cuda`.
-
-Who an allocation is for is read off the module that is running; in the backward pass off the autograd node, whose
-sequence number leads back to the forward operator that made it (as PyTorch's profiler links the two).
-"""
+"""Job and config in, books out: the whole dry run, with the facts and the table that come from the same model."""
 
 from __future__ import annotations
 
-import sys
-import weakref
-from bisect import bisect_right
-from contextlib import contextmanager, nullcontext
+import linecache
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import bitsandbytes as bnb
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from app.dryrun import cuda, native  # noqa: F401  (native: shape functions in C++)
-from app.dryrun.symbols import size_of
-from app.dryrun.values import Images, Values, kept_in_memory
-from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
-
-_current_node = torch._C._current_autograd_node
-_sequence_number = torch._C._autograd._get_sequence_nr
-OTHER = "other"
-"""The phase of one more forward pass with checkpointing the other way round, which is no part of the job."""
-_UNLINKED = 1 << 63  # sequence_nr of AccumulateGrad nodes is UINT64_MAX
-
-
-class DataDependent(Exception):
-    """The program asked for a value that no dry run has; ``where`` is the function that asked."""
-
-    def __init__(self, where: str):
-        super().__init__(where)
-        self.where = where
-
-
-def canonical(path: str) -> str:
-    """A module's path without what PEFT wraps around it."""
-    if path in ("base_model", "base_model.model"):
-        return ""
-    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+from ..errors import PlanError
+from ..job import Job, point_of
+from ..memory.events import TraceColumns, TraceLog
+from ..memory.kernel_facts import KernelFacts
+from ..memory.profile import Profile
+from ..memory.repeat import Expansion, NotRepeatable
+from ..memory.sizes import SYMBOLS
+from ..memory.table import Table, with_costs
+from ..memory.template import TraceTemplate
+from ..progress import say
+from . import layer_weights as layers
+from .build import prequantized as stored
+from .build.model import base_of, equal_type, quantizable
+from .cuda import kernels as cuda
+from .images import images_of
+from .known_values import Images, KnownValues
+from .repeat_layers import folded_log
+from .steps.plain import dry_run
+from .symbols import Conditions, symbol, symbol_guards
+from .token_loops import TOKENS_RUN
+from .tracker import FORWARD_OTHER_CHECKPOINTING, DataDependent, canonical_fqn
 
 
-class _Watch(weakref.ref):
-    __slots__ = ("key", "id")
+def _base(job: Job, config: dict):
+    """The job that is run, the bare model, its task, and what is to be said of how it came to be."""
+    say("building the model")
+    base, task = base_of(config, job.task, job.dtype, job.attention)
+    said = list(_planned_as(config, base))
+    settings = stored.allocator_config_of(config)
+    with with_weight_facts(base):
+        _check_length(job, base.config, task)
+        if settings is not None:
+            job, how = stored.as_loaded(job, settings, base)
+            said.append(how)
+    return job, base, task, said
 
 
-class Ledger(TorchDispatchMode):
-    """Keeps :class:`~app.memory.event.Books` of what runs under it.
+def _planned_as(config: dict, base) -> Iterator[str]:
+    """Where the class that is planned is not the one that the config names."""
+    kind, named = config["model_type"], config.get("architectures")
+    if base.config.model_type != kind and equal_type(kind, config) != kind:
+        yield (
+            f"transformers has no model_type {kind!r}: planned as its own {type(base).__name__}, the class that the "
+            "config names; the code in the model's repository is not run and may differ"
+        )
+    elif isinstance(named, list) and named and type(base).__name__ not in named:
+        yield (
+            f"the config names {named[0]}; planned is {type(base).__name__}, which has the loss of this task: "
+            "its parameters are counted"
+        )
 
-    ``card`` is the :class:`~app.dryrun.cuda.Card` whose kernels are meant; ``mask``, what the job's batch carries, is
-    the answer to a program that asks whether its mask hides anything or sequences are packed, ``length`` to one that
-    asks how long a sequence is; where that is a symbol, shapes are computed by PyTorch's functions in Python. Of
-    ``shifted`` labels ``labelled`` ones are none of those that are left out; of other numbers of labels all.
+
+@contextmanager
+def with_weight_facts(base):
+    """A refusal of a model that could be built says what its weights are."""
+    try:
+        yield
+    except PlanError as error:
+        if error.weights is None:
+            parameters = list(base.parameters())
+            error.weights = {
+                "parameters": sum(parameter.numel() for parameter in parameters),
+                "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+                "from": "the model's own class, as loaded",
+            }
+        raise
+
+
+def trace(
+    job: Job,
+    config: dict,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    measured: KernelFacts = KernelFacts(),
+    general: bool = False,
+) -> Profile:
+    """Run ``job`` (resolved) on the meta device as a card with these kernels would, and describe the model.
+
+    The profile holds for the job's own batch and length on all cards with these kernels that do the same, however many
+    multiprocessors they have; ``general``: for all batches and lengths for which the software does the same, which
+    takes a few times as long. Raises :class:`PlanError`.
     """
+    conditions = Conditions()
+    card = cuda.Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
+    job, base, task, said = _base(job, config)
+    with with_weight_facts(base):
+        images, shown = images_of(base, job, task)
+    skip = job.quantization.skip_modules if job.quantization else ()
+    linear = dict(quantizable(base, skip))
+    rows = layers.weights_table(base, linear)
+    facts = {
+        "task": task,
+        "class": type(base).__name__,
+        "model_type": base.config.model_type,
+        "parameters": sum(row.parameters for row in rows),
+        "supports_checkpointing": bool(base.supports_gradient_checkpointing),
+        "attention": base.config._attn_implementation or "eager",
+    }
+    warnings = [*said, *([shown] if shown else []), *_weight_warnings(job, facts["parameters"], linear)]
+    symbols = _symbols(job, conditions) if general and images is None else {}
+    if symbols:
+        _check_length(job.model_copy(update=symbols), base.config, task)
+    trace_log, values = with_values(
+        lambda values: _trace_log(base, job, task, card, symbols if values is None else {}, values), job, images
+    )
+    if values is not None and values.depends_on_router:
+        warnings.append(_ROUTED[job.expert_routing])
+    warnings += _kernel_warnings(job, task, facts["attention"], trace_log)
+    table = Table.of(with_costs(rows, trace_log, FORWARD_OTHER_CHECKPOINTING, job.gradient_checkpointing != "off"))
+    trace_log = trace_log.until(FORWARD_OTHER_CHECKPOINTING)
+    facts["trainable_parameters"] = _trainable(trace_log, job)
+    facts["optimizer_state"] = _state_bytes(trace_log)
+    if not symbols or values is not None:
+        conditions |= {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
+    return Profile(TraceTemplate.of(trace_log, conditions), facts, table, warnings, (*point_of(job), multiprocessors))
 
-    device = "meta"
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here: PyTorch need not keep its compiler out of every call (8 % of it)."""
-        return False
-
-    def __init__(self, card: cuda.Card, mask: str = "full", length: int = 0, symbolic: bool = False):
-        super().__init__()
-        self.symbolic = symbolic
-        self.card = card
-        self.mask = mask
-        self.length = length
-        self.books = Books()
-        self.phase = "load"
-        self.step = 0
-        self.in_backward = False
-        self.autocast = None
-        self.values: Values | None = None
-        self.shifted = self.labelled = 0
-        self.heads: set[str] = {""}
-        self._kind = "temporaries"
-        self._watched: dict[int, _Watch] = {}
-        self._paths: dict[int, str] = {}
-        self._owner: dict[int, str] = {}
-        self._stack: list[str] = []
-        self._links: tuple[list[int], list[str]] = ([], [])
-        self._site: str | None = None
-        self._workspace_threads: set[tuple[str, str]] = set()
-        self._closed = False
-
-    # --- phases and places ----------------------------------------------------------------------------------
-
-    def mark(self, phase: str, step: int, kind: str) -> None:
-        """From here on events belong to ``phase``; what is allocated is of ``kind`` until it proves to be another."""
-        self.phase, self.step, self._kind = phase, step, kind
-        self._site = None
-        self.books.marks.append(Mark(len(self.books.events), phase, step))
-        if phase in ("forward", OTHER):
-            self._links = ([], [])
-
-    def empty_cache(self) -> None:
-        self.books.marks.append(Mark(len(self.books.events), EMPTY_CACHE, self.step))
-
-    @contextmanager
-    def watching(self, model: torch.nn.Module):
-        """Know the modules of ``model`` by path while its calls run, and keep the books."""
-        self._paths = {id(module): canonical(name) for name, module in model.named_modules()}
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        self.heads = {""} if head is None else {"", self._paths.get(id(head), "")}
-        original = torch.nn.Module.__call__
-        stack, paths = self._stack, self._paths
-
-        def call(module, *args, **kwargs):
-            path = paths.get(id(module))
-            if path is None:
-                return original(module, *args, **kwargs)
-            recompute = self.autocast is not None and self.in_backward and not stack
-            stack.append(path)
-            try:
-                with self.autocast.on() if recompute else nullcontext():  # a checkpoint enters its own autocast
-                    return original(module, *args, **kwargs)
-            finally:
-                stack.pop()
-
-        torch.nn.Module.__call__ = call
+def with_values(
+    run: Callable[[KnownValues | None], TraceLog | TraceColumns | Expansion], job: Job, images: Images | None
+) -> tuple[TraceLog | TraceColumns | Expansion, KnownValues | None]:
+    """``run`` with the values that the job states where it shows images or asks for some, else with none; and those."""
+    if images is None:
         try:
-            with self:
-                yield self
-        finally:
-            torch.nn.Module.__call__ = original
+            return run(None), None
+        except DataDependent:
+            pass
+    values = KnownValues(job.expert_routing, images)
+    return run(values), values
 
-    @contextmanager
-    def following(self, values: Values):
-        """Know ``values``, which the program may ask for."""
-        self.values = values
-        with kept_in_memory():
-            yield
 
-    @contextmanager
-    def on_behalf_of(self, path: str):
-        """Keep the books of what runs, all of it for the module at ``path``."""
-        with self.at(path), self:
-            yield self
+def _symbols(job: Job, conditions: Conditions) -> dict[str, torch.SymInt]:
+    """The job's batch and length as symbols; what generates asks transformers, which wants the length as a number."""
+    named = {"batch_size": job.batch_size, "sequence_length": job.sequence_length}
+    if job.method == "inference" or job.sequence_length is None:
+        named.pop("sequence_length")
+        conditions[f"s == {job.sequence_length or 0}"] = None
+    return {field: symbol(SYMBOLS[field == "sequence_length"], value, conditions) for field, value in named.items()}
 
-    @contextmanager
-    def at(self, path: str):
-        """What runs meanwhile runs on behalf of ``path``, which need not be a module's."""
-        self._stack.append(path)
+
+_ROUTED = {
+    "balanced": "what runs depends on which experts the router chooses: taken to be each as often as the others (job "
+    "field expert_routing: balanced)",
+    "same": "what runs depends on which experts the router chooses: taken to be the same ones for every token (job "
+    "field expert_routing: same)",
+}
+
+
+def _trace_log(
+    model,
+    job: Job,
+    task: str,
+    card: cuda.Card,
+    symbols: dict,
+    values: KnownValues | None,
+) -> TraceColumns:
+    """The books of ``job`` on the bare ``model``, folded, with ``symbols`` for fields of the job if there are any, and
+    of :data:`FORWARD_OTHER_CHECKPOINTING` where the model can; what the stack itself refuses is told as such. Raises :class:`DataDependent`
+    where it takes ``values``."""
+    names = (
+        *(job.lora.target_modules or () if job.lora and job.lora.target_modules != "all-linear" else ()),
+        *(job.lora.modules_to_save if job.lora else ()),
+        *(job.quantization.skip_modules if job.quantization else ()),
+    )
+
+    other = job.method != "inference" and model.supports_gradient_checkpointing
+
+    def trace_log(tokens: int) -> TraceColumns:
+        def run(what: Job) -> Callable[[torch.nn.Module], TraceLog]:
+            return lambda short: dry_run(short, what, task, card, 2, other, values, tokens)
+
+        general = run(job.model_copy(update=symbols)) if symbols else None
+        return folded_log(model, run(job), names, general).columns()
+
+    with with_weight_facts(model), explain_stack_errors(model, job, values is not None), symbol_guards():
         try:
-            yield
-        finally:
-            self._stack.pop()
-
-    @property
-    def place(self) -> str:
-        """The module path on whose behalf the program runs; of the model itself, or none's: empty."""
-        return self._place() or ""
-
-    def _place(self) -> str | None:
-        """The module path on whose behalf the current operator runs; None: nobody's (loop, loss, optimiser)."""
-        if self._stack:
-            return self._stack[-1]
-        node = _current_node()
-        if node is None:
-            return None
-        number = node._sequence_nr()
-        if number >= _UNLINKED:
-            return self._owner.get(node.variable.untyped_storage()._cdata)
-        numbers, places = self._links
-        at = bisect_right(numbers, number)
-        return places[at] if at < len(places) else None
-
-    # --- entries --------------------------------------------------------------------------------------------
-
-    def take(self, size: int, module: str, kind: str, op: str) -> int:
-        """Enter ``size`` bytes taken; returns the key under which they are given back."""
-        books = self.books
-        key = len(books.allocations)
-        books.allocations.append(Allocation(size_of(size), module, kind, self.phase, op))
-        books.events.append(key)
-        books.sites.append(module)
-        return key
-
-    def close(self) -> Books:
-        """Stop: what is released from here on is the dry run's own end, not the job's."""
-        self._closed = True
-        return self.books
-
-    def give(self, key: int) -> None:
-        if self._closed:
-            return
-        books = self.books
-        books.events.append(~key)
-        books.sites.append(self._site if self._site is not None else books.allocations[key].module)
-
-    def transient(self, sizes: list[tuple[int, str]], module: str, op: str) -> None:
-        """Memory that a kernel takes and gives back within one call, unseen by the dispatcher."""
-        for key in [self.take(size, module, kind, op) for size, kind in sizes]:
-            self.give(key)
-
-    def own(self, tensor: torch.Tensor, module: str, kind: str) -> None:
-        """Enter a tensor that exists already (a parameter, a buffer, a batch)."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._watched and storage.nbytes():
-            self._watch(storage, module, kind, "place")
-        self._owner.setdefault(storage._cdata, module)
-
-    @property
-    def images(self) -> Images | None:
-        """What a vision-language model is shown."""
-        return None if self.values is None else self.values.images
-
-    def arrived(self, batch: dict[str, torch.Tensor], stated: dict[str, torch.Tensor]) -> None:
-        """Enter a batch that lies on the card now, with the values that the job states of it."""
-        for name, tensor in batch.items():
-            self.own(tensor, "", "inputs")
-            self.reclassify(tensor, "inputs")  # where it was made on the card, it is known already
-            if self.values is not None and name in stated:
-                self.values.tell(tensor, stated[name])
-
-    def key_of(self, tensor: torch.Tensor) -> int | None:
-        watch = self._watched.get(tensor.untyped_storage()._cdata)
-        return None if watch is None else watch.key
-
-    def reclassify(self, tensor: torch.Tensor, kind: str, module: str | None = None) -> None:
-        """Say what an allocation turned out to be (a gradient, a state of the optimiser)."""
-        key = self.key_of(tensor)
-        if key is None:
-            return
-        entry = self.books.allocations[key]
-        self.books.allocations[key] = entry._replace(kind=kind, module=entry.module if module is None else module)
-
-    def follow(self, tensor: torch.Tensor, owned: torch.Tensor) -> None:
-        """What is made of ``tensor`` outside modules belongs to whom ``owned`` belongs."""
-        self._owner[tensor.untyped_storage()._cdata] = self._owner.get(owned.untyped_storage()._cdata, "")
-
-    def _watch(self, storage, module: str, kind: str, op: str) -> None:
-        identity = storage._cdata
-        watch = _Watch(storage, self._released)
-        watch.id = identity
-        watch.key = self.take(storage.nbytes(), module, kind, op)
-        self._watched[identity] = watch
-
-    def _released(self, watch: _Watch) -> None:
-        if self._watched.get(watch.id) is watch:
-            del self._watched[watch.id]
-            self._owner.pop(watch.id, None)
-        self.give(watch.key)
-
-    # --- the dispatcher -------------------------------------------------------------------------------------
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.symbolic:
-            with enable_python_dispatcher():
-                return self._run(func, args, kwargs or {})
-        if self.values is not None:
-            return self.values.follow(func, args, kwargs or {}, self._run)
-        return self._run(func, args, kwargs or {})
-
-    def _run(self, func, args, kwargs):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return self._value(args[0])
-        place = self._place()
-        self._site = place
-        if self._stack or not self.in_backward:  # a reentrant checkpoint's recompute makes nodes too
-            numbers, places = self._links
-            numbers.append(_sequence_number())
-            places.append(place or "")
-        special = cuda.KERNELS.get(func)
-        if special is not None:
-            return special(self, func, args, kwargs, place or "")
-        out = func(*args, **kwargs)
-        self.enter(out, func, args, place)
-        return out
-
-    def enter(self, out, func, args, place: str | None) -> None:
-        """Enter the storages of ``out`` that are new."""
-        if type(out) is torch.Tensor:
-            storage = out.untyped_storage()
-            if storage._cdata not in self._watched:
-                self._enter_new(storage, func, args, place, 0)
-            return
-        for index, leaf in enumerate(tree_leaves(out)):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._watched:
-                    self._enter_new(storage, func, args, place, index)
-
-    def _enter_new(self, storage, func, args, place, index: int) -> None:
-        if not storage.nbytes() or storage.device.type != "meta":
-            return
-        if place is None or self._site is None:
-            place = self._owned_by(args, index)
-            self._owner[storage._cdata] = place
-            self._watch(storage, place, self._kind, func.__name__)
-            return
-        self._watch(storage, place, self.kind_at(place), func.__name__)
-
-    def _owned_by(self, args, index: int) -> str:
-        """Outside modules (the optimiser, clipping): whose parameter, gradient or state the operator works on."""
-        if not args:
-            return ""
-        first = args[0]
-        if isinstance(first, (list, tuple)):
-            first = first[index] if index < len(first) and len(first) > 1 else None
-        if isinstance(first, torch.Tensor):
-            return self._owner.get(first.untyped_storage()._cdata, "")
-        return ""
-
-    @property
-    def in_module(self) -> bool:
-        return bool(self._stack)
-
-    def kind_at(self, place: str) -> str:
-        """What an allocation on behalf of ``place`` is, until it proves to be another."""
-        if place in self.heads and self.phase in ("forward", "backward", OTHER):
-            return "logits_and_loss"
-        if self.in_backward and self._stack:
-            return "activations"  # recomputed by a checkpoint
-        return self._kind
-
-    def _value(self, tensor: torch.Tensor):
-        """The value of a tensor that the program reads on the host, where the job states it."""
-        frame = sys._getframe(2)
-        for _ in range(12):
-            if frame is None:
-                break
-            name = frame.f_code.co_qualname
-            if name in cuda.HOST_READS:
-                told = {"full": self.mask != "padded", "single": self.mask != "packed", "length": self.length}
-                if cuda.HOST_READS[name] == "generated":
-                    told["generated"] = frame.f_locals["length"] >= self.length
-                answer = cuda.HOST_READS[name]
-                return told[answer] if isinstance(answer, str) else answer
-            frame = frame.f_back
-        raise DataDependent(_caller())
+            return trace_log(TOKENS_RUN)
+        except NotRepeatable:  # of a loop over tokens, not of the layers
+            return trace_log(job.sequence_length or 1)
 
 
-def _caller() -> str:
-    """The nearest frame outside torch: where the program asked for a value."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if "/torch/" not in file and "/app/dryrun/" not in file:
-            return f"{file.rsplit('site-packages/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back
-    return "?"
+@contextmanager
+def explain_stack_errors(model, job: Job, known: bool):
+    """What the stack itself refuses, as the error that a user is told; with ``known`` values, what they do not tell
+    too."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except DataDependent as error:
+        if not known:
+            raise
+        raise PlanError(
+            f"{type(model).__name__} computes with values that a dry run does not have, at {error.where}",
+            "its weights can be planned, its activations cannot",
+            "model",
+        ) from None
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        place, hint = _where(error, job)
+        raise PlanError(
+            f"{type(model).__name__} does not run this job{place}: {type(error).__name__}: {text}", hint, "model"
+        ) from None
+
+
+def _where(error: Exception, job: Job) -> tuple[str, str]:
+    """The innermost module that was running, and what can be done about it."""
+    running, line = [], ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch.nn.Module):
+            running.append(module)
+            line = linecache.getline(frame.f_code.co_filename, number)
+    hint = "the installed transformers would fail the same way on a GPU; check the sizes in the config, or the job"
+    if not running:
+        return "", hint
+    paths = {id(module): canonical_fqn(name) for name, module in running[0].named_modules()}
+    path = paths.get(id(running[-1]), "")
+    adapted = [module for module in running if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        kind = type(adapted[-1].get_base_layer()).__name__
+        name = paths[id(adapted[-1])].rpartition(".")[2]
+        others = {paths[id(m)].rpartition(".")[2] for m in running[0].modules() if isinstance(m, BaseTunerLayer)}
+        rest = ", ".join(sorted(others - {name}))
+        hint = f"PEFT's adapter does not fit a {kind}: set lora.target_modules to names without {name}: {rest}"
+    elif packed := [name for name in _WEIGHT.findall(line) if _is_packed(running[-1], name)]:
+        head = paths.get(id(running[0].get_output_embeddings()))
+        left = sorted({*job.quantization.skip_modules, *packed} | ({head} if head else set()))
+        hint = (
+            "its code takes a weight itself, which is packed when it is quantised: leave it as it is with "
+            f"quantization.skip_modules {left}"
+        )
+    return f" at {path}" if path else "", hint
+
+
+_WEIGHT = re.compile(r"self\.(\w+)\.weight")
+
+
+def _is_packed(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(getattr(getattr(module, name, None), "weight", None), (bnb.nn.Params4bit, bnb.nn.Int8Params))
+
+
+def _check_length(job: Job, configuration, task: str) -> None:
+    text = configuration.get_text_config()
+    speech = task == "speech-seq2seq"
+    limit = getattr(text, "max_target_positions" if speech else "max_position_embeddings", None)
+    if not isinstance(limit, int) or job.sequence_length is None or task == "image-classification":
+        return
+    length = job.sequence_length + (job.new_tokens or 0 if job.method == "inference" else 0)
+    if 0 < limit < length:
+        raise PlanError(
+            f"a sequence of {length} tokens is longer than this model's {limit} positions",
+            f"set sequence_length to at most {limit}",
+            "sequence_length",
+        )
+
+
+def _trainable(trace_log: TraceColumns, job: Job) -> int:
+    """How many parameters are trained: the gradients' elements, each of its parameter's dtype (fp32 for adapters
+    unless the trainer casts them)."""
+    if job.method == "inference":
+        return 0
+    if job.method == "full":
+        return trace_log.total(trace_log.which("weights", "place")) // getattr(torch, job.dtype).itemsize
+    return trace_log.total(trace_log.which("adapters", "place")) // 4
+
+
+def _state_bytes(trace_log: TraceColumns) -> int:
+    """The bytes of the tensors in ``optimizer.state`` on the card, summed as a script would sum them.
+
+    bitsandbytes (optim/optimizer.py ``init_state``) gives every 8-bit state, beside an absmax of its own
+    (``torch.zeros``), one code book of 1024 bytes that all parameters share: it counts once for each.
+    """
+    scales = trace_log.which("optimizer_state", "zeros.default").size
+    copies = trace_log.size[trace_log.which("optimizer_state", "_to_copy.default")].tolist()
+    shared = sum(trace_log.sizes[number] == 1024 for number in copies)
+    return trace_log.total(trace_log.which("optimizer_state")) + 1024 * max(scales - shared, 0)
+
+
+def _kernel_warnings(job: Job, task: str, attention: str, trace_log: TraceColumns) -> list[str]:
+    """What the kernels of this job do that a user may not expect, or that the number cannot know."""
+    out = []
+    ops = set(trace_log.ops)
+    if attention == "eager" and job.attention is None:
+        out.append(
+            "this model's class has no sdpa attention: transformers runs eager attention, which keeps its scores"
+        )
+    if job.packed:
+        out.append(
+            "the batch is taken to be one row of all its tokens, each length two sequences, told apart by positions "
+            "that start over: where attention is not flash_attention_2, transformers makes a mask of tokens × tokens "
+            "of them"
+        )
+    if attention == "sdpa" and "_safe_softmax.default" in ops:
+        out.append(
+            "scaled_dot_product_attention falls back to PyTorch's math kernel, which keeps length × length scores: "
+            "the fused kernels refuse these queries (float32 with grouped heads, bfloat16 or grouped heads on a card "
+            "before sm80, or a strided mask). Autocast or activations in 16 bit avoid it from sm80 on"
+        )
+    if "run_conv_plan" in ops:
+        out.append(
+            "convolutions: cuDNN's workspace is that of its channels-last kernels; other choices take other amounts"
+        )
+    if job.quantization is not None and job.quantization.type == "int8":
+        out.append(
+            "LLM.int8 keeps a copy of every outlier column (values of 6 and more); how many there are depends on the "
+            "weights and is taken to be none"
+        )
+    return out
+
+
+def _weight_warnings(job: Job, total: int, linear: dict[str, torch.nn.Module]) -> list[str]:
+    """What a quantised job of so many parameters would not expect: modules that bitsandbytes leaves as they are, all
+    but the ``linear`` ones, and what is cast."""
+    out = []
+    if job.quantization is not None:
+        itemsize = getattr(torch, job.dtype).itemsize
+        quantized = sum(module.weight.numel() for module in linear.values())
+        left = (total - quantized) * itemsize
+        if total and quantized / total < 0.5:
+            out.append(
+                f"bitsandbytes quantises {100 * quantized / total:.1f} % of this model's parameters only: "
+                f"{left / 2**30:.1f} GiB stay in {job.dtype} (fused experts and layers that are no nn.Linear). "
+                "Budget for them in 16 bit, or choose a dense model"
+            )
+        if job.prepare_for_kbit_training and job.dtype != "float32":
+            out.append(
+                f"prepare_model_for_kbit_training casts what is not quantised to float32: "
+                f"{2 * left / 2**30:.1f} GiB instead of {left / 2**30:.1f} GiB"
+            )
+    return out

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from app.memory.breakdown import Reading, replayed
-from app.memory.event import KINDS
-from app.memory.overheads import Room
-from app.memory.rules import LARGE_BUFFER, Settings
-from app.memory.script import Stream
+from .allocator.config import LARGE_BUFFER, AllocatorConfig
+from .budget import MemoryBudget
+from .events import KINDS
+from .summary import MemorySummary, run_replay
+from .template import ConcreteTrace
 
 LEAST = 10 * LARGE_BUFFER
 """The least that an interval is wide: a block that finds its place elsewhere takes or spares a large segment, and so do
@@ -71,48 +71,52 @@ class Verdict:
     breaks_on: str | None = None
 
 
-def passes(stream: Stream, settings: Settings, placed: bool = False) -> tuple[bool, str | None]:
+def fits_under_limit(
+    concrete: ConcreteTrace, settings: AllocatorConfig, placed: bool = False
+) -> tuple[bool, str | None]:
     """Whether every event of ``stream`` is served within ``settings.limit``; else the phase that is not.
 
     ``placed``: the model lies there already, the limit holds from the first step on.
     """
-    script = stream.script
-    served = replayed(stream, settings, script.first_step if placed else 0).served
-    if served == script.events.size:
+    template = concrete.template
+    served = run_replay(concrete, settings, template.first_step if placed else 0).served
+    if served == template.events.size:
         return True, None
-    mark = [mark for mark in script.marks if mark.at <= served][-1]
+    mark = [mark for mark in template.marks if mark.at <= served][-1]
     return False, mark.name if mark.step else "load"
 
 
-def judge(stream: Stream, reading: Reading, room: Room, kind: str, settings: Settings) -> Verdict:
-    """The verdict on a job of this ``kind`` (a key of :data:`MEASURED`) for a card with ``room``.
+def verdict_for(
+    concrete: ConcreteTrace, summary: MemorySummary, budget: MemoryBudget, kind: str, settings: AllocatorConfig
+) -> Verdict:
+    """The verdict on a job of this ``kind`` (a key of :data:`MEASURED`) for a card with ``budget``.
 
     ``reading`` is that of ``stream`` without a limit. The replay under the limit is asked only where it leaves the
     answer open: between the allocated and the reserved peak.
     """
-    load, limit = reading.phases[0], room.limit
-    allocated, needed = max(reading.peak.peak, load.peak), max(reading.reserved, load.reserved)
+    load, limit = summary.phases[0], budget.limit
+    allocated, needed = max(summary.peak.peak, load.peak), max(summary.reserved, load.reserved)
     error, source = measured_of(kind)
-    margin = room.unknown + max(int(error.above * needed), LEAST)
-    spare = room.spare + max(int(error.below * needed), LEAST)
+    margin = budget.slack_low + max(int(error.above * needed), LEAST)
+    spare = budget.slack_high + max(int(error.below * needed), LEAST)
 
     def verdict(word: str, headroom: int, breaks: str | None = None, on: str | None = None) -> Verdict:
         between = (headroom - margin, headroom + spare)
-        return Verdict(word, limit, needed, headroom, between, margin, f"{source}; {room.source}", breaks, on)
+        return Verdict(word, limit, needed, headroom, between, margin, f"{source}; {budget.source}", breaks, on)
 
     if needed <= limit:
         return verdict("fits" if needed + margin <= limit else "tight", limit - needed)
     if allocated <= limit:
-        ok, where = passes(stream, replace(settings, limit=limit))
+        ok, where = fits_under_limit(concrete, replace(settings, limit=limit))
         if ok:
             return verdict("tight", limit - allocated)
     else:
-        where = next(phase.name for phase in reading.phases if phase.peak > limit)
-    return verdict("does_not_fit", limit - needed, where, _largest_part(reading, where))
+        where = next(phase.name for phase in summary.phases if phase.peak > limit)
+    return verdict("does_not_fit", limit - needed, where, _largest_part(summary, where))
 
 
-def _largest_part(reading: Reading, phase: str) -> str:
+def _largest_part(summary: MemorySummary, phase: str) -> str:
     """The kind that holds most at the highest moment of ``phase``."""
-    moments = [point for point in reading.timeline if point.phase == phase]
+    moments = [point for point in summary.timeline if point.phase == phase]
     held = max(moments, key=lambda point: point.allocated).kinds
     return KINDS[max(range(len(KINDS)), key=held.__getitem__)]

@@ -11,11 +11,25 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from math import ceil, floor, lcm
+from typing import NamedTuple
 
-from app.memory.reduction import scratch
+from .reduction import scratch
+
+
+class ShapePoint(NamedTuple):
+    """One value of everything that sizes are functions of.
+
+    ``batch`` counts sequences (or images), ``length`` tokens of one sequence (0 where there are none), ``sms`` the
+    multiprocessors of the card.
+    """
+
+    batch: int
+    length: int
+    sms: int
+
 
 SYMBOLS = ("b", "s", "m")
-"""The batch, the length, and the card's multiprocessors: integers of at least 1."""
+"""The symbols of a :class:`ShapePoint`'s fields, in their order."""
 
 _SIGNED: set[str] = set()
 """Atoms that may be negative; all others are at least 0."""
@@ -70,7 +84,7 @@ class Size:
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Size | int) -> Size | int:
-        return divided(self, other)
+        return floordiv(self, other)
 
     @property
     def denominator(self) -> int:
@@ -118,11 +132,11 @@ def least(size: Number) -> int | None:
     return low
 
 
-def divided(size: Number, by: Number) -> Number:
+def floordiv(size: Number, by: Number) -> Number:
     """``size // by``, in one way of writing: what is divisible is divided, a negated size is rounded up."""
     if not isinstance(size, Size) and not isinstance(by, Size):
         return size // by
-    exact = _divided_exactly(size, by)
+    exact = _exact_quotient(size, by)
     if exact is not None:
         return exact
     if isinstance(size, Size) and all(value < 0 for value in size.terms.values()) and (least(by) or 0) > 0:
@@ -134,10 +148,10 @@ def remainder(size: Number, by: Number) -> Number:
     """``size % by``."""
     if not isinstance(size, Size) and not isinstance(by, Size):
         return size % by
-    return 0 if _divided_exactly(size, by) is not None else function("%", size, by)
+    return 0 if _exact_quotient(size, by) is not None else function("%", size, by)
 
 
-def _divided_exactly(size: Number, by: Number) -> Number | None:
+def _exact_quotient(size: Number, by: Number) -> Number | None:
     if len(_terms(by)) != 1 or not by:
         return None
     ((atoms, value),) = _terms(by).items()
@@ -174,7 +188,7 @@ def called(name: str, *numbers: Number) -> Size:
     return Size({(f"{name}({', '.join(map(text_of, numbers))})",): 1})
 
 
-def decided(comparison: str, difference: Number) -> bool | None:
+def decide(comparison: str, difference: Number) -> bool | None:
     """Whether ``difference comparison 0`` for all; None: it depends."""
     for sign, low in ((1, least(difference)), (-1, least(-1 * difference))):
         if low is None:
@@ -211,13 +225,13 @@ def text_of(size: Number) -> str:
 _SAFE = re.compile(rf"(?:max|min|ceil|floor|float|and|or|{'|'.join(FUNCTIONS)}|[bsm0-9.e+\-*/%(), <>=!])*")
 
 
-def compiled(texts: Iterable[str]) -> Callable[[int, int, int], Sequence]:
-    """A function of (b, s, m) that gives the value of each text. Raises :class:`ValueError` where one is not
+def compiled(texts: Iterable[str]) -> Callable[[ShapePoint], Sequence]:
+    """A function of a point that gives the value of each text there. Raises :class:`ValueError` where one is not
     arithmetic."""
     texts = list(texts)
     for text in texts:
         if not _SAFE.fullmatch(text):
             raise ValueError(f"not a size: {text[:80]!r}")
-    source = f"lambda b, s, m: [{', '.join(texts)}]"
+    source = f"lambda point: (lambda {', '.join(SYMBOLS)}: [{', '.join(texts)}])(*point)"
     known = {"max": max, "min": min, "ceil": ceil, "floor": floor, "float": float, **FUNCTIONS}
     return eval(source, {"__builtins__": {}, **known})

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from app.memory.event import KINDS, Columns
-from app.memory.sizes import Number, compiled, text_of
+from .events import KINDS, TraceColumns
+from .sizes import Number, ShapePoint, compiled, text_of
 
 _KINDS = ("adapters", "gradients", "optimizer_state")
 
@@ -35,19 +35,23 @@ class Layer(NamedTuple):
 _COSTS = ("adapters", "gradients", "optimizer_state", "activations", "activations_checkpointed")
 
 
-def with_costs(rows: list[Layer], books: Columns, other: str, checkpointed: bool) -> list[Layer]:
+def with_costs(rows: list[Layer], trace_log: TraceColumns, other: str, checkpointed: bool) -> list[Layer]:
     """``rows`` with what the books of the job hold for each module, and the activations of the phase ``other``: a
     forward pass with checkpointing the other way round (not there where the model cannot).
 
     A cost belongs to the module itself or, for what PEFT added, to the one it wraps. Modules that hold nothing are
     left out.
     """
-    here, there = saved(books, "forward"), saved(books, other)
+    here, there = saved(trace_log, "forward"), saved(trace_log, other)
     plain, packed = (there, here) if checkpointed else (here, there)
     table: dict[str, dict[str, Any]] = {row.path: {} for row in rows}
-    steps = max((mark.step for mark in books.marks), default=1)
-    made = np.array([op not in ("to", "load") for op in books.ops], bool)
-    costs = {kind: by_module(books, which[made[books.op[which]]]) for kind in _KINDS for which in [books.which(kind)]}
+    steps = max((mark.step for mark in trace_log.marks), default=1)
+    made = np.array([op not in ("to", "load") for op in trace_log.ops], bool)
+    costs = {
+        kind: by_module(trace_log, which[made[trace_log.op[which]]])
+        for kind in _KINDS
+        for which in [trace_log.which(kind)]
+    }
     for field, found in {**costs, "activations": plain, "activations_checkpointed": packed}.items():
         for path, size in found.items():
             cells = table[_owner(path, table)]
@@ -58,30 +62,30 @@ def with_costs(rows: list[Layer], books: Columns, other: str, checkpointed: bool
     return [row._replace(**table[row.path]) for row in rows if row.base or table[row.path]]
 
 
-def by_module(books: Columns, which: np.ndarray) -> dict[str, Number]:
+def by_module(trace_log: TraceColumns, which: np.ndarray) -> dict[str, Number]:
     """Bytes of the allocations ``which``, by module path."""
-    cells = books.module[which].astype(np.int64) * len(books.sizes) + books.size[which]
+    cells = trace_log.fqn[which].astype(np.int64) * len(trace_log.sizes) + trace_log.size[which]
     cells, counts = np.unique(cells, return_counts=True)
     out: dict[str, Number] = {}
     for cell, count in zip(cells.tolist(), counts.tolist()):
-        module, size = divmod(cell, len(books.sizes))
-        path = books.modules[module]
-        out[path] = out.get(path, 0) + count * books.sizes[size]
+        module, size = divmod(cell, len(trace_log.sizes))
+        path = trace_log.fqns[module]
+        out[path] = out.get(path, 0) + count * trace_log.sizes[size]
     return out
 
 
-def saved(books: Columns, phase: str) -> dict[str, Number]:
+def saved(trace_log: TraceColumns, phase: str) -> dict[str, Number]:
     """Bytes of activations alive at the end of the last phase of that name, by module path: the first forward pass also
     makes what stays."""
-    last = next((mark for mark in reversed(books.marks) if mark.name == phase), None)
+    last = next((mark for mark in reversed(trace_log.marks) if mark.name == phase), None)
     if last is None:
         return {}
-    end = next((mark.at for mark in books.marks if mark.at > last.at), books.events.size)
-    events = books.events[last.at : end]
-    alive = np.zeros(books.size.size, bool)
+    end = next((mark.at for mark in trace_log.marks if mark.at > last.at), trace_log.events.size)
+    events = trace_log.events[last.at : end]
+    alive = np.zeros(trace_log.size.size, bool)
     alive[events[events >= 0]] = True
     alive[~events[events < 0]] = False
-    return by_module(books, np.flatnonzero(alive & (books.kind == KINDS.index("activations"))))
+    return by_module(trace_log, np.flatnonzero(alive & (trace_log.kind == KINDS.index("activations"))))
 
 
 def _owner(path: str, paths: Container[str]) -> str:
@@ -117,9 +121,9 @@ class Table:
             )
         return Table(rows, [members for _, members in groups.values()])
 
-    def at(self, batch: int, length: int, multiprocessors: int, every: bool = False) -> list[Layer]:
+    def at(self, point: ShapePoint, every: bool = False) -> list[Layer]:
         """The table at one point; ``every``: each layer by itself, in the model's order."""
-        costs = iter(compiled(row[name] for row in self.rows for name in _COSTS)(batch, length, multiprocessors))
+        costs = iter(compiled(row[name] for row in self.rows for name in _COSTS)(point))
         groups = [Layer(**{**row, **{name: next(costs) for name in _COSTS}}) for row in self.rows]
         if not every:
             return groups

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pynvml
 
-from app.errors import PlanError
+from ..errors import PlanError
 
 
 @dataclass(frozen=True)

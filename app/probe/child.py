@@ -1,7 +1,7 @@
 """The process that measures: one job on one card, under a cap, and then it ends and everything is given back.
 
-``python -m app.probe.child`` says ``{"ready": true}`` when its imports are done, reads one request as a line of JSON,
-tells each phase as it begins, and leaves a :class:`~app.probe.recording.Recording` at the request's ``out``.
+``python -m vramplan.probe.child`` says ``{"ready": true}`` when its imports are done, reads one request as a line of JSON,
+tells each phase as it begins, and leaves a :class:`~vramplan.probe.recording.Recording` at the request's ``out``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import warnings
 
 import torch
 
-from app.dryrun.images import images_of
-from app.dryrun.model import bare, load
-from app.dryrun.step import run_generate, run_plain
-from app.job import Job, read_job
-from app.probe.history import books_of
-from app.probe.layers import with_layers
-from app.probe.recorder import Recorder
-from app.probe.recording import FAILED, OK, OUT_OF_MEMORY, Recording
-from app.probe.trainers import run_trainer
-from app.probe.weights import OnCard
+from ..dryrun.build.model import bare, load
+from ..dryrun.images import images_of
+from ..dryrun.steps.plain import run_generate, run_plain
+from ..job import Job, read_job
+from .extrapolate import with_layers
+from .history import log_of
+from .recorder import Recorder
+from .recording import FAILED, OK, OUT_OF_MEMORY, Recording
+from .trainer_loops import run_trainer
+from .weights import CardWeights
 
 STEPS = 3
 """Steps that are run: the first, a steady one, and one more in which nothing may grow."""
@@ -137,7 +137,7 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
 
     Out of memory is a finding, not an error; what else fails is told as ``failed``, with the stack's own words.
     """
-    from app.plan import stack
+    from ..planning.fingerprint import stack
 
     started = time.perf_counter()
     tell("start", 0)
@@ -161,9 +161,9 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
     recorder.close()
     reserved = meter.read()[2]
     process = meter.process_bytes()
-    recorder.settle_history()
+    recorder.stop_recording()
     out.phases = recorder.as_dict()
-    out.books = books_of(recorder.events, recorder.marks, recorder.places)
+    out.trace_log = log_of(recorder.events, recorder.marks, recorder.places)
     out.card = {
         **meter.facts(),
         **warm,
@@ -177,7 +177,7 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
 def _run(base, job: Job, task: str, recorder: Recorder, out: Recording, steps: int) -> None:
     recorder.knows(base)
     recorder.images, _ = images_of(base, job, task)
-    model = load(base, job, task, recorder, OnCard(recorder.device))
+    model = load(base, job, task, recorder, CardWeights(recorder.device))
     del base
     gc.collect()
     recorder.empty_cache()
@@ -220,8 +220,8 @@ def main() -> None:
     if request.get("snapshot"):
         meter.save_snapshot(request["snapshot"])
     if request["calibrate"] and out.outcome == OK:
-        from app.dryrun.cuda import Card
-        from app.probe.kernels import measure_kernels
+        from ..dryrun.cuda.kernels import Card
+        from .kernel_checks import measure_kernels
 
         facts = meter.facts()
         capability, multiprocessors = tuple(facts["capability"]), facts["multiprocessors"]

@@ -12,19 +12,19 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from functools import lru_cache
 
-from app.memory.event import EMPTY_CACHE, Allocation, Books, Mark
+from ..memory.events import EMPTY_CACHE, Allocation, Mark, TraceLog
 
 LIBRARIES = re.compile(r"^(torch|accelerate)/|<|app/probe/|(^|/)contextlib\.py$")
 """Files, from their library's name on, that say nothing about who asked: the caller beyond them is meant."""
 
 
-def books_of(trace: Iterable[dict], marks: list[tuple[int, str, int]], places: list[tuple[int, str]]) -> Books:
+def log_of(trace: Iterable[dict], marks: list[tuple[int, str, int]], places: list[tuple[int, str]]) -> TraceLog:
     """The books of ``trace``: kinds are for the plan to tell, ``op`` is the innermost Python function that asked.
 
     ``marks`` are (events before it, phase, step), ``places`` (allocations before it, module path); both count from
     where the record begins.
     """
-    books = Books()
+    trace_log = TraceLog()
     live: dict[int, int] = {}
     counts = [count for count, _ in places]
     phases = [(at, name, step) for at, name, step in marks if name != EMPTY_CACHE]
@@ -32,20 +32,20 @@ def books_of(trace: Iterable[dict], marks: list[tuple[int, str, int]], places: l
     for entry in trace:
         action = entry["action"]
         if action == "alloc":
-            key = len(books.allocations)
+            key = len(trace_log.allocations)
             at = bisect_right(counts, key) - 1
             module = places[at][1] if at >= 0 else ""
-            phase = phases[max(bisect_right(starts, len(books.events)) - 1, 0)][1] if phases else "load"
-            books.allocations.append(Allocation(entry["size"], module, "temporaries", phase, caller(entry)))
-            books.events.append(key)
-            books.sites.append(module)
+            phase = phases[max(bisect_right(starts, len(trace_log.events)) - 1, 0)][1] if phases else "load"
+            trace_log.allocations.append(Allocation(entry["size"], module, "temporaries", phase, caller(entry)))
+            trace_log.events.append(key)
+            trace_log.event_fqns.append(module)
             live[entry["addr"]] = key
         elif action == "free_completed" and entry["addr"] in live:
-            books.events.append(~live.pop(entry["addr"]))
-            books.sites.append("")
-    end = len(books.events)
-    books.marks = [Mark(min(at, end), name, step) for at, name, step in marks]
-    return books
+            trace_log.events.append(~live.pop(entry["addr"]))
+            trace_log.event_fqns.append("")
+    end = len(trace_log.events)
+    trace_log.marks = [Mark(min(at, end), name, step) for at, name, step in marks]
+    return trace_log
 
 
 def caller(entry: dict) -> str:

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.errors import PlanError
-from app.probe.answer import Probed, row_of
+from ..errors import PlanError
+from .report import Probed, row_of
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -33,18 +33,18 @@ class Keep:
 
     def all(self, answer: dict, probed: Probed, name: str = "probe") -> None:
         """Write what was asked for. Raises :class:`PlanError` where a file cannot be written."""
-        plan, measured = probed.planned.books, probed.recording.books
+        plan, measured = probed.planned.trace_log, probed.recording.trace_log
         title = f"{_title(probed)} on {answer['card']['name']}"
         try:
             if self.folder is not None:
-                from app.probe.picture import page
+                from .chart import page
 
                 base = _folder(self.folder) / _slug(name)
                 probed.recording.save(f"{base}.recording.json.gz")
                 html = page(plan, measured, title, _lines(answer))
                 Path(f"{base}.timelines.html").write_text(html, encoding="utf-8")
             if self.picture is not None:
-                from app.probe.picture import draw
+                from .chart import draw
 
                 draw(plan, measured, title, self.picture)
             if self.report is not None:

@@ -7,22 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.calibration import Facts, is_known, name_of, store
-from app.cards import like, outside_of
-from app.catalog.gpus import Gpu, find_gpu
-from app.errors import PlanError
-from app.job import Job, OwnGpu, read_job
-from app.memory.breakdown import read
-from app.memory.event import Books
-from app.memory.fold import Expansion
-from app.memory.kernels import KernelFacts
-from app.memory.script import Script
-from app.plan import config_of, kernels_of, place_of, profile_of, refuse_unplanned, settings_of
-from app.probe import card
-from app.probe.answer import Planned, Probed, answer_of
-from app.probe.compare import compare
-from app.probe.process import Child
-from app.probe.recording import FAILED, OK, Recording
+from ..catalog.gpus import Gpu, find_gpu
+from ..errors import PlanError
+from ..job import Job, OwnGpu, read_job
+from ..memory.events import TraceLog
+from ..memory.kernel_facts import KernelFacts
+from ..memory.repeat import Expansion
+from ..memory.summary import summarize
+from ..memory.template import TraceTemplate
+from ..planning.calibration import Facts, is_known, name_of, store
+from ..planning.cards import like, outside_of
+from ..planning.profile_cache import profile_of
+from ..planning.resolve import allocator_config_of, config_of, kernels_of, refuse_unplanned, shape_point_of
+from . import card
+from .matching import compare
+from .process import Child
+from .recording import FAILED, OK, Recording
+from .report import Planned, Probed, answer_of
 
 SPARE = 512 << 20
 """Bytes of the card that a probe leaves to others, whatever is free."""
@@ -39,48 +40,50 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     model = source["id"] if source["kind"] == "catalogue" else None
     named = {"model": None, "config": config, "gpu": gpu.key if isinstance(gpu, Gpu) else gpu}
     job = job.model_copy(update={**named, "gradient_accumulation_steps": job.batches_run})
-    from app.dryrun import stored
-    from app.dryrun.model import base_of, read_config, task_of
+    from ..dryrun.build import prequantized as stored
+    from ..dryrun.build.model import base_of, read_config, task_of
 
     task = job.task or task_of(read_config(config, job.attention))
-    settings = stored.settings_of(config)
+    settings = stored.allocator_config_of(config)
     if settings is not None:
         job, _ = stored.as_loaded(job, settings, base_of(config, task, job.dtype, job.attention)[0])
     if layers is None:
-        script = profile_of(job, config, gpu).script
+        template = profile_of(job, config, gpu).template
     else:
-        script = Script.of(_books_of_layers(job, config, task, gpu, layers).columns(), [])
-    stream = script.at(*place_of(job, gpu))
+        template = TraceTemplate.of(_log_of_layers(job, config, task, gpu, layers).columns(), [])
+    concrete = template.at(shape_point_of(job, gpu))
     outside = outside_of(gpu).expected
-    return Planned(job, model, config, task, gpu, stream.books(), read(stream, settings_of(job)), outside)
+    return Planned(
+        job, model, config, task, gpu, concrete.trace_log(), summarize(concrete, allocator_config_of(job)), outside
+    )
 
 
 def depth_of_plan(planned: Planned) -> int:
-    from app.dryrun.model import base_of
-    from app.probe.layers import depth_of
+    from ..dryrun.build.model import base_of
+    from .extrapolate import depth_of
 
     job = planned.job
     return depth_of(base_of(planned.config, planned.task, job.dtype, job.attention)[0])
 
 
-def _books_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Books:
-    from app.dryrun.cuda import Card
-    from app.dryrun.images import images_of
-    from app.dryrun.model import base_of
-    from app.dryrun.run import told, with_values
-    from app.dryrun.scan import unrolled
-    from app.dryrun.step import dry_run
-    from app.probe.layers import with_layers
+def _log_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> TraceLog:
+    from ..dryrun.build.model import base_of
+    from ..dryrun.cuda.kernels import Card
+    from ..dryrun.images import images_of
+    from ..dryrun.steps.plain import dry_run
+    from ..dryrun.token_loops import repeat_tokens
+    from ..dryrun.trace import explain_stack_errors, with_values
+    from .extrapolate import with_layers
 
     base, _ = base_of(config, task, job.dtype, job.attention)
     images, _ = images_of(base, job, task)
 
-    def books(values) -> Books | Expansion:
-        with told(base, job, values is not None):
-            return unrolled(dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)), values=values))
+    def trace_log(values) -> TraceLog | Expansion:
+        with explain_stack_errors(base, job, values is not None):
+            return repeat_tokens(dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)), values=values))
 
-    found, _ = with_values(books, job, images)
-    return found.books() if isinstance(found, Expansion) else found
+    found, _ = with_values(trace_log, job, images)
+    return found.trace_log() if isinstance(found, Expansion) else found
 
 
 def gpu_of(name: str, total: int, capability: tuple[int, int]) -> Gpu | OwnGpu:
@@ -165,10 +168,10 @@ class Bench:
             raise PlanError(f"the job failed on the card: {recording.reason}", "the stack itself says so")
         if recording.outcome == OK:
             calibrate(planned.gpu, recording)
-        return Probed(planned, recording, compare(planned.books, recording.books))
+        return Probed(planned, recording, compare(planned.trace_log, recording.trace_log))
 
     def _agree(self, planned: Planned, cap: int, state: card.CardState) -> None:
-        needed = max(planned.reading.reserved, planned.reading.phases[0].reserved)
+        needed = max(planned.summary.reserved, planned.summary.phases[0].reserved)
         if needed <= cap or self.yes:
             return
         question = (
@@ -205,8 +208,8 @@ def calibrate(gpu: Gpu | OwnGpu, recording: Recording) -> None:
     card, found = recording.card, recording.card.get("kernels")
     if card["context"] is None:
         return
-    from app.dryrun.cuda import Card
-    from app.probe.kernels import facts_of
+    from ..dryrun.cuda.kernels import Card
+    from .kernel_checks import facts_of
 
     held, kernels = card["context"], (KernelFacts(), [])
     if found is not None:
@@ -222,22 +225,22 @@ def measured(bench: Bench, data: Any, layers: int | None = None, snapshot: str |
     if layers is None:
         probed = bench.probe(data, snapshot=snapshot)
         return answer_of(probed), probed
-    from app.probe.layers import depths_for, extrapolate
+    from .extrapolate import depths_for, extrapolate
 
     depths = depths_for(layers)
     short, probed = (bench.probe(data, depth, snapshot) for depth in depths)
     whole = plan_for(data, probed.planned.gpu)
     answer = answer_of(probed)
     if answer["outcome"] == OK == short.recording.outcome:
-        planned = short.planned.reading.peak.peak, probed.planned.reading.peak.peak
+        planned = short.planned.summary.peak.peak, probed.planned.summary.peak.peak
         found = short.recording.peak("peak_allocated"), probed.recording.peak("peak_allocated")
         count = depth_of_plan(whole)
-        beside = probed.recording.peak("peak_reserved") - probed.planned.reading.reserved
+        beside = probed.recording.peak("peak_reserved") - probed.planned.summary.reserved
         answer["extrapolated"] = {
             "layers": count,
             "measured_layers": list(depths),
-            "allocated": extrapolate(depths, planned, found, count, whole.reading.peak.peak),
-            "reserved": whole.reading.reserved + beside,
+            "allocated": extrapolate(depths, planned, found, count, whole.summary.peak.peak),
+            "reserved": whole.summary.reserved + beside,
             "growth_planned": planned[1] - planned[0],
             "growth_measured": found[1] - found[0],
         }
@@ -249,5 +252,5 @@ def from_recording(recording: Recording) -> tuple[dict, Probed]:
     card = recording.card
     gpu = gpu_of(card["name"], card["total_memory"], tuple(card["capability"]))
     planned = plan_for(recording.job, gpu, recording.layers)
-    probed = Probed(planned, recording, compare(planned.books, recording.books))
+    probed = Probed(planned, recording, compare(planned.trace_log, recording.trace_log))
     return answer_of(probed), probed

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from app.errors import PlanError
-from app.probe.recording import Recording, read_recording
+from ..errors import PlanError
+from .recording import Recording, read_recording
 
-COMMAND = (sys.executable, "-m", "app.probe.child")
+COMMAND = (sys.executable, "-m", f"{__package__}.child")
 RAISED = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
 """A traceback's last line; CUDA's errors have more lines after it."""
 READY_SECONDS = 300

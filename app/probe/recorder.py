@@ -1,4 +1,4 @@
-"""What the dry run tells its ledger, told to a card: where phases begin, which module runs, what the counters say."""
+"""What the dry run tells its tracker, told to a card: where phases begin, which module runs, what the counters say."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from app.dryrun.trace import canonical
-from app.job import Job
+from ..dryrun.tracker import canonical_fqn
+from ..job import Job
 
 HISTORY_STEPS = 2
 """Steps whose allocations are kept, one by one: the first, and a steady one. Later steps are measured only."""
@@ -38,7 +38,7 @@ class _Autocast:
 
 
 class Recorder:
-    """Has the calls of :class:`~app.dryrun.trace.Ledger` that builders and steps make; keeps figures by phase.
+    """Has the calls of :class:`~vramplan.dryrun.tracker.MemoryTracker` that builders and steps make; keeps figures by phase.
 
     ``marks`` are (events so far, phase, step), ``places`` (allocations so far, module path): together with the
     allocator's own history they are the books of the run.
@@ -70,7 +70,7 @@ class Recorder:
         """A phase ends, another begins."""
         self.close()
         if step > HISTORY_STEPS:
-            self.settle_history()
+            self.stop_recording()
         taken, given = self.meter.counts()
         self.marks.append((taken + given, phase, step))
         self._open = (step, phase, self.meter.read()[0])
@@ -88,7 +88,7 @@ class Recorder:
             Figures(step, name, start, allocated, peak, reserved, peak_reserved, self.meter.process_bytes())
         )
 
-    def settle_history(self) -> None:
+    def stop_recording(self) -> None:
         """Take the allocator's history, once."""
         if self.events is None:
             taken, given = self.meter.counts()
@@ -103,7 +103,7 @@ class Recorder:
     @contextlib.contextmanager
     def watching(self, model: torch.nn.Module):
         """Know which module of ``model`` runs, by the number of allocations made when it begins and ends."""
-        paths = {id(module): canonical(name) for name, module in model.named_modules()}
+        paths = {id(module): canonical_fqn(name) for name, module in model.named_modules()}
         original = torch.nn.Module.__call__
         stack, counts, places = [""], self.meter.counts, self.places
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.errors import PlanError
-from app.memory.event import Allocation, Books, Mark
+from ..errors import PlanError
+from ..memory.events import Allocation, Mark, TraceLog
 
 OK, OUT_OF_MEMORY, FAILED = "ok", "out_of_memory", "failed"
 
@@ -17,7 +17,7 @@ OK, OUT_OF_MEMORY, FAILED = "ok", "out_of_memory", "failed"
 class Recording:
     """``job`` is resolved and holds its config; ``layers`` how many of the model's were built (None: all).
 
-    ``phases`` are :class:`~app.probe.recorder.Figures`, ``card`` the facts of :func:`app.probe.child.card_facts`;
+    ``phases`` are :class:`~vramplan.probe.recorder.Figures`, ``card`` the facts of :func:`vramplan.probe.child.card_facts`;
     ``outcome`` is one of the three words above, ``reason`` the stack's own message where it is not ``ok``.
     """
 
@@ -32,7 +32,7 @@ class Recording:
     optimizer_state: int | None = None
     trainable_parameters: int = 0
     phases: list[dict] = field(default_factory=list)
-    books: Books = field(default_factory=Books)
+    trace_log: TraceLog = field(default_factory=TraceLog)
     cap: int | None = None
     seconds: float = 0.0
 
@@ -48,10 +48,10 @@ class Recording:
 
     def save(self, path: str | Path) -> None:
         with gzip.open(path, "wt", encoding="utf-8", compresslevel=6) as file:
-            json.dump({**self._plain(), "books": _pack(self.books)}, file, separators=(",", ":"))
+            json.dump({**self._plain(), "books": _pack(self.trace_log)}, file, separators=(",", ":"))
 
     def _plain(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "books"}
+        return {key: value for key, value in vars(self).items() if key != "trace_log"}
 
 
 def read_recording(path: str | Path) -> Recording:
@@ -59,30 +59,34 @@ def read_recording(path: str | Path) -> Recording:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             data = json.load(file)
-        return Recording(**{**data, "books": _unpack(data["books"])})
+        packed = data.pop("books")
+        return Recording(**data, trace_log=_unpack(packed))
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise PlanError(f"{path} is no recording of a probe: {error}", "vramplan probe --save makes one") from None
 
 
-def _pack(books: Books) -> dict:
-    """Books with each text once, and what is alike written together: columns, not rows."""
+def _pack(trace_log: TraceLog) -> dict:
+    """TraceLog with each text once, and what is alike written together: columns, not rows."""
     texts: dict[str, int] = {}
     number = lambda text: texts.setdefault(text, len(texts))  # noqa: E731
     columns = {
-        "size": [a.size for a in books.allocations],
-        **{name: [number(getattr(a, name)) for a in books.allocations] for name in ("module", "kind", "phase", "op")},
-        "events": books.events,
-        "sites": [number(site) for site in books.sites],
-        "marks": [list(mark) for mark in books.marks],
+        "size": [a.size for a in trace_log.allocations],
+        **{
+            name: [number(getattr(a, name)) for a in trace_log.allocations]
+            for name in ("module", "kind", "phase", "op")
+        },
+        "events": trace_log.events,
+        "sites": [number(site) for site in trace_log.event_fqns],
+        "marks": [list(mark) for mark in trace_log.marks],
     }
     return {"texts": list(texts), **columns}
 
 
-def _unpack(data: dict) -> Books:
+def _unpack(data: dict) -> TraceLog:
     texts = data["texts"]
     names = ("module", "kind", "phase", "op")
     rows = zip(data["size"], *([texts[i] for i in data[name]] for name in names))
-    return Books(
+    return TraceLog(
         [Allocation(*row) for row in rows],
         data["events"],
         [texts[i] for i in data["sites"]],

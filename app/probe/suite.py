@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.errors import PlanError
+from ..errors import PlanError
 
 ALL_LINEAR = {"r": 16, "target_modules": "all-linear"}
 INT8 = {"type": "int8"}

@@ -5,20 +5,20 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import torch
 
-from app.dryrun.model import Weightless, adapt, shape_of
-from app.job import Job
+from ..dryrun.build.model import MetaWeights, adapt, shape_of
+from ..job import Job
 
 SPREAD = 0.02
 """Standard deviation of the weights; norms are one, biases zero. As in ``shared/measured/measure.py``."""
 
 
-class OnCard(Weightless):
-    """The methods of :class:`~app.dryrun.model.Weightless`, on a real device."""
+class CardWeights(MetaWeights):
+    """The methods of :class:`~vramplan.dryrun.build.model.MetaWeights`, on a real device."""
 
     def __init__(self, device: str):
         self.device = device
 
-    def quantized(self, linear: torch.nn.Linear, job: Job, path: str, ledger) -> torch.nn.Module:
+    def quantized(self, linear: torch.nn.Linear, job: Job, path: str, tracker) -> torch.nn.Module:
         """``linear`` with random weights, quantised by bitsandbytes on the card."""
         quantization, (rows, columns) = job.quantization, shape_of(linear)
         bias = linear.bias is not None
@@ -37,7 +37,7 @@ class OnCard(Weightless):
             new.bias = linear.bias
         return new
 
-    def place(self, model: torch.nn.Module, ledger) -> None:
+    def allocate(self, model: torch.nn.Module, tracker) -> None:
         made: dict[int, torch.Tensor] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -56,8 +56,8 @@ class OnCard(Weightless):
             return out.zero_()
         return out.normal_(0, SPREAD) if out.dim() > 1 else out.fill_(vector)
 
-    def adapted(self, model: torch.nn.Module, job: Job, task: str, ledger) -> torch.nn.Module:
+    def adapted(self, model: torch.nn.Module, job: Job, task: str, tracker) -> torch.nn.Module:
         return adapt(model, job, task, self.device)
 
-    def cast_by_trl(self, model: torch.nn.Module, ledger) -> None:
+    def cast_by_trl(self, model: torch.nn.Module, tracker) -> None:
         """The real ``SFTTrainer.__init__`` does it."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import statistics
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parents[1] / "catalog" / "accuracy.json"
+from ..resources import CATALOG
+
+DATA = CATALOG / "accuracy.json"
 COLUMNS = {
     "peak_allocated": "Allocated",
     "peak_reserved": "Reserved",

@@ -12,21 +12,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from app import __version__
-from app.catalog.gpus import all_gpus
-from app.catalog.models import MODELS
-from app.errors import PlanError
-from app.form import Field, fields, to_job, to_pairs
-from app.render import accuracy as rows
-from app.render import words
+from .. import __version__
+from ..catalog.gpus import all_gpus
+from ..catalog.models import MODELS
+from ..errors import PlanError
+from ..form import Field, fields, to_job, to_pairs
+from ..resources import folder
+from . import accuracy as rows
+from . import words
 
-TEMPLATES = Path(__file__).parents[2] / "templates"
+TEMPLATES = folder("templates")
 WHAT = "Will it fit? The GPU memory of one training step, planned from config.json alone."
 FIRST_VISIT = {
     "model": "llama-3.1-70b",
@@ -129,7 +129,7 @@ class View:
     """What a page is made of: the form's ``values``, and either an ``answer`` or a ``problem``.
 
     ``address`` is the job as a query string; ``posted`` tells that the form holds a config that is too long for one.
-    ``more`` has what is known of :func:`parts_of` the answer: what :func:`app.advice.advise` says, and the largest that
+    ``more`` has what is known of :func:`parts_of` the answer: what :func:`vramplan.planning.advice.advise` says, and the largest that
     fits by field.
     """
 
@@ -241,7 +241,7 @@ def said(view: View) -> str:
 
 
 _REFUSED = re.compile(r"`(?P<field>[a-z_]+(\.[a-z_]+)?)(\.\d+)?`: .* \(got .*\)", re.DOTALL)
-"""How :func:`app.job.read_job` says that a value is none of its field's."""
+"""How :func:`vramplan.job.read_job` says that a value is none of its field's."""
 _NAMED = re.compile(r"`([^`]+)`")
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import re
 from functools import lru_cache
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from app.render import words
-from app.render.html import WHAT, View, bar, glued, said
+from ..resources import folder
+from . import words
+from .html import WHAT, View, bar, glued, said
 
-STATIC = Path(__file__).parents[2] / "static"
+STATIC = folder("static")
 SIZE = (1200, 630)
 """Pixels: what previews are cut to, 1.91 to 1."""
 _LEFT, _RIGHT = 72, 1128

@@ -9,8 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from app.render import words
-from app.render.words import size
+from . import words
+from .words import size
 
 FIGURES = {
     "placed": ("Placed", "before the first step"),

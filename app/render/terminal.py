@@ -7,8 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from app.render import words
-from app.render.words import size
+from . import words
+from .words import size
 
 COLORS = {
     "weights": "blue",

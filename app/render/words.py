@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from app.catalog.gpus import all_gpus, find_gpu
+from ..catalog.gpus import all_gpus, find_gpu
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FITTING = ("fits", "tight")

@@ -1,0 +1,1 @@
+"""The job's model on the meta device: class, dtype, quantised layout, adapters."""

@@ -1,0 +1,1 @@
+"""What CUDA does that the meta device does not show."""

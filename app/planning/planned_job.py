@@ -1,0 +1,229 @@
+"""A job planned and held against cards: what every question about fitting is answered from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from weakref import ref
+
+from ..catalog.gpus import Gpu, find_gpu
+from ..errors import PlanError
+from ..job import Job, OwnGpu
+from ..memory.allocator.config import AllocatorConfig
+from ..memory.budget import MemoryBudget
+from ..memory.events import KINDS
+from ..memory.fit import Verdict, fits_under_limit, verdict_for
+from ..memory.profile import Profile
+from ..memory.sizes import ShapePoint
+from ..memory.summary import MemorySummary, Phase
+from ..memory.template import ConcreteTrace
+from .cards import MEASURED_KERNELS, budget_on, id_of, known, usable
+from .profile_cache import concrete_at, merge_and_save_of, profile_of, summary_of
+from .resolve import (
+    DEFAULT_GPU,
+    allocator_config_of,
+    card_of,
+    chip_of,
+    config_of,
+    refuse_unplanned,
+    shape_point_of,
+    with_checkpoint_weights,
+)
+
+FITTING = ("fits", "tight")
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedJob:
+    """A job (resolved) with its card, and the profile that holds for it."""
+
+    job: Job
+    card: Gpu | OwnGpu
+    config: dict
+    source: dict
+    profile: Profile
+
+    @property
+    def settings(self) -> AllocatorConfig:
+        return allocator_config_of(self.job)
+
+    @property
+    def facts(self) -> dict:
+        return self.profile.facts
+
+    @cached_property
+    def point(self) -> ShapePoint:
+        return shape_point_of(self.job, self.card)
+
+    @property
+    def concrete(self) -> ConcreteTrace:
+        return concrete_at(self.profile.template, self.point)
+
+    @property
+    def summary(self) -> MemorySummary:
+        """The stream without a limit."""
+        return _summary(ref(self.profile), self.point, self.settings)
+
+    @cached_property
+    def after_bytes(self) -> dict[str, int]:
+        """Bytes that merging and writing take (:class:`After`), as far as there is either and it can be planned."""
+        try:
+            found = after(self)
+        except PlanError:
+            return {}
+        return {name: need for name, need in asdict(found).items() if need is not None} if found else {}
+
+
+@lru_cache(maxsize=64)
+def _summary(profile: ref[Profile], point: ShapePoint, settings: AllocatorConfig) -> MemorySummary:
+    """By reference, as the verdicts: what is remembered keeps no profile that the shelf has given up."""
+    return summary_of(concrete_at(profile().template, point), settings)
+
+
+def plan_job(job: Job) -> PlannedJob:
+    """``job`` planned. Raises :class:`PlanError`."""
+    job = job.resolved()
+    refuse_unplanned(job)
+    card = card_of(job)
+    config, source = config_of(job)
+    try:
+        return PlannedJob(job, card, config, source, profile_of(job, config, card))
+    except PlanError as error:
+        raise with_checkpoint_weights(error, job, source) from None
+
+
+def step_fits_under(planned: PlannedJob, limit: int) -> bool:
+    """Whether the step passes the replayed allocator under ``limit`` bytes, the model being there already."""
+    return fits_under_limit(planned.concrete, replace(planned.settings, limit=limit), placed=True)[0]
+
+
+def written(planned: PlannedJob) -> int:
+    """Bytes of all that a steady step takes: what it writes anew, a lower bound of the memory traffic that it causes.
+
+    Of accumulated batches the books hold the passes of :attr:`~vramplan.job.Job.batches_run`, and of a trainer what all of
+    them are fetched into.
+    """
+    concrete, marks = planned.concrete, planned.concrete.template.marks
+    last = max(mark.step for mark in marks)
+    ends = [mark.at for mark in marks[1:]] + [concrete.template.events.size]
+    total = passes = 0
+    for mark, end in zip(marks, ends):
+        if mark.step == last:
+            events = concrete.template.events[mark.at : end]
+            taken = events[events >= 0]
+            total += int(concrete.sizes[taken].sum())
+            if mark.name in ("forward", "backward"):
+                made = taken[concrete.template.kind[taken] != KINDS.index("inputs")]
+                passes += int(concrete.sizes[made].sum())
+    job = planned.job
+    return total - passes + passes * job.gradient_accumulation_steps // job.batches_run
+
+
+def kind_of(job: Job) -> str:
+    """The kind of job that its measured error goes by: a key of :data:`vramplan.memory.fit.MEASURED`."""
+    return "int8" if job.quantization is not None and job.quantization.type == "int8" else job.method
+
+
+def verdict_on(planned: PlannedJob, card: Gpu | OwnGpu) -> Verdict:
+    """The verdict on a card, by the books of the job's own card."""
+    budget = budget_on(card, planned.job.reserve, planned.summary.parts.get("kernel_workspace", 0))
+    return _verdict(ref(planned.profile), planned.point, planned.settings, budget, kind_of(planned.job))
+
+
+@lru_cache(maxsize=4096)
+def _verdict(
+    profile: ref[Profile], point: ShapePoint, settings: AllocatorConfig, space: MemoryBudget, kind: str
+) -> Verdict:
+    return verdict_for(
+        concrete_at(profile().template, point), _summary(profile, point, settings), space, kind, settings
+    )
+
+
+@dataclass(frozen=True)
+class After:
+    """What follows a training: bytes allocated at the highest moment of merging the adapter in 16 bit (a process of its
+    own; None: nothing to merge) and of writing what was trained, beside what the training holds."""
+
+    merge: int | None
+    save: int
+
+
+def after(planned: PlannedJob) -> After | None:
+    """What merging and writing take; None: the job trains nothing. Raises :class:`PlanError`."""
+    job = planned.job
+    if job.method == "inference":
+        return None
+    method = "full" if job.method == "full" else "lora"
+    concrete = merge_and_save_of(job.model_copy(update={**_BARE, "method": method}), planned.config, planned.card)
+    phases = {phase.name: phase for phase in _finish(concrete, planned.settings)}
+    save, end = phases["save"], planned.summary.phases[-1].end
+    if job.lora is None:
+        return After(None, end + save.peak - save.start)
+    return After(max(phases["merge"].peak, save.peak), end)
+
+
+_BARE = {
+    "quantization": None,
+    "prepare_for_kbit_training": False,
+    "gradient_checkpointing": "off",
+    "trainer": "pytorch",
+    "mixed_precision": "no",
+    "optimizer": "sgd",
+    "batch_size": 1,
+    "sequence_length": None,
+    "gradient_accumulation_steps": 1,
+}
+"""What does not matter to merging and writing, or is not there any more: the base is merged in its load dtype."""
+
+
+@lru_cache(maxsize=64)
+def _finish(concrete: ConcreteTrace, settings: AllocatorConfig) -> list[Phase]:
+    return summary_of(concrete, settings).phases
+
+
+def cannot(planned: PlannedJob, verdict: Verdict) -> list[str]:
+    """What of merging and writing a card with ``verdict`` has no room for, as far as they can be planned."""
+    return [name for name, need in planned.after_bytes.items() if need > verdict.limit]
+
+
+def fit_on(planned: PlannedJob, card: Gpu | OwnGpu) -> dict:
+    """The verdict on a card as the answer has it."""
+    verdict = verdict_on(planned, card)
+    return {
+        "gpu": id_of(card),
+        "name": card.name,
+        "memory_bytes": usable(card),
+        **vars(verdict),
+        "interval": list(verdict.interval),
+        "cannot": cannot(planned, verdict),
+        "same_kernels": chip_of(card)[0] == chip_of(planned.card)[0],
+    }
+
+
+def summary(planned: PlannedJob) -> dict:
+    """The peaks of a job and its verdict on its own card."""
+    summary = planned.summary
+    fit = fit_on(planned, planned.card)
+    peak = {"allocated": summary.peak.peak, "reserved": summary.reserved, "phase": summary.peak.name}
+    keys = ("gpu", "verdict", "headroom", "interval", "margin", "breaks", "breaks_on", "cannot")
+    return {"peak": peak, **{key: fit[key] for key in keys}}
+
+
+def card_warnings(job: Job, card: Gpu | OwnGpu) -> list[str]:
+    """What is to be said of a card, and of the job on it."""
+    out = []
+    chip = known(card)
+    if chip is not None and not chip.bf16 and job.in_bfloat16:
+        out.append(
+            f"{card.name} has no bfloat16 arithmetic: PyTorch emulates it, slowly; float16 is what it is made for"
+        )
+    if chip is None:
+        out.append(f"{card.name}: its kernels are unknown and taken to be those of {find_gpu(DEFAULT_GPU).name}")
+    elif chip.compute_capability != MEASURED_KERNELS:
+        out.append(
+            f"{card.name}: its kernels and workspaces are read from PyTorch's sources; "
+            "measured were an H100's and an H200's"
+        )
+    if isinstance(card, Gpu) and not card.measured:
+        out.append(f"{card.name}: its usable memory is derived from nvidia-smi's total, nobody's torch reported it")
+    return out

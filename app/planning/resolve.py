@@ -1,0 +1,124 @@
+"""What a job means: its card, its config, its point, its allocator settings. What cannot be planned is refused here."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from ..catalog.gpus import Gpu, find_gpu
+from ..catalog.models import find_model
+from ..errors import PlanError
+from ..job import Job, OwnGpu, point_of
+from ..memory.allocator.config import MIB, AllocatorConfig
+from ..memory.kernel_facts import KernelFacts
+from ..memory.sizes import ShapePoint
+from .calibration import kernels_found
+from .config_limits import refuse_impossible
+
+Kernels = tuple[tuple[int, int], int, KernelFacts]
+"""A card's compute capability, its number of multiprocessors, and what a probe found its kernels to do otherwise."""
+DEFAULT_GPU = "a100-80gb"
+"""The card whose kernels are meant when a job names none."""
+
+HEADER_SECONDS = 8.0
+"""Time to count the weights of a checkpoint that cannot be planned."""
+
+_NOT_YET = {
+    "strategy": ("single", "several cards are not planned yet", "plan one card's share with strategy single"),
+    "gpu_count": (1, "several cards are not planned yet", "set gpu_count to 1"),
+    "nodes": (1, "several nodes are not planned yet", "set nodes to 1"),
+}
+
+
+def refuse_unplanned(job: Job) -> None:
+    for field, (only, message, hint) in _NOT_YET.items():
+        if getattr(job, field) != only:
+            raise PlanError(f"`{field}` is {getattr(job, field)!r}: {message}", hint, field)
+    if job.attention == "flash_attention_2":
+        raise PlanError(
+            "flash_attention_2 is a package of its own that is not installed here", "use attention sdpa", "attention"
+        )
+
+
+def card_of(job: Job) -> Gpu | OwnGpu:
+    if isinstance(job.gpu, OwnGpu):
+        return job.gpu
+    return find_gpu(job.gpu or DEFAULT_GPU)
+
+
+def chip_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors that are traced for a card; an own card has those of the card that it is
+    like, else the default card's. Raises :class:`PlanError`."""
+    known = gpu if isinstance(gpu, Gpu) else find_gpu(gpu.like or DEFAULT_GPU)
+    if known.compute_capability is None:
+        raise PlanError(f"{known.name} runs ROCm, whose kernels are not modelled", "choose an NVIDIA card", "gpu")
+    return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count
+
+
+def kernels_of(gpu: Gpu | OwnGpu) -> Kernels:
+    """:func:`chip_of`, and what a probe here found the card's kernels to do otherwise."""
+    return *chip_of(gpu), kernels_found(gpu)
+
+
+def shape_point_of(job: Job, card: Gpu | OwnGpu) -> ShapePoint:
+    """The point at which a job (resolved) on a card asks its profile."""
+    return ShapePoint(*point_of(job), chip_of(card)[1])
+
+
+def config_of(job: Job) -> tuple[dict, dict]:
+    """config.json's object, and where it came from."""
+    config, source = _config_of(job)
+    refuse_impossible(config)
+    return config, source
+
+
+def _config_of(job: Job) -> tuple[dict, dict]:
+    if job.config is not None:
+        return job.config, {"kind": "inline", "id": None}
+    name = job.model
+    known = find_model(name)
+    if known is not None:
+        return dict(known.config), {"kind": "catalogue", "id": known.id}
+    for path in (name, os.path.join(name, "config.json")):
+        if os.path.isfile(path):
+            return _read_file(path), {"kind": "file", "id": path}
+    from ..hub.client import fetch_config
+
+    return fetch_config(name, job.revision)
+
+
+def with_checkpoint_weights(error: PlanError, job: Job, source: dict) -> PlanError:
+    """``error`` about a model, with what its checkpoint weighs where headers of safetensors files can be read."""
+    if error.weights is not None or error.field not in ("model", "config") or source["kind"] not in ("hub", "file"):
+        return error
+    from ..hub.client import weights_of
+
+    try:
+        place = job.model if source["kind"] == "hub" else os.path.dirname(os.path.abspath(source["id"]))
+        counted = weights_of(place, source.get("commit"), seconds=HEADER_SECONDS)
+    except PlanError:
+        return error
+    error.weights = {
+        **{key: counted[key] for key in ("parameters", "bytes", "by_dtype")},
+        "from": "safetensors headers",
+    }
+    return error
+
+
+def _read_file(path: str) -> dict:
+    size = os.path.getsize(path)
+    if size > 4 * MIB:
+        raise PlanError(f"{path} has {size} bytes: no config.json is that large", "name the model's own", "model")
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(f"{path} cannot be read as JSON: {error}", "name a config.json", "model") from None
+    if not isinstance(data, dict):
+        raise PlanError(f"{path} holds no JSON object", "name a config.json", "model")
+    return data
+
+
+def allocator_config_of(job: Job) -> AllocatorConfig:
+    split = job.allocator.max_split_size_mb
+    return AllocatorConfig(job.allocator.expandable_segments, None if split is None else split * MIB)

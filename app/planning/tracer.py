@@ -1,0 +1,96 @@
+"""Who runs a job on the meta device, and what such a run is asked with."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, Protocol
+
+from ..catalog.gpus import Gpu
+from ..job import Job, OwnGpu
+from ..memory.template import packed
+from .resolve import Kernels, kernels_of
+
+
+class TraceRequest(NamedTuple):
+    """What a :class:`Tracer` needs to run a job.
+
+    ``key`` is everything of the job that shapes its trace (:func:`key_of`), ``job`` the resolved job, ``config`` the
+    model's config.json, ``kernels`` the kernels of the card.
+    """
+
+    key: str
+    job: Job
+    config: dict
+    kernels: Kernels
+
+
+class Tracer(Protocol):
+    """Who runs a job on the meta device. ``part``: ``step`` (for the job's own batch and length), ``general`` (for all
+    that run alike), ``finish`` or ``load``."""
+
+    one_shot: bool
+    """Whether this process answers one question and ends."""
+
+    def trace(self, part: str, request: TraceRequest) -> bytes:
+        """What the run leaves: a :class:`Profile`, or a :class:`TraceTemplate`, as bytes. Raises :class:`PlanError`."""
+
+    def later(self, part: str, request: TraceRequest) -> None:
+        """Trace it when there is nothing else to do, and :func:`keep` it."""
+
+
+class InProcessTracer:
+    """Runs jobs in this process."""
+
+    one_shot = True
+
+    def trace(self, part: str, request: TraceRequest) -> bytes:
+        from ..dryrun.steps import merge_and_save
+        from ..dryrun.trace import trace
+
+        _, job, config, kernels = request
+        with _without_collector():
+            if part in ("step", "general"):
+                return trace(job, config, *kernels, general=part == "general").dump()
+            return packed(merge_and_save.trace(part, job, config, *kernels).dump())
+
+    def later(self, part: str, request: TraceRequest) -> None:
+        """There is no later here."""
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's cyclic collector off: it would look for garbage among millions of live objects, again and again, and
+    takes two fifths of the time in which a model is made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+tracer: ContextVar[Tracer] = ContextVar("tracer", default=InProcessTracer())
+
+
+def request_of(job: Job, config: dict, card: Gpu | OwnGpu) -> TraceRequest:
+    """A job (resolved) as a :class:`Tracer` takes it."""
+    kernels = kernels_of(card)
+    return TraceRequest(key_of(job, config, kernels), job, config, kernels)
+
+
+def key_of(job: Job, config: dict, kernels: Kernels) -> str:
+    """Everything that shapes a profile, as one string: the job without its batch and length and without what only
+    reads a profile, the config, the kernels but for the number of multiprocessors. Of accumulated batches it is how
+    many are run; a trainer fetches all of them first."""
+    shape = job.model_dump(
+        exclude={"model", "config", "revision", "gpu", "reserve", "allocator", "batch_size", "sequence_length"}
+    )
+    if job.trainer == "pytorch":
+        shape["gradient_accumulation_steps"] = job.batches_run
+    capability, _, measured = kernels
+    return json.dumps([shape, config, capability, measured], sort_keys=True, default=str)

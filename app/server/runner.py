@@ -1,0 +1,138 @@
+"""Where a server's visitors are received: each gets a thread, a line that has an end, word of what is being done for
+it, and nothing is done any more for one who has left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from starlette.requests import Request
+
+from ..catalog.models import find_model
+from ..errors import PlanError, Unanswered
+from ..job import Job
+from ..planning.tracer import TraceRequest, tracer
+from ..usecases import plan
+from .trace_pool import QUEUE_LIMIT, Abandoned, Busy, Pool, RequestHandle
+
+THREADS = 8
+"""Visitors who are served at a time: more than there are cores, for most wait for a trace."""
+HANDLES = 1024
+"""Requests in progress whose tickets are known."""
+
+
+@dataclass(frozen=True)
+class PooledTracer:
+    """The :class:`~vramplan.planning.tracer.Tracer` of one visitor."""
+
+    pool: Pool
+    handle: RequestHandle
+    one_shot = False
+
+    def trace(self, part: str, request: TraceRequest) -> bytes:
+        try:
+            return self.pool.trace(part, request, self.handle)
+        except (Abandoned, Busy) as error:
+            raise Unanswered(error) from None
+
+    def later(self, part: str, request: TraceRequest) -> None:
+        self.pool.later(part, request)
+
+
+class RequestRunner:
+    """Use cases are run here. ``local_files``: a job's model may be a path on this machine.
+
+    ``aside`` limits what nobody asked for yet: to less at a time than there are traces, so that one who asks finds one.
+    """
+
+    def __init__(self, local_files: bool, pool: Pool | None = None):
+        self.local_files, self.pool = local_files, pool or Pool()
+        self.threads = anyio.CapacityLimiter(THREADS)
+        self.aside = anyio.CapacityLimiter(max(1, self.pool.slots - 1))
+        self._handles: dict[str, RequestHandle] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Visitors and traces in line."""
+        return self.threads.statistics().tasks_waiting + self.pool.waiting
+
+    def reject_if_full(self) -> None:
+        """Raise :class:`Busy` where the line is full."""
+        if self.threads.statistics().tasks_waiting >= QUEUE_LIMIT:
+            raise Busy
+
+    def progress(self, name: str) -> dict[str, Any]:
+        """What is being done for the request that came with this ticket; an unknown one's is done."""
+        handle = self._handles.get(name)
+        if handle is None:
+            return {"state": "done", "line": 0, "doing": "", "seconds": 0.0}
+        in_flight, seconds = handle.in_flight, round(time.monotonic() - handle.since, 2)
+        if in_flight is not None and in_flight.started is not None:
+            return {"state": "running", "line": 0, "doing": in_flight.doing or "starting", "seconds": seconds}
+        return {"state": "waiting", "line": self.waiting, "doing": "", "seconds": seconds}
+
+    async def plan(self, job: Any, request: Request | None = None, *, all_layers: bool = False) -> dict:
+        """The answer to ``job``. Raises :class:`PlanError`."""
+        return await self.run(partial(plan, all_layers=all_layers), job, request)
+
+    async def run(self, use_case: Callable[[Any], Any], job: Any, request: Request | None = None) -> Any:
+        """What ``use_case`` makes of ``job``, on a thread. What it has traced for it ends when the visitor leaves."""
+        self.refuse_local(job)
+        async with self._handle(request) as handle:
+
+            def served() -> Any:
+                if handle.left:
+                    raise Abandoned
+                tracer.set(PooledTracer(self.pool, handle))
+                try:
+                    return use_case(job)
+                except Unanswered as given_up:
+                    raise given_up.error from None
+
+            return await anyio.to_thread.run_sync(served, limiter=self.threads)
+
+    @asynccontextmanager
+    async def _handle(self, request: Request | None) -> AsyncIterator[RequestHandle]:
+        handle = RequestHandle()
+        name = request.headers.get("x-ticket", "")[:64] if request is not None else ""
+        if name and len(self._handles) < HANDLES:
+            self._handles[name] = handle
+        try:
+            if request is None:
+                yield handle
+                return
+            problem: PlanError | None = None
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_watch, request, handle)
+                try:
+                    yield handle
+                except PlanError as error:  # not as part of a group of exceptions
+                    problem = error
+                tasks.cancel_scope.cancel()
+            if problem is not None:
+                raise problem
+        finally:
+            if self._handles.get(name) is handle:
+                del self._handles[name]
+
+    def refuse_local(self, job: Any) -> None:
+        """Raise :class:`PlanError` for a job whose model would be read from this server's disk."""
+        name = job.model if isinstance(job, Job) else job.get("model") if isinstance(job, dict) else None
+        if self.local_files or not isinstance(name, str) or find_model(name) is not None:
+            return
+        if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or os.path.exists(name):
+            raise PlanError("this server reads no files of its own", "send the config.json as `config`", "model")
+
+
+async def _watch(request: Request, handle: RequestHandle) -> None:
+    """Note when the visitor leaves: the body was read, so what comes next is the end of the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    handle.left = True

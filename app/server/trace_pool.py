@@ -1,0 +1,332 @@
+"""Where a server's jobs are traced: in processes of their own, with a limit on memory and time, one trace for however
+many ask.
+
+They are forked from one that has imported the stack (multiprocessing's forkserver), which takes 60 ms: so a stranger's
+config is built where it can be killed, and a trace that nobody wants any more is ended with its process.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import resource
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+
+from ..errors import PlanError
+from ..job import point_of
+from ..planning.profile_cache import store_trace
+from ..planning.tracer import InProcessTracer, TraceRequest
+from ..progress import listener
+from ..usecases import Unexpected
+
+SECONDS = 60.0
+"""How long one trace may take: the slowest of 264 published configs takes a tenth of it."""
+MEMORY = 1536 << 20
+"""Bytes of memory that one trace may take, beyond what the imports have."""
+QUEUE_LIMIT = 16
+"""Traces in line, beyond which a visitor is asked to come back."""
+REQUESTS_PER_WORKER = 200
+GROWN = 48 << 20
+"""After so many traces, or with so many bytes more than at first, a process is ended: what transformers and torch
+remember of models goes with it."""
+IDLE = 10.0
+"""Seconds after which a process that has nothing to trace is ended: what it holds is nobody's, and the next is forked
+in 60 ms."""
+_TICK = 0.02
+log = logging.getLogger("vramplan")
+
+
+class Busy(PlanError):
+    """Too many jobs wait."""
+
+    def __init__(self):
+        super().__init__("too many jobs are waiting here", "try again in a few seconds")
+
+
+class Abandoned(PlanError):
+    """Nobody waits for the answer any more."""
+
+    def __init__(self):
+        super().__init__("nobody waits for this job any more", "ask again")
+
+
+@dataclass(eq=False)
+class InFlightTrace:
+    """One trace under way: how many wait for it, what it is doing, and what came of it."""
+
+    part: str
+    request: TraceRequest
+    waiting: int = 0
+    started: float | None = None
+    doing: str = ""
+    result: bytes | PlanError | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(eq=False)
+class RequestHandle:
+    """One visitor's request: what it waits for. ``left``: the visitor is gone."""
+
+    since: float = field(default_factory=time.monotonic)
+    in_flight: InFlightTrace | None = None
+    left: bool = False
+
+
+class Pool:
+    """Traces ``slots`` jobs at once, the others in the order they came. What nobody asked for yet (``later``) is traced
+    when nothing else is, and gives way."""
+
+    def __init__(self, slots: int | None = None, seconds: float = SECONDS, memory: int = MEMORY):
+        self.slots, self.seconds, self.memory = slots or os.cpu_count() or 1, seconds, memory
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([f"{__package__}.preload"])
+        self._closed = self._idling = self._dismissing = False
+        self._workers: list[_Worker] = []
+        self._in_flight: dict[tuple, InFlightTrace] = {}
+        self._later: deque[InFlightTrace] = deque(maxlen=QUEUE_LIMIT)
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(self.slots, "trace")
+
+    @property
+    def waiting(self) -> int:
+        """Traces in line that somebody waits for."""
+        return sum(in_flight.started is None and in_flight.waiting > 0 for in_flight in [*self._in_flight.values()])
+
+    def ready(self) -> None:
+        """Import the stack now, not when the first job comes."""
+        self._rest(_Worker(self._context, self.memory))
+
+    def close(self) -> None:
+        """End every trace."""
+        with self._lock:
+            self._closed = True
+            self._later.clear()
+            for in_flight in self._in_flight.values():
+                in_flight.waiting = 0
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.end()
+
+    def trace(self, part: str, request: TraceRequest, handle: RequestHandle) -> bytes:
+        """As :meth:`vramplan.planning.tracer.Tracer.trace`. Raises :class:`Busy`; :class:`Abandoned` when the ticket's visitor left;
+        :class:`PlanError` also for a trace that takes too long or too much."""
+        name = (part, request.key, *point_of(request.job), request.kernels[1])
+        while True:
+            in_flight = handle.in_flight = self._join(name, part, request)
+            try:
+                while not in_flight.done.wait(2 * _TICK):
+                    if handle.left:
+                        raise Abandoned
+            finally:
+                handle.in_flight = None
+                with self._lock:
+                    in_flight.waiting -= 1
+            if isinstance(in_flight.result, bytes):
+                return in_flight.result
+            if not isinstance(in_flight.result, Abandoned):  # by all others, just as this one came
+                raise in_flight.result
+
+    def later(self, part: str, request: TraceRequest) -> None:
+        """As :meth:`vramplan.planning.tracer.Tracer.later`."""
+        with self._lock:
+            self._later.append(InFlightTrace(part, request))
+        self._threads.submit(self._idle)
+
+    def _join(self, name: tuple, part: str, request: TraceRequest) -> InFlightTrace:
+        with self._lock:
+            in_flight = self._in_flight.get(name)
+            if in_flight is None:
+                if self.waiting >= QUEUE_LIMIT:
+                    raise Busy
+                in_flight = self._in_flight[name] = InFlightTrace(part, request, 1)
+                self._threads.submit(self._execute, name, in_flight)
+            else:
+                in_flight.waiting += 1
+            return in_flight
+
+    def _execute(self, name: tuple, in_flight: InFlightTrace) -> None:
+        try:
+            in_flight.started = time.monotonic()
+            in_flight.result = self._run(in_flight, lambda: in_flight.waiting == 0)
+        except PlanError as error:
+            in_flight.result = error
+        except Exception as error:
+            in_flight.result = Unexpected(error)
+        finally:
+            with self._lock:
+                self._in_flight.pop(name, None)
+            in_flight.done.set()
+            if self._later:
+                self._threads.submit(self._idle)
+
+    def _idle(self) -> None:
+        """Trace what can wait, unless somebody waits."""
+        with self._lock:
+            if not self._later or self._in_flight or self._idling:
+                return
+            self._idling = True
+            in_flight = self._later.popleft()
+        try:
+            store_trace(in_flight.part, in_flight.request, self._run(in_flight, lambda: bool(self._in_flight)))
+        except Abandoned:
+            self._later.appendleft(in_flight)
+        except PlanError as error:
+            log.debug("%s cannot be traced ahead: %s", in_flight.part, error.message)
+        finally:
+            self._idling = False
+
+    def _run(self, in_flight: InFlightTrace, unwanted: Callable[[], bool]) -> bytes:
+        """Trace in a process of its own. Raises :class:`PlanError`."""
+        if unwanted():
+            raise Abandoned
+        worker = self._take() or _Worker(self._context, self.memory)
+        try:
+            worker.pipe.send((in_flight.part, in_flight.request))
+            result = self._hear(worker, in_flight, unwanted)
+        except (EOFError, OSError):
+            worker.end()
+            raise _too_much(self.memory) from None
+        except BaseException:
+            worker.end()
+            raise
+        worker.requests_served += 1
+        if worker.requests_served < REQUESTS_PER_WORKER and worker.grown < GROWN:
+            self._rest(worker)
+        else:
+            worker.end()
+        if isinstance(result, PlanError):
+            raise result
+        return result
+
+    def _take(self) -> _Worker | None:
+        """The process that was used last, if there is one that nobody has ended."""
+        with self._lock:
+            while self._workers:
+                worker = self._workers.pop()
+                if worker.alive:
+                    return worker
+                worker.end()
+        return None
+
+    def _rest(self, worker: _Worker) -> None:
+        """Keep a process for :data:`IDLE` seconds, or until it is taken."""
+        worker.since = time.monotonic()
+        with self._lock:
+            if not self._closed:
+                self._workers.append(worker)
+                if not self._dismissing:
+                    self._dismiss_in(IDLE)
+                return
+        worker.end()
+
+    def _dismiss_in(self, seconds: float) -> None:
+        """One timer for all: each is a thread, and there may be tens of traces a second."""
+        self._dismissing = True
+        timer = threading.Timer(seconds, self._dismiss)
+        timer.daemon = True
+        timer.start()
+
+    def _dismiss(self) -> None:
+        with self._lock:
+            since = time.monotonic() - IDLE
+            old = [worker for worker in self._workers if worker.since <= since]
+            self._workers = [worker for worker in self._workers if worker.since > since]
+            self._dismissing = False
+            if self._workers:
+                self._dismiss_in(min(worker.since for worker in self._workers) - since)
+        for worker in old:
+            worker.end()
+
+    def _hear(self, worker: _Worker, in_flight: InFlightTrace, unwanted: Callable[[], bool]) -> bytes | PlanError:
+        deadline = time.monotonic() + self.seconds
+        while not unwanted():
+            if time.monotonic() > deadline:
+                raise PlanError(
+                    f"the step of this model runs for more than {self.seconds:.0f} s on the meta device",
+                    "run it with the command line, which waits: vramplan estimate",
+                    "model",
+                )
+            if worker.grown > self.memory:
+                raise _too_much(self.memory)
+            if worker.pipe.poll(_TICK):
+                kind, said = worker.pipe.recv()
+                if kind != "doing":
+                    return said if kind == "done" else PlanError(**said)
+                in_flight.doing = said
+        raise Abandoned
+
+
+class _Worker:
+    """One process that traces, order by order."""
+
+    def __init__(self, context: BaseContext, memory: int):
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, memory), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._start = _resident(self._process.pid)
+        self.requests_served, self.since = 0, time.monotonic()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def grown(self) -> int:
+        """Bytes of memory that it has, beyond what the imports have."""
+        return _resident(self._process.pid) - self._start
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process has, where the system tells them."""
+    try:
+        with open(f"/proc/{pid}/statm") as pages:
+            return int(pages.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
+
+
+def _too_much(memory: int) -> PlanError:
+    return PlanError(
+        f"building this model takes more than {memory >> 20} MiB of this server's memory, or was ended from outside",
+        "check the sizes in the config, or run it with the command line",
+        "model",
+    )
+
+
+_OUT = "DefaultCPUAllocator: can't allocate memory"
+"""What PyTorch says where it finds no more (c10/core/impl/alloc_cpu.cpp), as a RuntimeError."""
+
+
+def _work(pipe: Connection, memory: int) -> None:
+    """In the forked process: trace what is ordered, tell what is being done, and give back what came of it."""
+    with suppress(OSError), open("/proc/self/statm") as pages:  # no single request may outrun who looks after it
+        limit = int(pages.read().split()[0]) * resource.getpagesize() + 2 * memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    listener.set(lambda words: pipe.send(("doing", words)))
+    with suppress(EOFError):  # nobody is there any more
+        while True:
+            request = pipe.recv()
+            try:
+                pipe.send(("done", InProcessTracer().trace(*request)))
+            except PlanError as error:
+                out = _OUT in error.message  # told as the model's own failure
+                pipe.send(("refused", (_too_much(memory) if out else error).as_dict()))
+            except MemoryError:
+                pipe.send(("refused", _too_much(memory).as_dict()))
+            except Exception as error:
+                pipe.send(("refused", Unexpected(error).as_dict()))

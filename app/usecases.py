@@ -1,0 +1,110 @@
+"""Many jobs at once: one answer or one error each, in order. Whatever goes wrong is an error of its job alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from .errors import PlanError, Unanswered
+
+log = logging.getLogger("vramplan")
+
+
+class Unexpected(PlanError):
+    """The planner's own failure, told in one sentence: the trace goes to the log at level debug."""
+
+    def __init__(self, error: BaseException):
+        text = (str(error).strip().splitlines() or [""])[0][:300]
+        super().__init__(
+            f"the planner failed on this job: {type(error).__name__}{': ' if text else ''}{text}",
+            "this is a fault of vramplan, not of the job: please report it with the job",
+        )
+
+
+def plan(job: Any, *, all_layers: bool = False) -> dict:
+    """The answer to one job. Raises :class:`PlanError` and nothing else."""
+    from .planning.estimate import estimate
+
+    return _told(lambda: estimate(job, all_layers=all_layers))
+
+
+def alive(job: Any, event: int) -> list[dict]:
+    """Who holds most after an event of one job's timeline. Raises :class:`PlanError` and nothing else."""
+    from .planning.estimate import alive
+
+    return _told(lambda: alive(job, event))
+
+
+def solve(job: Any, target: str) -> dict:
+    """The largest ``target`` of a job that fits. Raises :class:`PlanError` and nothing else."""
+    from .planning.solver import solve
+
+    return _told(lambda: solve(job, target))
+
+
+def advise(job: Any) -> dict:
+    """What to change so that one job fits its card. Raises :class:`PlanError` and nothing else."""
+    from .planning.advice import advise
+
+    return _told(lambda: advise(job))
+
+
+def compare(what: Any) -> dict:
+    """Jobs side by side. Raises :class:`PlanError` and nothing else."""
+    from .planning.comparison import compare
+
+    return _told(lambda: compare(what))
+
+
+def probe(bench: Any, job: Any, **options: Any) -> tuple[dict, Any]:
+    """A job measured on a bench beside its plan: the answer, and what it was made from. Raises :class:`PlanError` and
+    nothing else."""
+    from .probe.measure import measured
+
+    return _told(lambda: measured(bench, job, **options))
+
+
+def recorded(path: str) -> tuple[dict, Any]:
+    """A recording made elsewhere beside the plan that is made here, as :func:`probe`."""
+    from .probe.measure import from_recording
+    from .probe.recording import read_recording
+
+    return _told(lambda: from_recording(read_recording(path)))
+
+
+def _told(use_case: Callable[[], Any]) -> Any:
+    try:
+        return use_case()
+    except (PlanError, Unanswered):
+        raise
+    except Exception as error:
+        log.debug("planning failed", exc_info=True)
+        raise Unexpected(error) from None
+
+
+def failure(error: PlanError) -> dict:
+    """The error as every interface writes it."""
+    return {"error": error.as_dict()}
+
+
+BESIDE = ("memory_limit_bytes", "multiple_of", "prices")
+"""What a line may hold beside its job, for the solver."""
+
+
+def unwrap(item: Any) -> tuple[dict, Any]:
+    """What to give back with the answer (``{"id": …}`` or nothing), and the job itself."""
+    if isinstance(item, dict) and "job" in item and item.keys() <= {"id", "job", *BESIDE}:
+        tag = {"id": item["id"]} if "id" in item else {}
+        beside = {name: item[name] for name in BESIDE if name in item}
+        return tag, {**item["job"], **beside} if beside and isinstance(item["job"], dict) else item["job"]
+    return {}, item
+
+
+def each(item: Any, use_case: Callable[[Any], dict]) -> dict:
+    """The answer or the error of one item, a job or ``{"id": …, "job": {…}}``, with its id."""
+    tag, job = unwrap(item)
+    try:
+        return {**tag, **use_case(job)}
+    except PlanError as error:
+        return {**tag, **failure(error)}
