@@ -388,7 +388,7 @@ class Expansion:
         units, allocations = self.units, self.short.allocations
         chunks: list[_Chunk] = []
         for at, (event, site) in enumerate(zip(self.short.events[start:end], self.short.event_fqns[start:end]), start):
-            unit = units[site] or units[allocations[event if event >= 0 else ~event].module]
+            unit = units[site] or units[allocations[event if event >= 0 else ~event].fqn]
             owner = None if unit is None else unit[:2]
             takes = event >= 0
             if not chunks or owner != chunks[-1].owner or takes > chunks[-1].takes:
@@ -582,7 +582,7 @@ class Expansion:
             event, here = self.short.events[at], len(source)
             if event >= 0:
                 takes.append(here)
-                paths[self.short.allocations[event].module] = None
+                paths[self.short.allocations[event].fqn] = None
             else:
                 home = self.homes[~event]
                 if home is not None:

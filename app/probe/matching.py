@@ -75,7 +75,7 @@ def labelled(plan: TraceLog, measured: TraceLog, match: Match) -> TraceLog:
     for key, twin in match.pairs.items():
         known = plan.allocations[twin]
         own = allocations[key]
-        allocations[key] = own._replace(kind=known.kind, module=known.module or own.module)
+        allocations[key] = own._replace(kind=known.kind, fqn=known.fqn or own.fqn)
     return TraceLog(allocations, measured.events, measured.event_fqns, measured.marks)
 
 
