@@ -36,13 +36,13 @@ STREAMS = [
 @pytest.mark.parametrize(
     "stream", STREAMS, ids=lambda s: f"{s['id']}{'-' + '-'.join(s['settings']) if s['settings'] else ''}"
 )
-def test_reserved_at_every_step(concrete):
+def test_reserved_at_every_step(stream):
     """Reserved follows the real allocator's through tens of thousands of events."""
-    allocator = CachingAllocator(AllocatorConfig(**concrete["settings"]))
+    allocator = CachingAllocator(AllocatorConfig(**stream["settings"]))
     allocator.malloc(0, 4)  # the recording began after the process had touched the card: one small segment
     real = allocator.reserved
     taken, given_back, worst, peak, run_replay = 1, False, 0, 0, 0
-    for event in concrete["events"]:
+    for event in stream["events"]:
         if isinstance(event, list):
             real += event[0]
             if event[0] < 0 and not given_back:
@@ -59,7 +59,7 @@ def test_reserved_at_every_step(concrete):
             allocator.free(~event + 1)
     # Which address cudaMalloc gives decides ties, and a process that ran other jobs has holes in its address space:
     # at no moment does that make a difference of more than a large segment (two where blocks are not split).
-    assert worst <= (2 if "max_split_size" in concrete["settings"] else 1) * LARGE_BUFFER
+    assert worst <= (2 if "max_split_size" in stream["settings"] else 1) * LARGE_BUFFER
     assert run_replay == pytest.approx(peak, rel=0.005)
 
 
@@ -185,7 +185,7 @@ def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order
         serve(events[given.start :])
         if not any(opened):
             break
-        names[given.given[0]] = names.pop(given.left[0])
+        names[given.freed_from_previous[0]] = names.pop(given.carried_over[0])
     assert found.served == events.size
     assert found.kept[-1] == allocator.reserved
     assert found.peak.max() == allocator.peak_allocated

@@ -36,7 +36,7 @@ from vramplan.memory.template import TraceTemplate
 
 
 class Tape:
-    """Writes books by name: ``take`` and ``give`` what, where."""
+    """Writes books by name: what is allocated or freed, and where."""
 
     def __init__(self):
         self.trace_log = TraceLog()
@@ -46,13 +46,13 @@ class Tape:
         self.trace_log.marks.append(Mark(len(self.trace_log.events), name, step))
         self.phase = name
 
-    def take(self, name, size: int, module: str, op: str = "mm") -> None:
+    def record_alloc(self, name, size: int, module: str, op: str = "mm") -> None:
         self.keys[name] = len(self.trace_log.allocations)
         self.trace_log.allocations.append(Allocation(size, module, "temporaries", self.phase, op))
         self.trace_log.events.append(self.keys[name])
         self.trace_log.event_fqns.append(module)
 
-    def give(self, name, site: str) -> None:
+    def record_free(self, name, site: str) -> None:
         self.trace_log.events.append(~self.keys.pop(name))
         self.trace_log.event_fqns.append(site)
 
@@ -184,7 +184,7 @@ def test_a_deeper_run_that_differs_is_noticed():
     short, longer = step([0] * 3, [[7]]), step([0] * 4, [[7]])
     assert growth_of(short, stacks, longer)
     key = next(n for n, entry in enumerate(longer.allocations) if entry.fqn == "model.layers.1.mlp")
-    for change in ({"size": 1}, {"kind": "buffers"}, {"module": "model.layers.2.mlp"}):
+    for change in ({"size": 1}, {"kind": "buffers"}, {"fqn": "model.layers.2.mlp"}):
         changed = copy.deepcopy(longer)
         changed.allocations[key] = changed.allocations[key]._replace(**change)
         with pytest.raises(NotRepeatable):
