@@ -8,7 +8,8 @@ import transformers
 from accelerate import init_empty_weights
 from published import REFUSED, config_of, counts, ids, needs_configs
 from vramplan.catalog.models import MODELS
-from vramplan.dryrun.build.model import build_base, read_config, task_of
+from vramplan.dryrun.build.model import build_base
+from vramplan.dryrun.build.model_config import read_config, task_of
 from vramplan.errors import PlanError
 
 pytestmark = needs_configs

@@ -11,7 +11,9 @@ import pytest
 import torch
 import transformers
 from transformers.quantizers.quantizers_utils import should_convert_module
-from vramplan.dryrun.build.model import AUTO, PEFT_TASKS, left_by, read_config, task_of
+from vramplan.dryrun.build.adapters import PEFT_TASKS
+from vramplan.dryrun.build.model_config import AUTO, read_config, task_of
+from vramplan.dryrun.build.quantizers import left_by
 from vramplan.errors import PlanError
 from vramplan.job import Job, read_job
 from vramplan.usecases import plan

@@ -24,7 +24,9 @@ from ..memory.template import TraceTemplate
 from ..progress import say
 from . import layer_weights as layers
 from .build import prequantized as stored
-from .build.model import base_of, equal_type, quantizable
+from .build.model import base_of
+from .build.model_config import equal_type
+from .build.quantizers import quantizable
 from .cuda import kernels as cuda
 from .images import images_of
 from .known_values import Images, KnownValues
@@ -40,7 +42,7 @@ def _base(job: Job, config: dict):
     say("building the model")
     base, task = base_of(config, job.task, job.dtype, job.attention)
     said = list(_planned_as(config, base))
-    settings = stored.allocator_config_of(config)
+    settings = stored.quantization_config_of(config)
     with with_weight_facts(base):
         _check_length(job, base.config, task)
         if settings is not None:

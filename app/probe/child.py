@@ -15,7 +15,8 @@ import warnings
 
 import torch
 
-from ..dryrun.build.model import bare, load
+from ..dryrun.build.loading import load
+from ..dryrun.build.model import bare
 from ..dryrun.images import images_of
 from ..dryrun.steps.plain import run_generate, run_plain
 from ..job import Job, read_job

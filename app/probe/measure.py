@@ -41,10 +41,11 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     named = {"model": None, "config": config, "gpu": gpu.key if isinstance(gpu, Gpu) else gpu}
     job = job.model_copy(update={**named, "gradient_accumulation_steps": job.batches_run})
     from ..dryrun.build import prequantized as stored
-    from ..dryrun.build.model import base_of, read_config, task_of
+    from ..dryrun.build.model import base_of
+    from ..dryrun.build.model_config import read_config, task_of
 
     task = job.task or task_of(read_config(config, job.attention))
-    settings = stored.allocator_config_of(config)
+    settings = stored.quantization_config_of(config)
     if settings is not None:
         job, _ = stored.as_loaded(job, settings, base_of(config, task, job.dtype, job.attention)[0])
     if layers is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import torch
 
-from ..dryrun.build.model import MetaWeights, adapt, shape_of
+from ..dryrun.build.adapters import adapt
+from ..dryrun.build.loading import MetaWeights
+from ..dryrun.build.quantizers.linear import shape_of
 from ..job import Job
 
 SPREAD = 0.02
@@ -13,7 +15,7 @@ SPREAD = 0.02
 
 
 class CardWeights(MetaWeights):
-    """The methods of :class:`~vramplan.dryrun.build.model.MetaWeights`, on a real device."""
+    """The methods of :class:`~vramplan.dryrun.build.loading.MetaWeights`, on a real device."""
 
     def __init__(self, device: str):
         self.device = device

@@ -25,7 +25,7 @@ from ..layer_weights import nf4_bytes
 _SIXTEEN_BIT = "plan the 16-bit model that it was made from: method qlora quantises that to 4 bits as it loads"
 
 
-def allocator_config_of(config: dict) -> dict | None:
+def quantization_config_of(config: dict) -> dict | None:
     """A config's ``quantization_config``, its own or its text model's, where the weights are stored quantised."""
     for part in (config, config.get("text_config")):
         settings = part.get("quantization_config") if isinstance(part, dict) else None

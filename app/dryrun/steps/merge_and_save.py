@@ -17,7 +17,8 @@ from ...memory.events import TraceColumns, TraceLog
 from ...memory.kernel_facts import KernelFacts
 from ...memory.sizes import SYMBOLS
 from ...memory.template import TraceTemplate
-from ..build.model import MetaWeights, base_of, load
+from ..build.loading import MetaWeights, load
+from ..build.model import base_of
 from ..cuda import kernels as cuda
 from ..repeat_layers import folded_log
 from ..symbols import Conditions, symbol

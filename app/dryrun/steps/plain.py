@@ -12,7 +12,7 @@ from ...errors import PlanError
 from ...job import Job
 from ...memory.events import TraceLog
 from ..autocast import Autocast
-from ..build.model import MetaWeights, load
+from ..build.loading import MetaWeights, load
 from ..cuda import kernels as cuda
 from ..inputs import base_of, make_batch
 from ..known_values import KnownValues
