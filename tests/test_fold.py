@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vramplan.dryrun import repeat_layers as fold
 from vramplan.dryrun.build.model import bare
-from vramplan.dryrun.cuda import kernels as cuda
+from vramplan.dryrun.cuda.card_facts import Card
 from vramplan.dryrun.steps.plain import dry_run
 from vramplan.dryrun.tracker import DataDependent
 from vramplan.errors import PlanError
@@ -340,7 +340,7 @@ def prepare(kind: str, choice: dict):
     }  # fmt: skip
     job = read_job(fields | choice).resolved()
     model, task = bare(job.config, task, job.dtype, job.attention)
-    return model, lambda model: dry_run(model, job, task, cuda.Card())
+    return model, lambda model: dry_run(model, job, task, Card())
 
 
 def log_of(found: TraceLog | Expansion) -> TraceLog:

@@ -8,7 +8,7 @@ import transformers
 from tiny import GRID, LLAMA, TEXT
 from transformers.models.llama import modeling_llama
 from vramplan.dryrun.build.model_config import read_config
-from vramplan.dryrun.cuda.kernels import Card
+from vramplan.dryrun.cuda.card_facts import Card
 from vramplan.dryrun.known_values import KnownValues
 from vramplan.dryrun.tracker import MemoryTracker
 from vramplan.errors import PlanError

@@ -17,7 +17,8 @@ from rich.console import Console
 from tiny import GRID, LLAMA
 from transformers.models.llama import modeling_llama
 from vramplan.catalog.gpus import find_gpu
-from vramplan.dryrun.cuda import kernels as cuda
+from vramplan.dryrun.cuda.attention import attention_backend
+from vramplan.dryrun.cuda.card_facts import Card
 from vramplan.dryrun.steps import plain as step
 from vramplan.errors import PlanError
 from vramplan.job import read_job
@@ -676,7 +677,7 @@ def recorded_kernels() -> dict:
 def stated_for(dtype, heads: int, keys: int, size: int, masked: bool) -> str:
     query, key, value = _qkv("meta", dtype, heads, keys, size)
     mask = torch.zeros(1, 1, 512, 512, dtype=dtype, device="meta") if masked else None
-    return cuda.attention_backend(cuda.Card(), query, key, value, mask, 0.0, not masked, heads != keys)
+    return attention_backend(Card(), query, key, value, mask, 0.0, not masked, heads != keys)
 
 
 def test_a_real_cards_kernels_are_planned_as_it_ran_them(real):
@@ -684,7 +685,7 @@ def test_a_real_cards_kernels_are_planned_as_it_ran_them(real):
     from vramplan.planning.estimate import estimate
 
     found = recorded_kernels()
-    assert facts_of(found, cuda.Card()) == (KernelFacts(), [])
+    assert facts_of(found, Card()) == (KernelFacts(), [])
     before = estimate(job(gpu="h100"))
     recording = replace(real[1].recording, card={**real[1].recording.card, "kernels": found})
     calibrate(H100, recording)
@@ -695,30 +696,30 @@ def test_a_real_cards_kernels_are_planned_as_it_ran_them(real):
     assert after["peak"]["process"] == after["peak"]["reserved"] + 794820608
 
 
-AMPERE = cuda.Card((8, 0), 108)
+AMPERE = Card((8, 0), 108)
 FORTH_AND_BACK = "attention of bf16 heads of 64{}, forth and back: its peak"
 
 
 @pytest.mark.parametrize(
     "card, name, operator",
     [
-        (cuda.Card(), "the first product's peak", "cublas_workspace"),
-        (cuda.Card(), "the first product with a bias's peak", "cublaslt_workspace"),
-        (cuda.Card(), "a bias gradient over 4096 rows' peak", "gpu_reduce_kernel"),
-        (cuda.Card(), "the norm of 8 gradients' peak", "_foreach_norm"),
-        (cuda.Card(), FORTH_AND_BACK.format(""), "run_cudnn_SDP_bprop"),
+        (Card(), "the first product's peak", "cublas_workspace"),
+        (Card(), "the first product with a bias's peak", "cublaslt_workspace"),
+        (Card(), "a bias gradient over 4096 rows' peak", "gpu_reduce_kernel"),
+        (Card(), "the norm of 8 gradients' peak", "_foreach_norm"),
+        (Card(), FORTH_AND_BACK.format(""), "run_cudnn_SDP_bprop"),
         (AMPERE, FORTH_AND_BACK.format(""), "mha_bwd"),
         (AMPERE, FORTH_AND_BACK.format(" with a mask"), "_efficient_attention_backward"),
     ],
 )
 def test_what_an_operation_takes_more_is_its_workspace(card, name, operator):
     """From the peaks that a card would show to the fact that makes the plan of the operation that peak."""
-    truth = cuda.Card(card.capability, card.multiprocessors, KernelFacts(sizes=((operator, 4, 5),)))
+    truth = Card(card.capability, card.multiprocessors, KernelFacts(sizes=((operator, 4, 5),)))
     peaks = {other: planned_peak(operation, truth)[0] for other, operation in OPERATIONS.items()}
     found, unexplained = facts_of({"attention": [], "peaks": peaks}, card)
     assert [size[0] for size in found.sizes] == [operator] and not unexplained
     assert peaks[name] != planned_peak(OPERATIONS[name], card)[0]
-    again = cuda.Card(card.capability, card.multiprocessors, found)
+    again = Card(card.capability, card.multiprocessors, found)
     for other, operation in OPERATIONS.items():
         assert abs(planned_peak(operation, again)[0] - peaks[other]) <= 1024
 
@@ -727,16 +728,16 @@ def test_what_no_workspace_explains_is_named_only():
     measured = recorded_kernels()
     name = "the first product's peak"
     measured["peaks"] = {key: peak - (64 << 20) * (key == name) for key, peak in measured["peaks"].items()}
-    facts, unexplained = facts_of(measured, cuda.Card())
+    facts, unexplained = facts_of(measured, Card())
     assert facts == KernelFacts() and [row["name"] for row in unexplained] == [name]
 
 
 def test_a_device_is_asked_which_attention_it_runs():
     """On the CPU, which has no cuDNN; the question is the one that a card is asked."""
-    asked, other = attention_choices(cuda.Card(), "cpu")
+    asked, other = attention_choices(Card(), "cpu")
     assert asked == 1152 and ("bfloat16 heads of 64", "cudnn", "flash") in other
     facts = KernelFacts(tuple(other))
-    assert attention_choices(cuda.Card(measured=facts), "cpu") == (1152, [])
+    assert attention_choices(Card(measured=facts), "cpu") == (1152, [])
 
 
 def rows(of: str = "*") -> list[dict]:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vramplan.catalog.gpus import Gpu, find_gpu
-from vramplan.dryrun.cuda.kernels import Card, gemm_4bit_is_fused
+from vramplan.dryrun.cuda.bitsandbytes_ops import gemm_4bit_is_fused
+from vramplan.dryrun.cuda.card_facts import Card
 from vramplan.dryrun.symbols import Conditions, symbol
 from vramplan.dryrun.trace import trace
 from vramplan.job import read_job

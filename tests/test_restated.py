@@ -17,14 +17,20 @@ from vramplan.catalog.gpus import find_gpu
 from vramplan.dryrun import autocast
 from vramplan.dryrun import meta_kernels as native
 from vramplan.dryrun.autocast import Autocast
-from vramplan.dryrun.cuda import kernels as cuda
+from vramplan.dryrun.cuda.as_if_cuda import as_if_cuda
+from vramplan.dryrun.cuda.attention import attention_backend, efficient_workspace
+from vramplan.dryrun.cuda.bitsandbytes_ops import bnb_cuda_ops, gemm_4bit_is_fused
+from vramplan.dryrun.cuda.card_facts import Card
+from vramplan.dryrun.cuda.matmul import matrices_copied
+from vramplan.dryrun.cuda.reductions import reduction_scratch
+from vramplan.dryrun.cuda.registry import KERNELS
 from vramplan.dryrun.tracker import MemoryTracker
 from vramplan.job import read_job
 from vramplan.memory.events import TraceLog
 from vramplan.planning.planned_job import plan_job
 from vramplan.planning.profile_cache import load_of
 
-CARD = cuda.Card()
+CARD = Card()
 
 
 def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -44,13 +50,13 @@ def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 )
 def test_reductions_meet_in_global_memory(shape, measured):
     """Bias gradients recorded on an H100; the buffer rounded to 512 bytes."""
-    size = cuda.reduction_scratch(meta(*shape), [0], CARD, 8, 4)
+    size = reduction_scratch(meta(*shape), [0], CARD, 8, 4)
     assert -(-size // 512) * 512 == measured
 
 
 def test_small_reductions_take_nothing():
-    assert cuda.reduction_scratch(meta(64, 1024), [0], CARD, 8, 4) == 0
-    assert cuda.reduction_scratch(meta(4096, 1024), [1], CARD, 8, 4) == 0
+    assert reduction_scratch(meta(64, 1024), [0], CARD, 8, 4) == 0
+    assert reduction_scratch(meta(4096, 1024), [1], CARD, 8, 4) == 0
 
 
 def taken(run) -> list[tuple[str, int]]:
@@ -187,7 +193,7 @@ def test_half_precision_is_raised_within_the_softmax(run):
 )
 def test_efficient_attention_backward(shape, dtype, measured):
     query = meta(*shape, dtype=dtype)
-    assert cuda._efficient_workspace(CARD, query, query) == measured
+    assert efficient_workspace(CARD, query, query) == measured
 
 
 COMPOSED = {
@@ -247,7 +253,7 @@ def test_what_is_made_by_a_shorter_way_is_what_the_operator_makes(dtype, dims):
         assert [(t.shape, t.stride(), t.dtype) for t in short] == [(t.shape, t.stride(), t.dtype) for t in long]
 
 
-A100, T4 = cuda.Card((8, 0), 108), cuda.Card((7, 5), 40)
+A100, T4 = Card((8, 0), 108), Card((7, 5), 40)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +276,12 @@ A100, T4 = cuda.Card((8, 0), 108), cuda.Card((7, 5), 40)
 def test_attention_backend(card, heads, keys, head, dtype, masked, backend):
     query, key = meta(1, heads, 128, head, dtype=dtype), meta(1, keys, 128, head, dtype=dtype)
     mask = meta(1, 1, 128, 128, dtype=dtype) if masked else None
-    assert cuda.attention_backend(card, query, key, key, mask, 0.0, not masked, True) == backend
+    assert attention_backend(card, query, key, key, mask, 0.0, not masked, True) == backend
 
 
 def test_bitsandbytes_heuristic_is_asked_for_the_card():
     """On Hopper large products dequantise the weight; a T4 in fp16 fuses small ones. Past 1536 rows nobody fuses."""
-    fused = cuda.gemm_4bit_is_fused
+    fused = gemm_4bit_is_fused
     assert not fused(CARD, torch.bfloat16, 2048, 4096, 4096, 64)
     assert not fused(CARD, torch.bfloat16, 1024, 4096, 4096, 64)
     assert fused(CARD, torch.bfloat16, 4, 4096, 4096, 64)
@@ -285,7 +291,7 @@ def test_bitsandbytes_heuristic_is_asked_for_the_card():
 def kept_books(run, card=CARD) -> list:
     """What ``run`` takes on the meta device as on ``card``, in order."""
     tracker = MemoryTracker(card)
-    with cuda.as_if_cuda(card), tracker:
+    with as_if_cuda(card), tracker:
         run()
     return tracker.trace_log.allocations
 
@@ -332,7 +338,7 @@ def entered(run) -> list[int]:
     """The bytes that ``run`` enters, one by one; as in backward, outside modules."""
     tracker = MemoryTracker(CARD)
     tracker.in_backward = True
-    with cuda.as_if_cuda(CARD), tracker:
+    with as_if_cuda(CARD), tracker:
         kept = run()
     assert kept is not None
     return [allocation.size for allocation in tracker.trace_log.allocations]
@@ -437,7 +443,7 @@ def test_a_value_that_the_dtype_does_not_hold_is_not_filled_in(dtype):
     low, mask = torch.finfo(torch.float32).min, torch.ones(2, dtype=torch.bool)
     for device in ("cpu", "meta"):
         tensor = torch.empty(2, dtype=dtype, device=device)
-        fill = partial(cuda.KERNELS[torch.ops.aten.masked_fill.Scalar], None, torch.ops.aten.masked_fill.Scalar)
+        fill = partial(KERNELS[torch.ops.aten.masked_fill.Scalar], None, torch.ops.aten.masked_fill.Scalar)
         with pytest.raises(RuntimeError, match="value cannot be converted to type .* without overflow"):
             fill((tensor, mask, low), {}, "") if device == "meta" else tensor.masked_fill(mask, low)
 
@@ -448,13 +454,13 @@ def test_which_operands_are_copied_for_cublas():
     weight = torch.empty(wide, rank * experts, device="meta")
     apart = weight.reshape(wide, rank, experts).permute(2, 0, 1)
     dense = torch.empty(experts, rank, wide, device="meta")
-    assert cuda._matrices_copied((None, apart, dense)) == [apart]
+    assert matrices_copied((None, apart, dense)) == [apart]
     cut = torch.empty(experts, wide, 2 * rank, device="meta")[..., :rank]
     spread = weight[:, :rank].expand(experts, wide, rank)
     for left in (cut, spread, dense.mT):
-        assert cuda._matrices_copied((left, dense)) == []
+        assert matrices_copied((left, dense)) == []
     rows = torch.empty(wide, rank, 2, device="meta")[..., 0]
-    assert cuda._matrices_copied((rows, dense[0])) == [rows]
+    assert matrices_copied((rows, dense[0])) == [rows]
 
 
 def _sources() -> dict[str, object]:
@@ -464,7 +470,7 @@ def _sources() -> dict[str, object]:
     import transformers
     import trl
 
-    ops = cuda.bnb_cuda_ops()
+    ops = bnb_cuda_ops()
     tuner = peft.tuners.tuners_utils
     return {
         "Trainer.training_step": transformers.Trainer.training_step,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from vramplan.dryrun.build.model import bare
-from vramplan.dryrun.cuda import kernels as cuda
+from vramplan.dryrun.cuda.card_facts import Card
 from vramplan.dryrun.steps.plain import dry_run
 from vramplan.dryrun.token_loops import TOKENS_RUN, repeat_tokens
 from vramplan.job import read_job
@@ -54,7 +54,7 @@ def test_a_few_tokens_stand_for_all(name):
 
     def trace_log(tokens: int):
         base, task = bare(config, job.task, job.dtype, job.attention)
-        return dry_run(base, job, task, cuda.Card((9, 0), 132), tokens=tokens)
+        return dry_run(base, job, task, Card((9, 0), 132), tokens=tokens)
 
     whole = trace_log(LENGTH)
     assert same(repeat_tokens(trace_log(TOKENS_RUN)).trace_log(), whole)

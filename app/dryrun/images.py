@@ -18,7 +18,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ..errors import PlanError
 from ..job import Job
-from .cuda.kernels import Card
+from .cuda.card_facts import Card
 from .known_values import LIMIT, Images, KnownValues
 from .tracker import MemoryTracker
 

@@ -27,7 +27,7 @@ from .build import prequantized as stored
 from .build.model import base_of
 from .build.model_config import equal_type
 from .build.quantizers import quantizable
-from .cuda import kernels as cuda
+from .cuda.card_facts import Card
 from .images import images_of
 from .known_values import Images, KnownValues
 from .repeat_layers import folded_log
@@ -97,7 +97,7 @@ def trace(
     takes a few times as long. Raises :class:`PlanError`.
     """
     conditions = Conditions()
-    card = cuda.Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
+    card = Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
     job, base, task, said = _base(job, config)
     with with_weight_facts(base):
         images, shown = images_of(base, job, task)
@@ -165,7 +165,7 @@ def _trace_log(
     model,
     job: Job,
     task: str,
-    card: cuda.Card,
+    card: Card,
     symbols: dict,
     values: KnownValues | None,
 ) -> TraceColumns:

@@ -2,7 +2,7 @@
 
 Every tensor's storage is followed by a weak reference: its first appearance is memory taken, its death memory given
 back. The same autograd engine, the same Python and the same reference counts run as on a card, so lifetimes are exact;
-what CUDA does otherwise is asked of :mod:`vramplan.dryrun.cuda.kernels`.
+what CUDA does otherwise is asked of :mod:`vramplan.dryrun.cuda`.
 
 Who an allocation is for is read off the module that is running; in the backward pass off the autograd node, whose
 sequence number leads back to the forward operator that made it (as PyTorch's profiler links the two).
@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..memory.events import EMPTY_CACHE, Allocation, Mark, TraceLog
 from . import meta_kernels as native  # noqa: F401  (native: shape functions in C++)
-from .cuda import kernels as cuda  # noqa: F401  (native: shape functions in C++)
+from .cuda.card_facts import Card
+from .cuda.host_reads import HOST_READS
+from .cuda.registry import KERNELS
 from .known_values import Images, KnownValues, kept_in_memory
 from .symbols import size_of
 
@@ -55,7 +57,7 @@ class _Watch(weakref.ref):
 class MemoryTracker(TorchDispatchMode):
     """Keeps :class:`~vramplan.memory.events.TraceLog` of what runs under it.
 
-    ``card`` is the :class:`~vramplan.dryrun.cuda.kernels.Card` whose kernels are meant; ``mask``, what the job's batch carries, is
+    ``card`` is the :class:`~vramplan.dryrun.cuda.card_facts.Card` whose kernels are meant; ``mask``, what the job's batch carries, is
     the answer to a program that asks whether its mask hides anything or sequences are packed, ``length`` to one that
     asks how long a sequence is; where that is a symbol, shapes are computed by PyTorch's functions in Python. Of
     ``shifted`` labels ``labelled`` ones are none of those that are left out; of other numbers of labels all.
@@ -68,7 +70,7 @@ class MemoryTracker(TorchDispatchMode):
         """Nothing is compiled here: PyTorch need not keep its compiler out of every call (8 % of it)."""
         return False
 
-    def __init__(self, card: cuda.Card, mask: str = "full", length: int = 0, symbolic: bool = False):
+    def __init__(self, card: Card, mask: str = "full", length: int = 0, symbolic: bool = False):
         super().__init__()
         self.symbolic = symbolic
         self.card = card
@@ -270,7 +272,7 @@ class MemoryTracker(TorchDispatchMode):
             numbers, places = self._links
             numbers.append(_sequence_number())
             places.append(current_fqn or "")
-        special = cuda.KERNELS.get(func)
+        special = KERNELS.get(func)
         if special is not None:
             return special(self, func, args, kwargs, current_fqn or "")
         out = func(*args, **kwargs)
@@ -330,11 +332,11 @@ class MemoryTracker(TorchDispatchMode):
             if frame is None:
                 break
             name = frame.f_code.co_qualname
-            if name in cuda.HOST_READS:
+            if name in HOST_READS:
                 told = {"full": self.mask != "padded", "single": self.mask != "packed", "length": self.length}
-                if cuda.HOST_READS[name] == "generated":
+                if HOST_READS[name] == "generated":
                     told["generated"] = frame.f_locals["length"] >= self.length
-                answer = cuda.HOST_READS[name]
+                answer = HOST_READS[name]
                 return told[answer] if isinstance(answer, str) else answer
             frame = frame.f_back
         raise DataDependent(_caller())

@@ -1,4 +1,4 @@
-"""What a probe found the kernels of a card to do otherwise than ``app/dryrun/cuda/kernels.py`` says."""
+"""What a probe found the kernels of a card to do otherwise than ``app/dryrun/cuda`` says."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def main() -> None:
     if request.get("snapshot"):
         meter.save_snapshot(request["snapshot"])
     if request["calibrate"] and out.outcome == OK:
-        from ..dryrun.cuda.kernels import Card
+        from ..dryrun.cuda.card_facts import Card
         from .kernel_checks import measure_kernels
 
         facts = meter.facts()

@@ -9,7 +9,9 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from ..dryrun.cuda import kernels as cuda
+from ..dryrun.cuda.as_if_cuda import as_if_cuda
+from ..dryrun.cuda.attention import attention_backend, attention_case
+from ..dryrun.cuda.card_facts import MEASURABLE, Card
 from ..dryrun.tracker import MemoryTracker
 from ..memory.allocator.caching import round_size
 from ..memory.kernel_facts import KernelFacts
@@ -28,17 +30,17 @@ def _qkv(
 # --- which attention kernel runs ----------------------------------------------------------------------------
 
 
-def attention_choices(card: cuda.Card, device: str = "cuda") -> tuple[int, list[tuple[str, str, str]]]:
+def attention_choices(card: Card, device: str = "cuda") -> tuple[int, list[tuple[str, str, str]]]:
     """How many cases the device was asked about, and (case, stated, chosen) of those in which it chooses another
     kernel than is stated for ``card``. Nothing is run: PyTorch tells its choice (``_fused_sdp_choice``)."""
     asked, other = 0, []
     for call in _calls(device):
         asked += 1
-        stated = cuda.attention_backend(card, *call)
+        stated = attention_backend(card, *call)
         *tensors, gqa = call
         chosen = BACKENDS.get(torch._fused_sdp_choice(*tensors, enable_gqa=gqa), stated)
         if chosen != stated:
-            other.append((cuda.attention_case(*tensors[:5]), stated, chosen))
+            other.append((attention_case(*tensors[:5]), stated, chosen))
     return asked, other
 
 
@@ -103,7 +105,7 @@ OPERATIONS: dict[str, Callable[[str], None]] = {
 }
 
 
-def measure_kernels(card: cuda.Card) -> dict:
+def measure_kernels(card: Card) -> dict:
     """What the current CUDA device chooses other than is stated for ``card``, and the peak of each operation, bytes."""
     asked, other = attention_choices(card)
     return {
@@ -124,11 +126,11 @@ def _measured_peak(operation: Callable[[str], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def planned_peak(operation: Callable[[str], None], card: cuda.Card) -> tuple[int, Counter]:
+def planned_peak(operation: Callable[[str], None], card: Card) -> tuple[int, Counter]:
     """The most bytes that ``operation`` holds at once in its plan, in blocks; and of workspaces that can be otherwise,
     what each operator asked for then."""
     tracker = MemoryTracker(card)
-    with cuda.as_if_cuda(card), tracker:
+    with as_if_cuda(card), tracker:
         operation("meta")
     now = peak = 0
     held: Counter = Counter()
@@ -137,14 +139,14 @@ def planned_peak(operation: Callable[[str], None], card: cuda.Card) -> tuple[int
         entry = tracker.trace_log.allocations[event if event >= 0 else ~event]
         sign = 1 if event >= 0 else -1
         now += sign * round_size(entry.size)
-        if entry.op in cuda.MEASURABLE:
+        if entry.op in MEASURABLE:
             held[entry.op] += sign * entry.size
         if now > peak:
             peak, then = now, +held
     return peak, then
 
 
-def facts_of(measured: dict, card: cuda.Card) -> tuple[KernelFacts, list[dict]]:
+def facts_of(measured: dict, card: Card) -> tuple[KernelFacts, list[dict]]:
     """What :func:`measure_kernels` found, as facts that change a plan for ``card``; and what it found that no fact
     explains: rows of name, planned and measured.
 
@@ -153,7 +155,7 @@ def facts_of(measured: dict, card: cuda.Card) -> tuple[KernelFacts, list[dict]]:
     """
     facts, known, unexplained = KernelFacts(tuple(map(tuple, measured["attention"]))), set(), []
     for name, operation in OPERATIONS.items():
-        peak, held = planned_peak(operation, cuda.Card(card.capability, card.multiprocessors, facts))
+        peak, held = planned_peak(operation, Card(card.capability, card.multiprocessors, facts))
         beside = measured["peaks"][name] - peak
         mine = max((op for op in held if op not in known), key=held.__getitem__, default=None)
         if beside and (mine is None or held[mine] + beside < 0):

@@ -69,7 +69,7 @@ def depth_of_plan(planned: Planned) -> int:
 
 def _log_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> TraceLog:
     from ..dryrun.build.model import base_of
-    from ..dryrun.cuda.kernels import Card
+    from ..dryrun.cuda.card_facts import Card
     from ..dryrun.images import images_of
     from ..dryrun.steps.plain import dry_run
     from ..dryrun.token_loops import repeat_tokens
@@ -209,7 +209,7 @@ def calibrate(gpu: Gpu | OwnGpu, recording: Recording) -> None:
     card, found = recording.card, recording.card.get("kernels")
     if card["context"] is None:
         return
-    from ..dryrun.cuda.kernels import Card
+    from ..dryrun.cuda.card_facts import Card
     from .kernel_checks import facts_of
 
     held, kernels = card["context"], (KernelFacts(), [])

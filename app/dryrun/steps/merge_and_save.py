@@ -19,7 +19,8 @@ from ...memory.sizes import SYMBOLS
 from ...memory.template import TraceTemplate
 from ..build.loading import MetaWeights, load
 from ..build.model import base_of
-from ..cuda import kernels as cuda
+from ..cuda.as_if_cuda import as_if_cuda
+from ..cuda.card_facts import Card
 from ..repeat_layers import folded_log
 from ..symbols import Conditions, symbol
 from ..tracker import MemoryTracker
@@ -33,18 +34,18 @@ def trace(
     """The ``finish`` of a job, or the ``load`` of its model, on a card with these kernels and on those that do the same
     with another number of multiprocessors. Raises :class:`PlanError`."""
     conditions = Conditions()
-    card = cuda.Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
+    card = Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
     return TraceTemplate.of({"finish": merge_and_save_log, "load": load_log}[part](job, config, card), conditions)
 
 
-def merge_and_save_log(job: Job, config: dict, card: cuda.Card) -> TraceColumns:
+def merge_and_save_log(job: Job, config: dict, card: Card) -> TraceColumns:
     """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it. Raises
     :class:`PlanError`."""
     base, task = base_of(config, job.task, job.dtype, job.attention)
 
     def run(model) -> TraceLog:
         tracker = MemoryTracker(card)
-        with cuda.as_if_cuda(card):
+        with as_if_cuda(card):
             model = load(model, job, task, tracker, MetaWeights())
             with tracker.watching(model), torch.no_grad():
                 if job.lora is not None:
@@ -71,13 +72,13 @@ def merge_and_save_log(job: Job, config: dict, card: cuda.Card) -> TraceColumns:
         ) from None
 
 
-def load_log(job: Job, config: dict, card: cuda.Card) -> TraceColumns:
+def load_log(job: Job, config: dict, card: Card) -> TraceColumns:
     """The books of placing the model of ``job`` (resolved) alone."""
     base, task = base_of(config, job.task, job.dtype, job.attention)
 
     def run(model) -> TraceLog:
         tracker = MemoryTracker(card)
-        with cuda.as_if_cuda(card):
+        with as_if_cuda(card):
             load(model, job, task, tracker, MetaWeights())
         return tracker.close()
 

@@ -13,7 +13,8 @@ from ...job import Job
 from ...memory.events import TraceLog
 from ..autocast import Autocast
 from ..build.loading import MetaWeights, load
-from ..cuda import kernels as cuda
+from ..cuda.as_if_cuda import as_if_cuda
+from ..cuda.card_facts import Card
 from ..inputs import base_of, make_batch
 from ..known_values import KnownValues
 from ..token_loops import TOKENS_RUN, TokenLoops
@@ -167,7 +168,7 @@ def dry_run(
     model,
     job: Job,
     task: str,
-    card: cuda.Card,
+    card: Card,
     steps: int = 2,
     other: bool = False,
     values: KnownValues | None = None,
@@ -186,7 +187,7 @@ def dry_run(
     if job.mixed_precision != "no":
         tracker.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
     run = run_generate if job.method == "inference" else run_plain if job.trainer == "pytorch" else run_trainer
-    with cuda.as_if_cuda(card), paged_states_elsewhere():
+    with as_if_cuda(card), paged_states_elsewhere():
         model = load(model, job, task, tracker, MetaWeights())
         mode = tracker.autocast
         scans = TokenLoops(tracker, tokens)
