@@ -390,7 +390,7 @@ def _room(st, row):
 def _open(st, rules, size, large):
     """What ``malloc`` tries where no free block will do: a segment, before and after giving back what is cached."""
     row = _new_block(st, rules, size, large)
-    if row == _NONE and rules.split_limit != _BEYOND and _release_oversize(st, rules, size):
+    if row == _NONE and large != _0 and rules.split_limit != _BEYOND and _release_oversize(st, rules, size):
         row = _new_block(st, rules, size, large)
     if row == _NONE:
         _empty_cache(st, rules)
@@ -543,7 +543,7 @@ def _expand(st, rules, size, large):
 
 @_compiled
 def _expandable_tail(st, size, large):
-    blocks, pool = st.blocks, large + _UNMAPPED
+    blocks, pool, best, low = st.blocks, large + _UNMAPPED, _NONE, _BEYOND
     for n in range(_in_order(st, pool)):
         start = st.ordered[n]
         before = blocks[start + _PREVIOUS]
@@ -553,8 +553,10 @@ def _expandable_tail(st, size, large):
         while room < size and blocks[row + _PLACE] != _BEYOND:
             room += blocks[row + _SIZE]
             row = blocks[row + _NEXT]
-        if room >= size:
-            return start
+        if room >= size and blocks[start + _ADDRESS] < low:
+            best, low = start, blocks[start + _ADDRESS]
+    if best != _NONE:
+        return best
     address = _address(st, _RANGE)
     if address == _0 or size > _RANGE:
         return _NONE
