@@ -149,6 +149,15 @@ def test_any_number_of_free_blocks_and_sizes(sizes):
     assert found.served == events.size
 
 
+def test_a_large_job_before_leaves_room_for_many_sizes():
+    """The arrays of a large replay are used again. Many sizes of free blocks are no sign that rows ran out."""
+    count = 100_000
+    events, one_size = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
+    large = ReplayInput(events, one_size, np.array([0, count]), np.zeros(0, int), None, count)
+    assert replay(large, np.array([512], np.int64), AllocatorConfig()).served == count
+    test_any_number_of_free_blocks_and_sizes([512 * n for n in range(1, 700)])
+
+
 @given(st.lists(SIZES, max_size=20), st.lists(SIZES, min_size=1, max_size=12), st.permutations(range(12)), FREE)
 @settings(max_examples=200, deadline=None)
 def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order, how):

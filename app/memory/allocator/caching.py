@@ -101,11 +101,12 @@ _SIZE, _ADDRESS, _PREVIOUS, _NEXT, _PLACE, _CLASS, _POOL, _SPARE = map(_U, range
 _WIDTH = _U(8)
 # Places in _State.numbers; from _SLOTS and _HOLES on, those of each pool
 _ALLOCATED, _RESERVED, _OPENED, _LOW, _RESTS, _SPARES, _ROWS, _FULL, _SLOTS, _HOLES = map(_U, (*range(9), 12))
+_NO_ROWS, _NO_SLOTS, _NO_CELLS = _1, _2, _4  # what numbers[_FULL] says ran out
 _UNMAPPED = _2  # the first of the two pools of unmapped blocks
 # A word is a size and its slot, a cell an address and its row: sizes and addresses are multiples of 512
 _WORD, _SLOT, _HOLE = _1, _U(1023), _1
 _CELL, _ROW, _STEP = _U(10), _U((1 << 19) - 1), _U(3)
-_MOST_ROWS = 1 << 19
+_MOST_ROWS, _MOST_SLOTS = 1 << 19, 1 << 10
 # A mark is the upper bits of a size times the golden ratio (Knuth, The Art of Computer Programming 3, 6.4)
 _MARKS = 1 << 8
 _GOLDEN, _UPPER, _MARK = _U(0x9E3779B97F4A7C15), _U(56), _U(8)
@@ -149,7 +150,7 @@ def _new_row(st, size, address, pool):
     else:
         row = numbers[_ROWS]
         if row + _2 * _WIDTH > _U(blocks.size):
-            numbers[_FULL] = _1
+            numbers[_FULL] |= _NO_ROWS
         else:
             numbers[_ROWS] = row + _WIDTH
     blocks[row + _SIZE], blocks[row + _ADDRESS], blocks[row + _POOL] = size, address, pool
@@ -213,7 +214,7 @@ def _put(st, row):
         marks[mark] += _1
     at = counts[its]
     if at + _1 == st.depth:
-        st.numbers[_FULL] = _1
+        st.numbers[_FULL] |= _NO_CELLS
     else:
         counts[its] = at + _1
     at += its * st.depth
@@ -229,7 +230,7 @@ def _new_slot(st, pool, base):
         return st.holes[base + holes - _1]
     slot = numbers[_SLOTS + pool]
     if slot + _4 == st.slots:  # the last four stay unused: there a search ends
-        numbers[_FULL] = _1
+        numbers[_FULL] |= _NO_SLOTS
     else:
         numbers[_SLOTS + pool] = slot + _1
     return slot
@@ -323,7 +324,7 @@ def _address(st, size):
 def _leave(st, address, size):
     rests, at = st.rests, _2 * st.numbers[_RESTS]
     if at + _2 * _2 > _U(rests.size):
-        st.numbers[_FULL] = _1
+        st.numbers[_FULL] |= _NO_ROWS
         return
     while at > _0 and rests[at - _2] > address:
         rests[at], rests[at + _1] = rests[at - _2], rests[at - _1]
@@ -698,19 +699,31 @@ def replay(replay_input: ReplayInput, sizes: np.ndarray, settings: AllocatorConf
     except IndexError:
         st = _state(rows, keys)
     while True:
-        slots, depth = int(st.slots), int(st.depth)
         if st.ordered.size < rows or st.live.size < keys:
-            st = _state(max(rows, st.ordered.size), max(keys, st.live.size), slots, depth)
+            st = _state(max(rows, st.ordered.size), max(keys, st.live.size), int(st.slots), int(st.depth))
         else:
             _cleared(st)
         found = _replay(st, replay_input, sizes.astype(np.uint64), _rules(settings), limited)
         if found.served >= 0:
             _states.append(st)
             return found
-        rows = 2 * st.ordered.size
-        if rows > _MOST_ROWS:
-            raise PlanError("the step has more than half a million blocks alive", "ask for a smaller batch")
-        st = _state(rows, keys, min(2 * slots, int(_SLOT) + 1), 2 * depth)
+        st = _larger(st, int(st.numbers[_FULL]), keys)
+        rows = st.ordered.size
+
+
+def _larger(st: _State, full: int, keys: int) -> _State:
+    """A fresh state with twice as much of what ran out. Raises :class:`PlanError` where that is more than an index
+    can tell."""
+    rows, slots, depth = st.ordered.size, int(st.slots), int(st.depth)
+    if full & int(_NO_ROWS):
+        rows *= 2
+    if full & int(_NO_SLOTS):
+        slots *= 2
+    if full & int(_NO_CELLS):
+        depth *= 2
+    if rows > _MOST_ROWS or slots > _MOST_SLOTS:
+        raise PlanError("the step has more than half a million blocks alive", "ask for a smaller batch")
+    return _state(rows, max(keys, st.live.size), slots, depth)
 
 
 def _replay(st: _State, replay_input: ReplayInput, sizes: np.ndarray, rules: _Rules, limited: int) -> Replay:
