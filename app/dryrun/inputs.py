@@ -10,10 +10,10 @@ from peft import PeftModel
 from ..errors import PlanError
 from ..job import Job
 from .known_values import LIMIT, Images
-from .tracker import MemoryTracker
+from .observer import StepObserver
 
 
-def make_batch(tracker: MemoryTracker, model, job: Job, task: str) -> dict[str, torch.Tensor]:
+def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, torch.Tensor]:
     """The batch on the card: what the model's main input is, labels to train on, and the mask that the job asks for.
 
     Token ids and labels are int64, but for a model that is fitted to numbers (:func:`_targets`). Packed sequences are
@@ -85,7 +85,7 @@ def _targets(config, batch: int, dtype: torch.dtype, device: str) -> torch.Tenso
     return torch.empty(*shape, dtype=dtype, device=device)
 
 
-def _refuse_packed(model, tracker: MemoryTracker, batch: dict) -> None:
+def _refuse_packed(model, tracker: StepObserver, batch: dict) -> None:
     """Sequences are packed by their positions, as TRL's and transformers' collators without padding do."""
     base = base_of(model)
     if "input_ids" not in batch or "position_ids" not in inspect.signature(type(base).forward).parameters:

@@ -79,7 +79,7 @@ class KnownValues:
             _view(twin.values, tensor).copy_(value)
         self._twins[twin.id] = twin
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def get(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The values of a meta tensor, where they are known."""
         twin = self._twin(tensor)
         return None if twin is None or _is_large(tensor) else _view(twin.values, tensor)
@@ -141,8 +141,8 @@ class KnownValues:
                 return out
         try:
             with _disable_current_modes():
-                values = tree_map_only(torch.Tensor, lambda t: self.of(t) if t.device.type == "meta" else t, args)
-                result = func(*values, **_in_memory(tree_map_only(torch.Tensor, lambda t: self.of(t), kwargs)))
+                values = tree_map_only(torch.Tensor, lambda t: self.get(t) if t.device.type == "meta" else t, args)
+                result = func(*values, **_in_memory(tree_map_only(torch.Tensor, lambda t: self.get(t), kwargs)))
         except NotImplementedError:
             if out is None:
                 raise

@@ -53,7 +53,7 @@ class TokenLoops:
         return self._few(int(bounds[0]), frame)
 
     def _few(self, length: int, frame: FrameType) -> Iterator[int]:
-        path = f"{self.tracker.place}.<{self.few} of {length} tokens>"
+        path = f"{self.tracker.current_fqn}.<{self.few} of {length} tokens>"
         for index in builtins.range(self.few):
             with self.tracker.attributed_to(f"{path}.{index}"):
                 yield index

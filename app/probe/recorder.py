@@ -38,10 +38,10 @@ class _Autocast:
 
 
 class Recorder:
-    """Has the calls of :class:`~vramplan.dryrun.tracker.MemoryTracker` that builders and steps make; keeps figures by phase.
+    """The :class:`~vramplan.dryrun.observer.StepObserver` of a real run; it keeps the card's figures of each phase.
 
     ``marks`` are (events so far, phase, step), ``places`` (allocations so far, module path): together with the
-    allocator's own history they are the books of the run.
+    allocator's own history they are the trace log of the run.
     """
 
     def __init__(self, meter, job: Job, tell):
@@ -55,7 +55,7 @@ class Recorder:
         self.padded = job.attention_mask == "padded"
         self.in_backward = False
         self.images = self.values = None
-        self.length = 0
+        self.length = self.shifted = self.labelled = 0
         self.phases: list[Figures] = []
         self.marks: list[tuple[int, str, int]] = []
         self.places: list[tuple[int, str]] = []
@@ -132,7 +132,7 @@ class Recorder:
         text = model.config.get_text_config()
         self._vocabulary = min(getattr(text, "vocab_size", None) or 1000, 30000)
 
-    def arrived(self, batch: dict[str, torch.Tensor], stated: dict[str, torch.Tensor]) -> None:
+    def register_batch(self, batch: dict[str, torch.Tensor], stated: dict[str, torch.Tensor]) -> None:
         """Fill a batch in place: random ids and pixels, labels that the model knows, the job's mask; where there are
         images, all that is ``stated``, and labels of the text alone."""
         for name, tensor in batch.items():
@@ -154,13 +154,13 @@ class Recorder:
             else:
                 tensor.random_(min(5, self._vocabulary - 1), self._vocabulary)
 
-    def reclassify(self, tensor: torch.Tensor, kind: str, module: str | None = None) -> None:
+    def reclassify(self, tensor: torch.Tensor, kind: str, fqn: str | None = None) -> None:
         """What an allocation is for, the plan knows; the optimiser's state is summed, step by step."""
         if kind == "optimizer_state":
             step = self.marks[-1][2]
             self.optimizer_state[step] = self.optimizer_state.get(step, 0) + tensor.untyped_storage().nbytes()
 
-    def follow(self, tensor: torch.Tensor, owned: torch.Tensor) -> None:
+    def inherit_owner(self, tensor: torch.Tensor, owned: torch.Tensor) -> None:
         """Whom a gradient belongs to, the plan knows."""
 
     def as_dict(self) -> list[dict]:

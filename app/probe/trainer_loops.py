@@ -72,7 +72,7 @@ class _OnHost:
     device = "cpu"
 
     def __init__(self, recorder):
-        self.arrived = recorder.register_batch
+        self.register_batch = recorder.register_batch
         self.images, self.values = recorder.images, recorder.values
 
 

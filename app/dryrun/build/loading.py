@@ -8,6 +8,7 @@ import torch
 
 from ...errors import PlanError
 from ...job import Job
+from ..observer import StepObserver
 from ..tracker import MemoryTracker
 from .adapters import adapt, magnitudes_entered, own_adapters
 from .quantizers import quantize
@@ -59,7 +60,7 @@ class MetaWeights:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def load(model: torch.nn.Module, job: Job, task: str, tracker: MemoryTracker, weights: MetaWeights) -> torch.nn.Module:
+def load(model: torch.nn.Module, job: Job, task: str, tracker: StepObserver, weights: MetaWeights) -> torch.nn.Module:
     """Place the ``weights`` and make the model ready: quantised layout, checkpointing, adapters, mode.
 
     ``job`` is resolved. In the order in which a loader that fills the card module by module asks for memory:
@@ -77,7 +78,7 @@ def load(model: torch.nn.Module, job: Job, task: str, tracker: MemoryTracker, we
 
 
 def _prepare(
-    model: torch.nn.Module, job: Job, task: str, tracker: MemoryTracker, weights: MetaWeights
+    model: torch.nn.Module, job: Job, task: str, tracker: StepObserver, weights: MetaWeights
 ) -> torch.nn.Module:
     checkpointing = job.gradient_checkpointing != "off"
     kwargs = {"use_reentrant": job.gradient_checkpointing == "reentrant"}

@@ -17,6 +17,7 @@ from ..cuda.as_if_cuda import as_if_cuda
 from ..cuda.card_facts import Card
 from ..inputs import base_of, make_batch
 from ..known_values import KnownValues
+from ..observer import StepObserver
 from ..token_loops import TOKENS_RUN, TokenLoops
 from ..tracker import FORWARD_OTHER_CHECKPOINTING, MemoryTracker
 
@@ -81,7 +82,7 @@ def paged_states_elsewhere():
             setattr(functional, name, function)
 
 
-def run_plain(tracker: MemoryTracker, model, job: Job, task: str, steps: int, other: bool = False) -> None:
+def run_plain(tracker: StepObserver, model, job: Job, task: str, steps: int, other: bool = False) -> None:
     """Forward, backward, step, zero_grad: ``trainer: pytorch``; then, with ``other``, :data:`FORWARD_OTHER_CHECKPOINTING`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     tracker.mark("load", 0, "inputs")
@@ -109,7 +110,7 @@ def run_plain(tracker: MemoryTracker, model, job: Job, task: str, steps: int, ot
     tracker.close()
 
 
-def begin_forward(tracker: MemoryTracker, model, job: Job, step: int, steps: int) -> None:
+def begin_forward(tracker: StepObserver, model, job: Job, step: int, steps: int) -> None:
     """Mark the forward pass of a step or, after the last of ``steps``, :data:`FORWARD_OTHER_CHECKPOINTING`: checkpointing off where the job
     has it on, on where it has it off."""
     if step <= steps:
@@ -129,7 +130,7 @@ def begin_forward(tracker: MemoryTracker, model, job: Job, step: int, steps: int
             base.enable_input_require_grads()
 
 
-def run_generate(tracker: MemoryTracker, model, job: Job, task: str, *_) -> None:
+def run_generate(tracker: StepObserver, model, job: Job, task: str, *_) -> None:
     """``model.generate``: prefill and ``new_tokens`` greedy steps with the model's own cache."""
     if task not in ("causal-lm", "image-text-to-text"):
         raise PlanError(f"generation is planned for causal models, not for {task}", "name task causal-lm", "task")
@@ -151,7 +152,7 @@ def run_generate(tracker: MemoryTracker, model, job: Job, task: str, *_) -> None
     del out
 
 
-def label_grads_and_state(tracker: MemoryTracker, parameters: list[torch.nn.Parameter], optimizer=None) -> None:
+def label_grads_and_state(tracker: StepObserver, parameters: list[torch.nn.Parameter], optimizer=None) -> None:
     """Say of what backward and the optimiser left that it is gradients and state."""
     for parameter in parameters:
         if parameter.grad is not None:

@@ -20,14 +20,14 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ...errors import PlanError
 from ...job import Job
 from ..inputs import base_of, make_batch
+from ..observer import StepObserver
 from ..symbols import sym_range
-from ..tracker import MemoryTracker
 from .plain import begin_forward, label_grads_and_state, make_optimizer
 
 MAX_GRAD_NORM = 1.0  # TrainingArguments.max_grad_norm
 
 
-def run_trainer(tracker: MemoryTracker, model, job: Job, task: str, steps: int, other: bool = False) -> None:
+def run_trainer(tracker: StepObserver, model, job: Job, task: str, steps: int, other: bool = False) -> None:
     """``trainer: transformers`` or ``trl``: batch to device, compute_loss, backward, clip, step, zero_grad; then, with
     ``other``, :data:`~vramplan.dryrun.steps.plain.FORWARD_OTHER_CHECKPOINTING`."""
     fused = job.trainer == "trl"
@@ -73,7 +73,7 @@ def run_trainer(tracker: MemoryTracker, model, job: Job, task: str, steps: int, 
         tracker.close()
 
 
-def _batches(tracker: MemoryTracker, model, job: Job, task: str) -> list[dict]:
+def _batches(tracker: StepObserver, model, job: Job, task: str) -> list[dict]:
     """``Trainer.get_batch_samples``: all batches of a step are fetched before the first one runs. Those that are not
     run lie there as one."""
     batches = [make_batch(tracker, model, job, task) for _ in range(job.batches_run)]
@@ -97,7 +97,7 @@ def _refuse_ungenerating(model) -> None:
         )
 
 
-def _wrap_forward(tracker: MemoryTracker, model) -> None:
+def _wrap_forward(tracker: StepObserver, model) -> None:
     """``Accelerator.prepare_model`` with native mixed precision."""
     if tracker.autocast is None:
         return
