@@ -91,7 +91,7 @@ class MemoryTracker(TorchDispatchMode):
         self._stack: list[str] = []
         self._links: tuple[list[int], list[str]] = ([], [])
         self._site: str | None = None
-        self._workspace_threads: set[tuple[str, str]] = set()
+        self.library_workspaces: set[tuple[str, int, str]] = set()
         self._closed = False
 
     # --- phases and places ----------------------------------------------------------------------------------

@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 
 from .registry import kernel
-from .temporaries import tensor_bytes
+from .temporaries import run_and_record, tensor_bytes
 
 aten = torch.ops.aten
 
 
 def softmax_as(run):
-    """``softmax`` and ``log_softmax`` (native/SoftMax.cpp): of fp16 into fp32 on CUDA in one kernel; anything else is
-    cast first. Measured on an H200: eager attention in fp16 has one block of the scores' size less."""
+    """``softmax`` or ``log_softmax`` over ``run``, the operator without a dtype argument.
+
+    On CUDA one kernel goes from fp16 to fp32. Every other input is cast to ``dtype`` first.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/SoftMax.cpp
+    ``softmax`` and ``log_softmax``.
+    Confirmed: H200, eager attention in fp16 has one block of the scores' size less.
+    """
 
     def softmax(source, dim, dtype=None):
         if source.dtype == torch.float16 and dtype == torch.float32:
@@ -24,14 +30,18 @@ def softmax_as(run):
 
 @kernel(aten._safe_softmax.default)
 def _safe_softmax(tracker, func, args, kwargs, fqn):
-    """``_safe_softmax`` (native/transformers/attention.cpp): which rows are hidden whole, then the softmax in place.
+    """The softmax of math attention, where a row that is masked entirely gives zeros.
 
-    Measured on an H100 after the softmax's output: one byte an element, one a row, and a scalar.
+    Beside the output: one byte for each element, one for each row, and a scalar.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/transformers/attention.cpp
+    ``_safe_softmax``.
+    Confirmed: H100, in the allocation history after the softmax's output.
     """
     out = func(*args, **kwargs) if len(args) > 2 or kwargs else aten._softmax.default(*args, False)
     tracker.record_outputs(out, func, args, fqn)
-    hidden = [out.numel(), out.numel() // out.shape[-1], 4]
-    keys = [tracker.record_alloc(size, fqn, "temporaries", "_safe_softmax") for size in hidden]
+    sizes = [out.numel(), out.numel() // out.shape[-1], 4]
+    keys = [tracker.record_alloc(size, fqn, "temporaries", "_safe_softmax") for size in sizes]
     for key in reversed(keys):
         tracker.record_free(key)
     return out
@@ -39,21 +49,26 @@ def _safe_softmax(tracker, func, args, kwargs, fqn):
 
 @kernel(aten._softmax_backward_data.default)
 def _softmax_backward(tracker, func, args, kwargs, fqn):
-    """``softmax_backward_cuda_out`` (native/cuda/SoftMax.cu): ``tmp = grad * output``, as large as the gradient.
+    """Softmax, backward: ``tmp = grad * output``, as large as the gradient.
 
-    Measured on an H100 with eager attention: one more block of the probabilities' size within the call.
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/cuda/SoftMax.cu
+    ``softmax_backward_cuda_out``.
+    Confirmed: H100 with eager attention, one more block of the probabilities' size within the call.
     """
-    out = func(*args, **kwargs)
-    tracker.record_outputs(out, func, args, fqn)
+    out = run_and_record(tracker, func, args, kwargs, fqn)
     tracker.record_temporary([(tensor_bytes(args[0]), "temporaries")], fqn, "softmax_backward_cuda_out")
     return out
 
 
 @kernel(aten.logsumexp.default)
 def _logsumexp(tracker, func, args, kwargs, fqn):
-    """``logsumexp_out_impl`` (native/ReduceOps.cpp): the maxima, then all that is left of them. Measured on an H200."""
-    out = func(*args, **kwargs)
-    tracker.record_outputs(out, func, args, fqn)
+    """``logsumexp``: the maxima, then the exponentials of all elements less their maximum.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/ReduceOps.cpp
+    ``logsumexp_out_impl``.
+    Confirmed: H200.
+    """
+    out = run_and_record(tracker, func, args, kwargs, fqn)
     sizes = [tensor_bytes(out), args[0].numel() * out.element_size()]
     tracker.record_temporary([(size, "temporaries") for size in sizes], fqn, "logsumexp")
     return out
