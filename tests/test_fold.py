@@ -206,7 +206,7 @@ def test_memory_that_not_all_alike_give_back_is_refused():
     )  # fmt: skip
     del trace_log.events[at], trace_log.event_fqns[at]
     trace_log.marks = [mark._replace(at=mark.at - (mark.at > at)) for mark in trace_log.marks]
-    with pytest.raises(NotRepeatable, match="does not give back"):
+    with pytest.raises(NotRepeatable, match="does not free"):
         expand(trace_log, [Stack(("model.layers",), (0, 0, 0), (0,) * 6)])
 
 

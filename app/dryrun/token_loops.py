@@ -64,7 +64,7 @@ class TokenLoops:
 
 def repeat_tokens(found: TraceLog | Expansion) -> TraceLog | Expansion:
     """The books of all tokens. Raises :class:`~vramplan.memory.repeat.NotRepeatable`."""
-    short = found.short if isinstance(found, Expansion) else found
+    short = found.short_log if isinstance(found, Expansion) else found
     if not any(map(_LOOP.fullmatch, {*short.event_fqns})):
         return found
     trace_log = found.trace_log() if isinstance(found, Expansion) else found
