@@ -1,6 +1,7 @@
 """The one error that a user may be told."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -27,6 +28,30 @@ class PlanError(Exception):
         if self.weights:
             out["weights"] = self.weights
         return out
+
+
+class OurFault(PlanError):
+    """A fault of vramplan's own, and no property of the job.
+
+    ``report`` is what a maintainer needs to see it again: the traceback, and what else is known where it was caught.
+    """
+
+    def __init__(self, what: BaseException | str, report: dict | None = None):
+        text = what if isinstance(what, str) else _one_line(what)
+        super().__init__(
+            f"the planner failed on this job: {text}",
+            "this is a fault of vramplan, not of the job: please report it with the job",
+        )
+        self.report = {"error": text, **_traceback_of(what), **(report or {})}
+
+
+def _one_line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}{': ' if text else ''}{text}"
+
+
+def _traceback_of(what: BaseException | str) -> dict:
+    return {} if isinstance(what, str) else {"traceback": traceback.format_exception(what)}
 
 
 class Unanswered(Exception):

@@ -1,4 +1,4 @@
-"""Let meta tensors use PyTorch's own shape functions: those that CUDA uses, and several times as fast.
+"""PyTorch's own shape functions for meta tensors: those that CUDA uses, and several times as fast as those in Python.
 
 ``torch/_meta_registrations.py`` (``activate_meta``) puts Python decompositions, made for symbolic shapes, before the
 structured kernels' shape functions in C++, which the Meta and the CUDA backend share. A step without symbols needs
@@ -11,6 +11,9 @@ Python's again (``abs`` by way of ``abs.out`` loses its strides), others read va
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch._meta_registrations as registrations
@@ -25,22 +28,54 @@ COMPOSED = frozenset(
 )
 """What a step calls often of them; ``test_restated.py`` holds them against PyTorch on a CPU."""
 
+_library = registrations._meta_lib_dont_use_me_use_register_meta
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 
-def _prefer_native_shape_functions() -> torch.library.Library:
-    python: dict[torch._ops.OpOverload, object] = {}
-    for kind in ("meta", "post_autograd", "pre_autograd"):  # activate_meta's order of precedence
+class NativeShapeFunctions:
+    """The change of PyTorch's dispatcher that takes Python's functions away where C++ has one, and brings them back."""
+
+    def apply(self) -> None:
+        _split()
+        _library.m.reset()
+
+    def undo(self) -> None:
+        _library.m.reset()  # of an undo that was interrupted
+        _library.m = _registered(_split())
+
+
+@functools.cache
+def _split() -> dict[str, Callable]:
+    """Python's functions for operators that have one in C++, by the operator's name. From now on PyTorch's library
+    holds these alone; the others are registered apart, once, since that takes as long as all the rest."""
+    python = _registered_by_torch()
+    _library.m.reset()
+    kept = {name: f for name, f in python.items() if name not in COMPOSED and not _has_kernel(name, "Meta")}
+    _others.append(_registered(kept))
+    replaceable = {name: f for name, f in python.items() if name not in kept}
+    _library.m = _registered(replaceable)
+    return replaceable
+
+
+_others: list = []
+"""Keeps the handle of the functions that stay: with it they would go."""
+
+
+def _registered(functions: dict[str, Callable]):
+    """A handle of the dispatcher with these functions for meta tensors; they go with it."""
+    handle = torch._C._dispatch_library("IMPL", "aten", "Meta", __file__, 0)
+    for name, function in functions.items():
+        handle.impl(name, "Meta", function, False)
+    return handle
+
+
+def _registered_by_torch() -> dict[str, Callable]:
+    """What ``activate_meta`` has registered in its library, in its order of precedence."""
+    python: dict[torch._ops.OpOverload, Callable] = {}
+    for kind in ("meta", "post_autograd", "pre_autograd"):
         for overload, function in global_decomposition_table[kind].items():
-            if isinstance(overload, torch._ops.OpOverload) and overload.namespace == "aten":
+            if isinstance(overload, torch._ops.OpOverload):
                 python.setdefault(overload, function)
-    used = {overload: function for overload, function in python.items() if _has_kernel(overload.name(), "Meta")}
-    registrations._meta_lib_dont_use_me_use_register_meta._destroy()
-    library = torch.library.Library("aten", "IMPL", "Meta")
-    for overload, function in used.items():
-        if not _has_kernel(overload.name(), "Meta") and overload.name() not in COMPOSED:
-            library.impl(overload, function)
-    return library
-
-
-_library = _prefer_native_shape_functions()
+    names = {overload.name(): function for overload, function in python.items()}
+    ours = {name: f for name, f in names.items() if f"aten/{name.partition('::')[2]}/Meta" in _library._op_impls}
+    return {name: f for name, f in ours.items() if name.startswith("aten::")}

@@ -1,0 +1,433 @@
+"""The one place where others' code is patched: what, why, for which versions, and who else may notice.
+
+A trace runs the real torch, transformers, PEFT, bitsandbytes and TRL. Some of their functions must behave as they do
+on a CUDA device, so they are replaced while a trace runs, and only then: :func:`active` takes one lock for the whole
+process, and undoes on exit whatever is still replaced. :func:`replaced` is the only way to set a foreign name, and it
+takes the names of :data:`PATCHES` only.
+
+Another thread's code runs as before meanwhile: a replaced function answers the tracing thread alone
+(:class:`_PerThread`), unless its row says how the value itself tells its own objects from others. One thing is seen by
+all: while a trace runs, meta tensors take their shapes from PyTorch's C++ functions, not from those in Python.
+"""
+
+from __future__ import annotations
+
+import builtins
+import ctypes
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
+from threading import RLock, get_ident
+from types import MethodType, ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import huggingface_hub.constants
+import torch
+
+from ..errors import OurFault
+
+
+class Patch(NamedTuple):
+    """A foreign name that a trace replaces.
+
+    ``target`` is the module's or the class's full name and the attribute (``*``: any part). ``versions`` are those in
+    which the name was read. ``alone`` tells that only the tracing thread sees the new value; else the reason says why
+    no other thread's code notices. ``absent`` says why an installed version may not have the name.
+    """
+
+    target: str
+    reason: str
+    versions: str
+    alone: bool = True
+    absent: str = ""
+
+
+_FOREACH = "torch.optim takes its for-each and fused kernels by device type: the meta device stands for CUDA"
+_NO_VALUES = "weights that do not exist need no initialisation"
+_PAGED = "paged optimizer state lies in managed memory, which the caching allocator does not hand out"
+_FUSED_HEAD = "SFTTrainer's fused head takes its Triton kernels on a GPU; they allocate nothing"
+_TORCH = "torch 2.13"
+_BNB = "bitsandbytes 0.50"
+_TRL = "trl 1.16"
+
+PATCHES = (
+    Patch(
+        "sys.unraisablehook",
+        "an error in a callback that frees memory is dropped by Python, and the trace would go on without the event",
+        "Python 3.11 to 3.13",
+    ),
+    Patch(
+        "huggingface_hub.constants.HF_HUB_OFFLINE",
+        "a stranger's config makes no requests: vramplan.hub.client alone may reach the network",
+        "huggingface_hub 1.33",
+    ),
+    Patch(
+        "torch.compile",
+        "bitsandbytes compiles functions for the CPU while it is imported, which imports the compiler: 42 MiB, 1 s",
+        _TORCH,
+    ),
+    Patch(
+        "torch.nn.modules.module.Module.__call__",
+        "who an allocation is for is read off the module that runs",
+        _TORCH,
+        alone=False,  # calls of modules that the tracker does not know go straight on
+    ),
+    Patch("torch.nn.modules.module.Module.register_buffer", "large buffers need not exist", _TORCH),
+    Patch("torch.tensor", "on the meta device it drops its data before an operator runs", _TORCH),
+    Patch("torch.nn.init.*_", _NO_VALUES, _TORCH),
+    Patch("transformers.modeling_utils.PreTrainedModel.init_weights", _NO_VALUES, "transformers 5"),
+    Patch("torch.autocast", "the meta device has no autocast key: a mode of ours casts", _TORCH),
+    Patch("torch.is_autocast_enabled", "who asks of the meta device means CUDA", _TORCH),
+    Patch("torch.get_autocast_dtype", "who asks of the meta device means CUDA", _TORCH),
+    Patch("transformers.*.maybe_autocast", "the models' way to torch.autocast", "transformers 5"),
+    Patch("torch.*._get_foreach_kernels_supported_devices", _FOREACH, _TORCH),
+    Patch("torch.*._get_fused_kernels_supported_devices", _FOREACH, _TORCH),
+    Patch("torch.cuda.synchronize", _PAGED, _TORCH),
+    Patch(
+        "torch.fx.experimental.symbolic_shapes._static_eval_sym_bool",
+        "shape functions in Python are to ask the nodes of vramplan.dryrun.symbols",
+        _TORCH,
+        alone=False,  # other nodes are asked as before
+    ),
+    Patch(
+        "torch._C._cuda_getCurrentRawStream",
+        "bitsandbytes.backends.cuda.ops names it on import",
+        _TORCH,
+        absent="a build of torch for CPUs lacks it: that is why it is set",
+    ),
+    Patch("bitsandbytes.functional.get_paged", _PAGED, _BNB),
+    Patch("bitsandbytes.functional.prefetch_tensor", _PAGED, _BNB),
+    Patch("bitsandbytes.functional.fill", _PAGED, _BNB),
+    Patch("bitsandbytes.functional.is_on_gpu", _PAGED, _BNB),
+    Patch(
+        "bitsandbytes.backends.cuda.ops._gpu_dispatch_props",
+        "its heuristic for 4-bit products is asked for the planned card",
+        _BNB,
+    ),
+    Patch(
+        "bitsandbytes.optim.optimizer.GlobalOptimManager.get_instance",
+        "a trace's optimizers have a manager of their own: the process's keeps the user's overrides",
+        _BNB,
+    ),
+    Patch(
+        "peft.tuners.lora.dora.DoraLinearLayer.update_layer",
+        "what DoRA computes while it adapts is computed on the card",
+        "peft 0.21",
+    ),
+    Patch(
+        "transformers.models.*.range",
+        "a recurrent scan is run for a few tokens",
+        "transformers 5",
+        alone=False,  # asks for the thread itself: it looks at who called it
+        absent="a builtin, until a trace sets it in the module",
+    ),
+    Patch("trl.kernels.chunked_logprob._forward_kernel", _FUSED_HEAD, _TRL, absent="without Triton it is not there"),
+    Patch("trl.kernels.chunked_logprob._backward_kernel", _FUSED_HEAD, _TRL, absent="without Triton it is not there"),
+    Patch("trl.kernels.chunked_logprob._use_triton", _FUSED_HEAD, _TRL),
+    Patch("trl.kernels.chunked_logprob._addmm_fp32", _FUSED_HEAD, _TRL),
+    Patch(
+        "trl.kernels.chunked_logprob.range",
+        "a loop over sizes that are symbols",
+        _TRL,
+        absent="a builtin, until a trace sets it in the module",
+    ),
+    Patch("trl.kernels.chunked_logprob.triton", _FUSED_HEAD, _TRL, absent="without Triton it is not there"),
+    Patch("trl.trainer.utils._use_triton", _FUSED_HEAD, _TRL),
+)
+"""Every foreign name that is replaced. Beside them a trace registers kernels with PyTorch's dispatcher, and takes them
+back: :data:`AUTOGRAD_META`, and the shape functions of :mod:`vramplan.dryrun.meta_kernels`."""
+
+AUTOGRAD_META: dict[str, Callable] = {}
+"""Composite operators that do on CUDA what they do not do on the meta device, by name: the kernel of ours that a trace
+registers under the key AutogradMeta."""
+
+_lock = RLock()
+_tracing: int | None = None
+"""The thread that holds the sandbox."""
+_applied: list[Change] = []
+"""What is changed now, in order."""
+_kept: list[Change] = []
+"""What is changed for the life of this process: :func:`hold`."""
+_dropped: list[BaseException] = []
+"""Errors that Python dropped while a trace ran."""
+_MISSING = object()
+_TRIES = 3
+"""Times that a change is undone again after an interruption."""
+
+
+class Change(Protocol):
+    """A change of others' state. ``undo`` may be called again after it was interrupted."""
+
+    def apply(self) -> None: ...
+
+    def undo(self) -> None: ...
+
+
+class _Replacement:
+    """The change of one attribute of a foreign module or class."""
+
+    def __init__(self, holder: Any, name: str, value: Any):
+        self.holder, self.name, self.value = holder, name, value
+        self.before = vars(holder).get(name, _MISSING)
+
+    def apply(self) -> None:
+        setattr(self.holder, self.name, self.value)
+
+    def undo(self) -> None:
+        if self.before is not _MISSING:
+            setattr(self.holder, self.name, self.before)
+        elif self.name in vars(self.holder):
+            delattr(self.holder, self.name)
+
+
+class _AutogradMetaKernels:
+    """The change of PyTorch's dispatcher that puts :data:`AUTOGRAD_META` in place."""
+
+    library: torch.library.Library | None = None
+
+    def apply(self) -> None:
+        self.library = torch.library.Library("aten", "IMPL", "AutogradMeta")
+        for name, kernel in AUTOGRAD_META.items():
+            self.library.impl(name, _in_this_thread(_overload(name), kernel), with_keyset=True)
+            _overload(name)._dispatch_cache.clear()
+
+    def undo(self) -> None:
+        if self.library is not None:
+            self.library._destroy()
+        for name in AUTOGRAD_META:
+            _overload(name)._dispatch_cache.clear()
+
+
+class _Silence:
+    """The change of a library's own log handlers that drops what the tracing thread writes below the level error."""
+
+    def __init__(self, library: str):
+        self.handlers = [*logging.getLogger(library).handlers]
+
+    def apply(self) -> None:
+        for handler in self.handlers:
+            handler.addFilter(self.keeps)
+
+    def undo(self) -> None:
+        for handler in self.handlers:
+            handler.removeFilter(self.keeps)
+
+    @staticmethod
+    def keeps(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.thread != _tracing
+
+
+def _overload(name: str) -> torch._ops.OpOverload:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _in_this_thread(overload: torch._ops.OpOverload, kernel: Callable) -> Callable:
+    """``kernel`` for the tracing thread; for every other the composite that PyTorch has, which is what the dispatcher
+    finds one key further down."""
+
+    def run(keys, *args, **kwargs):
+        if get_ident() == _tracing:
+            return kernel(*args, **kwargs)
+        return overload.redispatch(keys.remove(torch._C.DispatchKey.AutogradMeta), *args, **kwargs)
+
+    return run
+
+
+class _PerThread:
+    """A value for the tracing thread, and the one that was there for every other."""
+
+    def __init__(self, value: Any, before: Any):
+        self._value, self._before = value, before
+        if callable(before):
+            functools.update_wrapper(self, before, updated=())
+
+    def _own(self) -> Any:
+        return self._value if get_ident() == _tracing else self._before
+
+    def __call__(self, *args, **kwargs):
+        return (self._value if get_ident() == _tracing else self._before)(*args, **kwargs)
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else MethodType(self, instance)
+
+    def __getattr__(self, name: str):
+        return getattr(self._own(), name)
+
+    def __getitem__(self, key):
+        return self._own()[key]
+
+    def __bool__(self) -> bool:
+        return bool(self._own())
+
+    def __instancecheck__(self, instance) -> bool:
+        return isinstance(instance, self._before)
+
+    def __mro_entries__(self, bases) -> tuple:
+        return (self._before,)
+
+
+def is_tracing() -> bool:
+    """Whether this thread holds the sandbox."""
+    return get_ident() == _tracing
+
+
+def patch_of(holder: Any, name: str) -> Patch:
+    """The row of :data:`PATCHES` for an attribute of a module or a class. Raises :class:`OurFault` for any other."""
+    owner = holder.__name__ if isinstance(holder, ModuleType) else f"{holder.__module__}.{holder.__qualname__}"
+    for patch in PATCHES:
+        if fnmatchcase(f"{owner}.{name}", patch.target):
+            return patch
+    raise OurFault(f"{owner}.{name} is replaced, and vramplan.dryrun.sandbox does not list it")
+
+
+@contextmanager
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """``value`` for an attribute of a foreign module or class, until the block ends. Raises :class:`OurFault` for a
+    name that is not listed, and outside of the sandbox."""
+    patch = patch_of(holder, name)
+    if not is_tracing():
+        raise OurFault(f"{patch.target} is replaced outside of the sandbox")
+    if patch.alone:
+        value = _PerThread(value, getattr(holder, name, getattr(builtins, name, None)))
+    with _changed(_Replacement(holder, name, value)):
+        yield
+
+
+@contextmanager
+def _changed(change: Change) -> Iterator[None]:
+    _applied.append(change)  # first: an interruption may come between any two steps
+    try:
+        change.apply()
+        yield
+    finally:
+        if change in _applied:
+            change.undo()
+            _applied.remove(change)
+
+
+def _undo_all() -> None:
+    """Undo what a block that was interrupted has left. An interruption in here waits until all is undone."""
+    interruption: BaseException | None = None
+    tries = 0
+    while _applied:
+        try:
+            _applied[-1].undo()
+            tries = _TRIES
+        except BaseException as error:
+            interruption, tries = error, tries + 1
+        if tries >= _TRIES:
+            _applied.pop()
+            tries = 0
+    if interruption is not None:
+        raise interruption
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """The lock alone: :func:`replaced` works, and nothing is replaced yet. For a probe, which runs a real step."""
+    global _tracing
+    with _lock:
+        if is_tracing():
+            yield
+            return
+        try:
+            _undo_all()
+            _tracing = get_ident()
+            yield
+        finally:
+            try:
+                _undo_all()
+            finally:
+                _tracing = None
+
+
+@contextmanager
+def active() -> Iterator[None]:
+    """The sandbox: others' code behaves as on a card, in this thread, until the block ends, however it ends.
+
+    One trace runs at a time in a process; a thread may enter again. An error that Python dropped meanwhile is raised.
+    """
+    with locked():
+        if any(isinstance(change, _Replacement) and change.holder is sys for change in _applied):
+            yield
+            return
+        _dropped.clear()
+        with ExitStack() as undo:
+            for context in _for_every_trace():
+                undo.enter_context(context)
+            yield
+        if _dropped:
+            raise _dropped.pop()
+
+
+def _for_every_trace() -> Iterator[Any]:
+    """What is changed for every trace, as contexts."""
+    yield replaced(sys, "unraisablehook", functools.partial(_note_dropped, sys.unraisablehook))
+    yield replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    yield _changed(_Silence("transformers"))
+    if not _kept:
+        for change in _registrations():
+            yield _changed(change)
+
+
+def _registrations() -> list[Change]:
+    """The changes of PyTorch's dispatcher. They take some ten milliseconds to apply and to undo."""
+    from .meta_kernels import NativeShapeFunctions
+
+    return [_AutogradMetaKernels(), NativeShapeFunctions()]
+
+
+def _note_dropped(before: Callable, unraisable) -> None:
+    """Remember an error that was raised where Python cannot raise it: in a callback of ours, or to end the thread."""
+    callback = getattr(unraisable.object, "__module__", None) or ""
+    if callback.startswith(__package__) or not isinstance(unraisable.exc_value, Exception):
+        _dropped.append(unraisable.exc_value or unraisable.exc_type())
+    else:
+        before(unraisable)
+
+
+@contextmanager
+def importing_bitsandbytes() -> Iterator[None]:
+    """While bitsandbytes is imported: its functions for the CPU are compiled when they are first called, not now, and
+    nothing is downloaded or warned of."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    with (
+        locked(),
+        replaced(torch, "compile", functools.partial(_compile_later, torch.compile)),
+        replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+    ):
+        try:
+            logger.setLevel(logging.ERROR)  # it warns of missing kernels for the CPU
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _compile_later(compile: Callable, function: Callable, **options: Any) -> Callable:
+    """What ``torch.compile(function)`` returns, made at the first call."""
+    compiled = functools.cache(lambda: compile(function, **options))
+    return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+
+def hold() -> None:
+    """Keep the dispatcher's registrations for the life of this process, which does nothing but plan."""
+    with _lock:
+        if not _kept:
+            _kept.extend(_registrations())
+            for change in _kept:
+                change.apply()
+
+
+def return_freed_memory() -> None:
+    """Have large blocks come from the kernel and go back there, for the life of this process, which is ours alone.
+
+    Left alone, glibc keeps them from the first on that is freed (mallopt(3), M_MMAP_THRESHOLD): buffers that are
+    computed while a model is made left 0.6 to 1.1 GiB.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another system's C library
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
