@@ -3,5 +3,16 @@
 import os
 import tempfile
 
+import pytest
+
 _FOLDER = tempfile.TemporaryDirectory()
 os.environ["VRAMPLAN_CACHE"] = _FOLDER.name
+
+
+@pytest.fixture
+def sandbox():
+    """The sandbox, for tests that call parts of a trace themselves."""
+    from vramplan.dryrun import sandbox
+
+    with sandbox.active():
+        yield sandbox

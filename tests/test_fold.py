@@ -32,6 +32,8 @@ from vramplan.memory.repeat import (
 from vramplan.memory.sizes import ShapePoint
 from vramplan.memory.template import TraceTemplate
 
+pytestmark = pytest.mark.usefixtures("sandbox")
+
 # --- a made-up step -----------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from vramplan.job import read_job
 from vramplan.planning.planned_job import plan_job, written
 from vramplan.usecases import plan
 
+pytestmark = pytest.mark.usefixtures("sandbox")
+
 SQUARE = {  # images of one size
     "model_type": "llava",
     "image_token_index": 500,

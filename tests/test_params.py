@@ -12,7 +12,7 @@ from vramplan.dryrun.build.model import build_base
 from vramplan.dryrun.build.model_config import read_config, task_of
 from vramplan.errors import PlanError
 
-pytestmark = needs_configs
+pytestmark = [needs_configs, pytest.mark.usefixtures("sandbox")]
 
 BARE = {
     "BAAI/bge-large-en",

@@ -23,6 +23,8 @@ from vramplan.planning.resolve import config_of, kernels_of, shape_point_of
 
 from tests.tiny import LLAMA
 
+pytestmark = pytest.mark.usefixtures("sandbox")
+
 WINDOW = {
     **LLAMA,
     "model_type": "mistral",

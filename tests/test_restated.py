@@ -30,6 +30,8 @@ from vramplan.memory.events import TraceLog
 from vramplan.planning.planned_job import plan_job
 from vramplan.planning.profile_cache import load_of
 
+pytestmark = pytest.mark.usefixtures("sandbox")
+
 CARD = Card()
 
 

@@ -10,6 +10,8 @@ from vramplan.dryrun.token_loops import TOKENS_RUN, repeat_tokens
 from vramplan.job import read_job
 from vramplan.memory.repeat import same
 
+pytestmark = pytest.mark.usefixtures("sandbox")
+
 MAMBA = {
     "model_type": "mamba",
     "architectures": ["MambaForCausalLM"],

@@ -18,6 +18,8 @@ from vramplan.errors import PlanError
 from vramplan.job import Job, read_job
 from vramplan.usecases import plan
 
+pytestmark = pytest.mark.usefixtures("sandbox")
+
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "vocab_size": 512}  # fmt: skip
 CLIP_PART = {**TEXT, "image_size": 32, "patch_size": 8, "max_position_embeddings": 48, "eos_token_id": 2}

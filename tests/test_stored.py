@@ -13,6 +13,8 @@ from vramplan.dryrun.build.prequantized import stored_weights
 from vramplan.errors import PlanError
 from vramplan.usecases import plan
 
+pytestmark = pytest.mark.usefixtures("sandbox")
+
 CONFIG = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
 SETTINGS = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},

@@ -17,6 +17,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from .sandbox import replaced
+
 LOWER_PRECISION = frozenset(
     """_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution prelu
     addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul
@@ -55,6 +57,7 @@ class Autocast(TorchFunctionMode):
     @contextlib.contextmanager
     def on(self):
         """``with torch.autocast("cuda", dtype)``, outermost; also for those who ask ``torch.is_autocast_enabled``."""
+        enabled, dtype = torch._C.is_autocast_enabled("cuda"), torch._C.get_autocast_dtype("cuda")
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", self.dtype)
         self._enabled = True
@@ -63,7 +66,8 @@ class Autocast(TorchFunctionMode):
         finally:
             self._enabled = False
             self._cache.clear()
-            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_enabled("cuda", enabled)
+            torch.set_autocast_dtype("cuda", dtype)
 
     @contextlib.contextmanager
     def suspended(self):
@@ -83,15 +87,12 @@ class Autocast(TorchFunctionMode):
             return contextlib.nullcontext() if enabled else self.suspended()
 
         modules = {sys.modules[type(module).__module__] for module in model.modules()}
-        saved = [(module, "maybe_autocast") for module in modules if hasattr(module, "maybe_autocast")]
-        saved = [(module, name, getattr(module, name)) for module, name in (*saved, (torch, "autocast"))]
-        for module, name, _ in saved:
-            setattr(module, name, maybe_autocast)
-        try:
+        with contextlib.ExitStack() as undo:
+            for module in modules:
+                if hasattr(module, "maybe_autocast"):
+                    undo.enter_context(replaced(module, "maybe_autocast", maybe_autocast))
+            undo.enter_context(replaced(torch, "autocast", maybe_autocast))
             yield
-        finally:
-            for module, name, function in saved:
-                setattr(module, name, function)
 
     def _lower(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or tensor.dtype in (self.dtype, torch.float64):

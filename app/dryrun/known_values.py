@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .sandbox import replaced
+
 LIMIT = 1 << 22
 """Elements beyond which values are not followed: masks of length × length, hidden states."""
 FLOATS = 1 << 16
@@ -199,11 +201,8 @@ def kept_in_memory():
         data = tree_map_only(torch.Tensor, lambda t: t.item() if t.dim() == 0 else t, data)
         return make(data, *args, **{**kwargs, "device": "cpu"}).to("meta")
 
-    torch.tensor = tensor
-    try:
+    with replaced(torch, "tensor", tensor):
         yield
-    finally:
-        torch.tensor = make
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

@@ -76,6 +76,13 @@ PATCHES = (
         alone=False,  # calls of modules that the tracker does not know go straight on
     ),
     Patch("torch.nn.modules.module.Module.register_buffer", "large buffers need not exist", _TORCH),
+    Patch(
+        "torch.nn.modules.module.Module.register_parameter",
+        "parameters of a model that is built need not exist (accelerate's init_empty_weights does so for all threads)",
+        _TORCH,
+    ),
+    Patch("peft.*.init_empty_weights", "accelerate's sets a name of torch.nn.Module for all threads", "peft 0.21"),
+    Patch("sys.stderr", "a config's class may print to it", "Python 3.11 to 3.13"),
     Patch("torch.tensor", "on the meta device it drops its data before an operator runs", _TORCH),
     Patch("torch.nn.init.*_", _NO_VALUES, _TORCH),
     Patch("transformers.modeling_utils.PreTrainedModel.init_weights", _NO_VALUES, "transformers 5"),
@@ -366,9 +373,12 @@ def active() -> Iterator[None]:
 
 def _for_every_trace() -> Iterator[Any]:
     """What is changed for every trace, as contexts."""
+    from bitsandbytes.optim.optimizer import GlobalOptimManager
+
     yield replaced(sys, "unraisablehook", functools.partial(_note_dropped, sys.unraisablehook))
     yield replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     yield _changed(_Silence("transformers"))
+    yield replaced(GlobalOptimManager, "get_instance", _new_manager)
     if not _kept:
         for change in _registrations():
             yield _changed(change)
@@ -379,6 +389,15 @@ def _registrations() -> list[Change]:
     from .meta_kernels import NativeShapeFunctions
 
     return [_AutogradMetaKernels(), NativeShapeFunctions()]
+
+
+def _new_manager() -> Any:
+    """What ``GlobalOptimManager.get_instance()`` returns in a new process."""
+    from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+    manager = GlobalOptimManager.__new__(GlobalOptimManager)
+    manager.initialize()
+    return manager
 
 
 def _note_dropped(before: Callable, unraisable) -> None:

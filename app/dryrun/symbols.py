@@ -21,6 +21,7 @@ import torch.fx.experimental.symbolic_shapes as symbolic_shapes
 
 from ..memory import sizes
 from ..memory.sizes import FUNCTIONS, OPPOSITE, Number, Size, decide, floordiv, function, remainder, text_of
+from .sandbox import replaced
 
 _PYTHON = {
     "==": operator.eq,
@@ -465,8 +466,9 @@ def sym_range(start, stop=None, step=1):
 def symbol_guards() -> Iterator[None]:
     """Let PyTorch's shape functions in Python, which are those that take symbols, ask these nodes."""
     original = symbolic_shapes._static_eval_sym_bool
-    symbolic_shapes._static_eval_sym_bool = lambda answer: answer.node.guard_bool()
-    try:
+
+    def answered(answer):
+        return answer.node.guard_bool() if type(answer.node) is Node else original(answer)
+
+    with replaced(symbolic_shapes, "_static_eval_sym_bool", answered):
         yield
-    finally:
-        symbolic_shapes._static_eval_sym_bool = original

@@ -12,11 +12,12 @@ import builtins
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from ..memory.events import TraceLog
 from ..memory.repeat import Expansion, Stack, expand
+from .sandbox import is_tracing, replaced
 from .tracker import MemoryTracker
 
 SCAN_FUNCTIONS = frozenset({"mamba_selective_scan"})
@@ -38,17 +39,15 @@ class TokenLoops:
         """While ``model`` runs, its scans run for a few tokens only."""
         names = {type(module).__module__ for module in model.modules()}
         modules = [m for m in map(sys.modules.get, names) if any(hasattr(m, scan) for scan in SCAN_FUNCTIONS)]
-        for module in modules:
-            module.range = self._range
-        try:
-            yield
-        finally:
+        with ExitStack() as undo:
             for module in modules:
-                del module.range
+                undo.enter_context(replaced(module, "range", self._range))
+            yield
 
     def _range(self, *bounds: int):
         frame = sys._getframe(1)
-        if frame.f_code.co_name not in SCAN_FUNCTIONS or len(bounds) > 1 or bounds[0] <= 2 * self.few:
+        scans = is_tracing() and frame.f_code.co_name in SCAN_FUNCTIONS
+        if not scans or len(bounds) > 1 or bounds[0] <= 2 * self.few:
             return builtins.range(*bounds)
         return self._few(int(bounds[0]), frame)
 

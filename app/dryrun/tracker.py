@@ -20,12 +20,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..errors import OurFault
 from ..memory.events import EMPTY_CACHE, Allocation, Mark, TraceLog
 from . import meta_kernels as native  # noqa: F401  (native: shape functions in C++)
 from .cuda.card_facts import Card
 from .cuda.host_reads import HOST_READS
 from .cuda.registry import KERNELS
 from .known_values import Images, KnownValues, kept_in_memory
+from .sandbox import is_tracing, replaced
 from .symbols import size_of
 
 _current_node = torch._C._current_autograd_node
@@ -94,6 +96,11 @@ class MemoryTracker(TorchDispatchMode):
         self.library_workspaces: set[tuple[str, int, str]] = set()
         self._closed = False
 
+    def __enter__(self):
+        if not is_tracing():
+            raise OurFault("a tracker runs outside of the sandbox")
+        return super().__enter__()
+
     # --- phases and places ----------------------------------------------------------------------------------
 
     def mark(self, phase: str, step: int, kind: str) -> None:
@@ -128,12 +135,8 @@ class MemoryTracker(TorchDispatchMode):
             finally:
                 stack.pop()
 
-        torch.nn.Module.__call__ = call
-        try:
-            with self:
-                yield self
-        finally:
-            torch.nn.Module.__call__ = original
+        with replaced(torch.nn.Module, "__call__", call), self:
+            yield self
 
     @contextmanager
     def track_values(self, values: KnownValues):

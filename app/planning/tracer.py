@@ -48,11 +48,12 @@ class InProcessTracer:
     one_shot = True
 
     def trace(self, part: str, request: TraceRequest) -> bytes:
+        from ..dryrun import sandbox
         from ..dryrun.steps import merge_and_save
         from ..dryrun.trace import trace
 
         _, job, config, kernels = request
-        with _without_collector():
+        with sandbox.active(), _without_collector():
             if part in ("step", "general"):
                 return trace(job, config, *kernels, general=part == "general").dump()
             return packed(merge_and_save.trace(part, job, config, *kernels).dump())

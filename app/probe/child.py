@@ -15,6 +15,7 @@ import warnings
 
 import torch
 
+from ..dryrun import sandbox
 from ..dryrun.build.loading import load
 from ..dryrun.build.model import bare
 from ..dryrun.images import images_of
@@ -143,7 +144,8 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
     started = time.perf_counter()
     tell("start", 0)
     out = Recording(job.model_dump(mode="json"), layers, task, {}, {**stack(), "torch": torch.__version__})
-    base, _ = bare(job.config, task, job.dtype, job.attention)
+    with sandbox.active():
+        base, _ = bare(job.config, task, job.dtype, job.attention)
     if layers is not None:
         base = with_layers(base, layers)
     tell("warm-up", 0)
@@ -177,7 +179,8 @@ def measure(job: Job, task: str, meter, layers: int | None = None, steps: int = 
 
 def _run(base, job: Job, task: str, recorder: Recorder, out: Recording, steps: int) -> None:
     recorder.knows(base)
-    recorder.images, _ = images_of(base, job, task)
+    with sandbox.active():
+        recorder.images, _ = images_of(base, job, task)
     model = load(base, job, task, recorder, CardWeights(recorder.device))
     del base
     gc.collect()

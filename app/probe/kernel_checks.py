@@ -9,6 +9,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
+from ..dryrun import sandbox
 from ..dryrun.cuda.as_if_cuda import as_if_cuda
 from ..dryrun.cuda.attention import attention_backend, attention_case
 from ..dryrun.cuda.card_facts import MEASURABLE, Card
@@ -130,7 +131,7 @@ def planned_peak(operation: Callable[[str], None], card: Card) -> tuple[int, Cou
     """The most bytes that ``operation`` holds at once in its plan, in blocks; and of workspaces that can be otherwise,
     what each operator asked for then."""
     tracker = MemoryTracker(card)
-    with as_if_cuda(card), tracker:
+    with sandbox.active(), as_if_cuda(card), tracker:
         operation("meta")
     now = peak = 0
     held: Counter = Counter()

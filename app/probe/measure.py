@@ -40,14 +40,16 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     model = source["id"] if source["kind"] == "catalogue" else None
     named = {"model": None, "config": config, "gpu": gpu.key if isinstance(gpu, Gpu) else gpu}
     job = job.model_copy(update={**named, "gradient_accumulation_steps": job.batches_run})
+    from ..dryrun import sandbox
     from ..dryrun.build import prequantized as stored
     from ..dryrun.build.model import base_of
     from ..dryrun.build.model_config import read_config, task_of
 
-    task = job.task or task_of(read_config(config, job.attention))
-    settings = stored.quantization_config_of(config)
-    if settings is not None:
-        job, _ = stored.as_loaded(job, settings, base_of(config, task, job.dtype, job.attention)[0])
+    with sandbox.active():
+        task = job.task or task_of(read_config(config, job.attention))
+        settings = stored.quantization_config_of(config)
+        if settings is not None:
+            job, _ = stored.as_loaded(job, settings, base_of(config, task, job.dtype, job.attention)[0])
     if layers is None:
         template = profile_of(job, config, gpu).template
     else:
@@ -60,14 +62,17 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
 
 
 def depth_of_plan(planned: Planned) -> int:
+    from ..dryrun import sandbox
     from ..dryrun.build.model import base_of
     from .extrapolate import depth_of
 
     job = planned.job
-    return depth_of(base_of(planned.config, planned.task, job.dtype, job.attention)[0])
+    with sandbox.active():
+        return depth_of(base_of(planned.config, planned.task, job.dtype, job.attention)[0])
 
 
 def _log_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> TraceLog:
+    from ..dryrun import sandbox
     from ..dryrun.build.model import base_of
     from ..dryrun.cuda.card_facts import Card
     from ..dryrun.images import images_of
@@ -76,14 +81,14 @@ def _log_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Trace
     from ..dryrun.trace import explain_stack_errors, with_values
     from .extrapolate import with_layers
 
-    base, _ = base_of(config, task, job.dtype, job.attention)
-    images, _ = images_of(base, job, task)
-
     def trace_log(values) -> TraceLog | Expansion:
         with explain_stack_errors(base, job, values is not None):
             return repeat_tokens(dry_run(with_layers(base, layers), job, task, Card(*kernels_of(gpu)), values=values))
 
-    found, _ = with_values(trace_log, job, images)
+    with sandbox.active():
+        base, _ = base_of(config, task, job.dtype, job.attention)
+        images, _ = images_of(base, job, task)
+        found, _ = with_values(trace_log, job, images)
     return found.trace_log() if isinstance(found, Expansion) else found
 
 

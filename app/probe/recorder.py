@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..dryrun.sandbox import locked, replaced
 from ..dryrun.tracker import canonical_fqn
 from ..job import Job
 
@@ -119,11 +120,8 @@ class Recorder:
                 stack.pop()
                 places.append((counts()[0], stack[-1]))
 
-        torch.nn.Module.__call__ = call
-        try:
+        with locked(), replaced(torch.nn.Module, "__call__", call):
             yield self
-        finally:
-            torch.nn.Module.__call__ = original
 
     # --- what a dry run would enter ---------------------------------------------------------------------------
 

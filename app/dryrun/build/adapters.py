@@ -14,7 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ...errors import PlanError
 from ...job import Job
+from ..sandbox import replaced
 from ..tracker import MemoryTracker, canonical_fqn
+from .model import empty_parameters
 from .model_config import first_line
 
 PEFT_TASKS = {
@@ -44,7 +46,7 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     head = model.get_output_embeddings()
     try:
-        with warnings.catch_warnings(), torch.device("meta") if device == "meta" else contextlib.nullcontext():
+        with warnings.catch_warnings(), _made_on_meta() if device == "meta" else contextlib.nullcontext():
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(model, config, low_cpu_mem_usage=device == "meta")
     except Exception as error:
@@ -66,6 +68,17 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
                         torch.nn.Parameter(moved, tensor.requires_grad) if store is module._parameters else moved
                     )
     return model
+
+
+@contextlib.contextmanager
+def _made_on_meta():
+    """What PEFT makes is made on the meta device, of this thread alone."""
+    with (
+        torch.device("meta"),
+        replaced(peft.tuners.tuners_utils, "init_empty_weights", empty_parameters),
+        replaced(peft.peft_model, "init_empty_weights", empty_parameters),
+    ):
+        yield
 
 
 def _moved_in(base: torch.nn.Module | torch.Tensor) -> torch.dtype:
@@ -90,11 +103,8 @@ def magnitudes_entered(model: torch.nn.Module, tracker: MemoryTracker):
         with tracker.on_behalf_of(paths.get(id(base_layer), "")):
             original(self, base_layer=base_layer, lora_A=lora_A.to(dtype), lora_B=lora_B.to(dtype), **kwargs)
 
-    DoraLinearLayer.update_layer = update_layer
-    try:
+    with replaced(DoraLinearLayer, "update_layer", update_layer):
         yield
-    finally:
-        DoraLinearLayer.update_layer = original
 
 
 def own_adapters(model: torch.nn.Module, tracker: MemoryTracker) -> None:

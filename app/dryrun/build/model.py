@@ -11,11 +11,11 @@ import warnings
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import build_glob_alternation
 
 from ...errors import PlanError
+from ..sandbox import replaced
 from .model_config import AUTO, first_line, read_config, task_of
 
 BUILD_SECONDS = 6.0
@@ -50,7 +50,7 @@ def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dt
         with (
             warnings.catch_warnings(),
             _no_initialisation(),
-            init_empty_weights(),
+            empty_parameters(),
             _light_buffers(),
             _LargeTensorsOnMeta(),
         ):
@@ -93,11 +93,27 @@ def _light_buffers():
         if tensor is not None and tensor.numel() > LARGE:
             module._buffers[name] = tensor.to("meta")
 
-    torch.nn.Module.register_buffer = light
-    try:
+    with replaced(torch.nn.Module, "register_buffer", light):
         yield
-    finally:
-        torch.nn.Module.register_buffer = register
+
+
+@contextlib.contextmanager
+def empty_parameters():
+    """``accelerate.init_empty_weights`` for this thread alone: a parameter is on the meta device from the moment on in
+    which a module has it (accelerate/big_modeling.py ``init_on_device``)."""
+    register = torch.nn.Module.register_parameter
+
+    def empty(module, name, parameter):
+        register(module, name, parameter)
+        if parameter is not None:
+            given = {**parameter.__dict__, "requires_grad": parameter.requires_grad}
+            initialized = given.pop("_is_hf_initialized", None)
+            module._parameters[name] = type(parameter)(parameter.to("meta"), **given)
+            if initialized is not None:
+                module._parameters[name]._is_hf_initialized = initialized
+
+    with replaced(torch.nn.Module, "register_parameter", empty):
+        yield
 
 
 class _LargeTensorsOnMeta(TorchFunctionMode):
@@ -147,14 +163,8 @@ def _no_initialisation():
     import torch.nn.init as init
 
     names = [n for n in dir(init) if n.endswith("_") and not n.startswith("_") and callable(getattr(init, n))]
-    saved = {name: getattr(init, name) for name in names}
-    pass_ = transformers.PreTrainedModel.init_weights
-    try:
+    with contextlib.ExitStack() as undo:
         for name in names:
-            setattr(init, name, lambda tensor, *args, **kwargs: tensor)
-        transformers.PreTrainedModel.init_weights = lambda self: None
+            undo.enter_context(replaced(init, name, lambda tensor, *args, **kwargs: tensor))
+        undo.enter_context(replaced(transformers.PreTrainedModel, "init_weights", lambda self: None))
         yield
-    finally:
-        transformers.PreTrainedModel.init_weights = pass_
-        for name, function in saved.items():
-            setattr(init, name, function)

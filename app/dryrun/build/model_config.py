@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import io
+import sys
 import traceback
 import warnings
 from typing import Any
@@ -14,6 +14,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import PlanError
+from ..sandbox import replaced
 
 AUTO = {
     "causal-lm": transformers.AutoModelForCausalLM,
@@ -39,7 +40,7 @@ def read_config(data: dict[str, Any], attention: str | None) -> transformers.Pre
     _check_given(kind, data)
     data = {key: value for key, value in copy.deepcopy(data).items() if key != "model_type"}
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), replaced(sys, "stderr", io.StringIO()):
             warnings.simplefilter("ignore")
             config = CONFIG_MAPPING[kind].from_dict(data)
     except Exception as error:

@@ -18,6 +18,7 @@ from ..cuda.card_facts import Card
 from ..inputs import base_of, make_batch
 from ..known_values import KnownValues
 from ..observer import StepObserver
+from ..sandbox import replaced
 from ..token_loops import TOKENS_RUN, TokenLoops
 from ..tracker import FORWARD_OTHER_CHECKPOINTING, MemoryTracker
 
@@ -45,11 +46,8 @@ def make_optimizer(name: str, parameters: list, keep_32_bits: list[torch.nn.Para
     }
     optimizer = make[name]()
     if keep_32_bits and name.endswith("8bit"):
-        manager = optimizer.mng  # one for the process: forget other models' overrides first
-        manager.pid2config.clear()
-        manager.index2config.clear()
         for parameter in keep_32_bits:
-            manager.pid2config[id(parameter)] = {"optim_bits": 32}
+            optimizer.mng.pid2config[id(parameter)] = {"optim_bits": 32}
     return optimizer
 
 
@@ -59,27 +57,20 @@ def paged_states_elsewhere():
 
     bitsandbytes/functional.py ``get_paged``: the buffer is a CPU tensor over managed memory; here one of one element.
     """
-    functional = bnb.functional
-    names = ("get_paged", "prefetch_tensor", "fill", "is_on_gpu")
-    saved = {name: getattr(functional, name) for name in names}
-    synchronize = torch.cuda.synchronize
 
     def get_paged(*shape, dtype=torch.float32, device=None):
         out = torch.zeros((), dtype=dtype).expand(shape)
         out.is_paged = True
         return out
 
-    try:
-        functional.get_paged = get_paged
-        functional.prefetch_tensor = lambda *args, **kwargs: None
-        functional.fill = lambda *args, **kwargs: None
-        functional.is_on_gpu = lambda tensors: True
-        torch.cuda.synchronize = lambda *args: None
+    with (
+        replaced(bnb.functional, "get_paged", get_paged),
+        replaced(bnb.functional, "prefetch_tensor", lambda *args, **kwargs: None),
+        replaced(bnb.functional, "fill", lambda *args, **kwargs: None),
+        replaced(bnb.functional, "is_on_gpu", lambda tensors: True),
+        replaced(torch.cuda, "synchronize", lambda *args: None),
+    ):
         yield
-    finally:
-        torch.cuda.synchronize = synchronize
-        for name, function in saved.items():
-            setattr(functional, name, function)
 
 
 def run_plain(tracker: StepObserver, model, job: Job, task: str, steps: int, other: bool = False) -> None:

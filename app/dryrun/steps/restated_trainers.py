@@ -21,6 +21,7 @@ from ...errors import PlanError
 from ...job import Job
 from ..inputs import base_of, make_batch
 from ..observer import StepObserver
+from ..sandbox import replaced
 from ..symbols import sym_range
 from .plain import begin_forward, label_grads_and_state, make_optimizer
 
@@ -178,7 +179,7 @@ def _fused_head(model):
     import trl.kernels.chunked_logprob as kernels
     import trl.trainer.utils as utils
 
-    replaced = {
+    values = {
         (kernels, "_forward_kernel"): _NoKernel(),
         (kernels, "_backward_kernel"): _NoKernel(),
         (kernels, "_use_triton"): lambda device: True,
@@ -187,14 +188,8 @@ def _fused_head(model):
         (kernels, "triton"): type("triton", (), {"cdiv": staticmethod(lambda a, b: -(-a // b))}),
         (utils, "_use_triton"): lambda device: True,
     }
-    saved = {(module, name): getattr(module, name) for module, name in replaced if hasattr(module, name)}
-    for (module, name), value in replaced.items():
-        setattr(module, name, value)
-    try:
+    with contextlib.ExitStack() as undo:
+        for (module, name), value in values.items():
+            undo.enter_context(replaced(module, name, value))
         utils.add_fused_lm_head(base_of(model), outputs=("log_probs", "entropy", "is_top1"))
         yield
-    finally:
-        for module, name in replaced:
-            delattr(module, name)
-        for (module, name), value in saved.items():
-            setattr(module, name, value)
