@@ -27,6 +27,7 @@ from .catalog.models import MODELS, search_models
 from .errors import PlanError
 from .form import fields, read_json, read_object, to_job
 from .job import TARGETS
+from .planning import tracer
 from .planning.cards import local_card, read_prices
 from .planning.pretrace import ASKED, QUESTION
 from .progress import listener
@@ -555,6 +556,7 @@ def _tell(error: PlanError) -> None:
 
 def main() -> None:
     """Run the command line. Every error that a user can cause ends here, in two lines and exit code 2."""
+    tracer.process_is_ours = True
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

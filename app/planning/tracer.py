@@ -42,6 +42,10 @@ class Tracer(Protocol):
         """Trace it when there is nothing else to do, and :func:`keep` it."""
 
 
+process_is_ours = False
+"""Whether this process does nothing but plan, as the command line's: a trace may set what holds for all of it."""
+
+
 class InProcessTracer:
     """Runs jobs in this process."""
 
@@ -52,6 +56,8 @@ class InProcessTracer:
         from ..dryrun.steps import merge_and_save
         from ..dryrun.trace import trace
 
+        if process_is_ours:
+            sandbox.return_freed_memory()
         _, job, config, kernels = request
         with sandbox.active(), _without_collector():
             if part in ("step", "general"):

@@ -203,6 +203,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def main() -> None:
+    sandbox.return_freed_memory()
     voice = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no part of what is told
     warnings.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 import gc
 
 from ..catalog.gpus import find_gpu
+from ..dryrun import sandbox
 from ..dryrun.steps import merge_and_save, restated_trainers  # noqa: F401
 from ..job import read_job
 from ..planning.resolve import kernels_of
@@ -20,6 +21,8 @@ CONFIG = {
 }
 JOB = read_job({"config": CONFIG, "method": "qlora", "batch_size": 2, "sequence_length": 16}).resolved()
 
+sandbox.hold()
+sandbox.return_freed_memory()
 InProcessTracer().trace("general", TraceRequest("", JOB, CONFIG, kernels_of(find_gpu("h100-80gb"))))
 gc.collect()
 gc.freeze()

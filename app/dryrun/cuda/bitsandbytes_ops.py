@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import bitsandbytes  # noqa: F401  (registers the operators)
 import torch
 
+from ..sandbox import locked, replaced
 from ..symbols import sym_predicate
 from .card_facts import Card
 from .registry import kernel
@@ -19,13 +21,8 @@ bnb = torch.ops.bitsandbytes
 def bnb_cuda_ops():
     """``bitsandbytes.backends.cuda.ops``, for its own rules; it names one symbol that a CPU build of torch lacks."""
     missing = not hasattr(torch._C, "_cuda_getCurrentRawStream")
-    if missing:
-        torch._C._cuda_getCurrentRawStream = None
-    try:
+    with locked(), replaced(torch._C, "_cuda_getCurrentRawStream", None) if missing else nullcontext():
         import bitsandbytes.backends.cuda.ops as ops
-    finally:
-        if missing:
-            del torch._C._cuda_getCurrentRawStream
     return ops
 
 
@@ -37,8 +34,8 @@ def gemm_4bit_is_fused(card: Card, dtype, rows: int, out_features: int, in_featu
     def fused(rows, multiprocessors) -> bool:
         if rows > ops._gemm_4bit_custom_max_m or in_features % blocksize:
             return False
-        ops._gpu_dispatch_props = lambda index: (multiprocessors, *card.capability)
-        return ops._gemm_4bit_use_custom_cuda.__wrapped__(0, dtype, rows, out_features, in_features)
+        with locked(), replaced(ops, "_gpu_dispatch_props", lambda index: (multiprocessors, *card.capability)):
+            return ops._gemm_4bit_use_custom_cuda.__wrapped__(0, dtype, rows, out_features, in_features)
 
     return sym_predicate(
         (dtype, out_features, in_features, blocksize, card.capability), fused, rows, card.multiprocessors
