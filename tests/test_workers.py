@@ -161,7 +161,7 @@ def test_those_who_left_are_in_nobody_s_way(pool, monkeypatch):
 def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
     kept = {}
     monkeypatch.setattr(
-        "vramplan.server.trace_pool.keep", lambda part, request, data: kept.setdefault(request.key, Profile.load(data))
+        "vramplan.server.trace_pool.store_trace", lambda part, request, data: kept.setdefault(request.key, Profile.load(data))
     )
     gate, started = threading.Event(), threading.Event()
     run = pool._run
