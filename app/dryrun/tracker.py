@@ -1,11 +1,11 @@
-"""The dispatch mode that keeps the books of whatever runs under it on the meta device.
+"""The dispatch mode that records the allocations of a program that runs on the meta device.
 
-Every tensor's storage is followed by a weak reference: its first appearance is memory taken, its death memory given
-back. The same autograd engine, the same Python and the same reference counts run as on a card, so lifetimes are exact;
-what CUDA does otherwise is asked of :mod:`vramplan.dryrun.cuda`.
+A weak reference watches the storage of every tensor. The first operator that returns a storage allocates it; the death
+of the storage frees it. The autograd engine, Python and reference counts are the same as on a GPU, so lifetimes are
+exact. What CUDA does differently is in :mod:`vramplan.dryrun.cuda`.
 
-Who an allocation is for is read off the module that is running; in the backward pass off the autograd node, whose
-sequence number leads back to the forward operator that made it (as PyTorch's profiler links the two).
+An allocation is attributed to the module that is running. In backward no module runs: the sequence number of the
+autograd node leads to the forward operator that made the node, as in PyTorch's profiler.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ from .symbols import size_of
 _current_node = torch._C._current_autograd_node
 _sequence_number = torch._C._autograd._get_sequence_nr
 FORWARD_OTHER_CHECKPOINTING = "other"
-"""The phase of one more forward pass with checkpointing the other way round, which is no part of the job."""
-_UNLINKED = 1 << 63  # sequence_nr of AccumulateGrad nodes is UINT64_MAX
+"""The phase of one more forward pass, with checkpointing off where the job has it on, and on where it is off.
+
+It is not part of the job. It tells what checkpointing would change."""
+_UNLINKED = 1 << 63
+"""Sequence numbers from here on have no forward operator: that of an AccumulateGrad node is UINT64_MAX."""
 
 
 class DataDependent(Exception):
-    """The program asked for a value that no dry run has; ``where`` is the function that asked."""
+    """The program read a value that is unknown on the meta device; ``where`` is the function that read it."""
 
     def __init__(self, where: str):
         super().__init__(where)
@@ -46,30 +49,37 @@ class DataDependent(Exception):
 
 
 def canonical_fqn(path: str) -> str:
-    """A module's path without what PEFT wraps around it."""
+    """A module's path (torch's fqn) in the bare model: without the names that PEFT adds."""
     if path in ("base_model", "base_model.model"):
         return ""
     return path.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 class _Watch(weakref.ref):
+    """A weak reference to a storage: ``id`` is its address in C++, ``key`` that of its allocation."""
+
     __slots__ = ("key", "id")
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Keeps :class:`~vramplan.memory.events.TraceLog` of what runs under it.
+    """The recorder of a :class:`~vramplan.memory.events.TraceLog`, for the program that runs while it is entered.
 
-    ``card`` is the :class:`~vramplan.dryrun.cuda.card_facts.Card` whose kernels are meant; ``mask``, what the job's batch carries, is
-    the answer to a program that asks whether its mask hides anything or sequences are packed, ``length`` to one that
-    asks how long a sequence is; where that is a symbol, shapes are computed by PyTorch's functions in Python. Of
-    ``shifted`` labels ``labelled`` ones are none of those that are left out; of other numbers of labels all.
+    ``card``: the GPU whose kernels are meant. ``mask``: the job's attention mask, which answers a program that asks
+    whether the mask hides anything or sequences are packed. ``length``: tokens of a sequence, for a program that asks.
+    ``symbolic``: sizes are symbols, so that shapes are computed by PyTorch's functions in Python.
+
+    ``shifted``: number of label positions after the causal shift. ``labelled``: how many of them are not -100. A
+    boolean mask of ``shifted`` elements selects ``labelled`` rows; any other mask is assumed all-true.
+
+    ``heads``: the fqns of the output embeddings, whose allocations are of kind ``logits_and_loss``.
+    ``library_workspaces``: the workspaces that cuBLAS has, by (thread, stream, name).
     """
 
     device = "meta"
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here: PyTorch need not keep its compiler out of every call (8 % of it)."""
+        """False: nothing is compiled here. PyTorch's check costs 8 % of each call."""
         return False
 
     def __init__(self, card: Card, mask: str = "full", length: int = 0, symbolic: bool = False):
@@ -101,10 +111,10 @@ class MemoryTracker(TorchDispatchMode):
             raise OurFault("a tracker runs outside of the sandbox")
         return super().__enter__()
 
-    # --- phases and places ----------------------------------------------------------------------------------
+    # --- phases and modules ---------------------------------------------------------------------------------
 
     def mark(self, phase: str, step: int, kind: str) -> None:
-        """From here on events belong to ``phase``; what is allocated is of ``kind`` until it proves to be another."""
+        """Begin ``phase`` of ``step``. Allocations are of ``kind`` until :meth:`reclassify` says otherwise."""
         self.phase, self.step, self._kind = phase, step, kind
         self._site = None
         self.trace_log.marks.append(Mark(len(self.trace_log.events), phase, step))
@@ -112,26 +122,27 @@ class MemoryTracker(TorchDispatchMode):
             self._links = ([], [])
 
     def empty_cache(self) -> None:
+        """Record a call of ``torch.cuda.empty_cache()``."""
         self.trace_log.marks.append(Mark(len(self.trace_log.events), EMPTY_CACHE, self.step))
 
     @contextmanager
     def watching(self, model: torch.nn.Module):
-        """Know the modules of ``model`` by path while its calls run, and keep the books."""
-        self._paths = {id(fqn): canonical_fqn(name) for name, fqn in model.named_modules()}
+        """Record what runs, and attribute it to the modules of ``model``."""
+        self._paths = {id(module): canonical_fqn(name) for name, module in model.named_modules()}
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self.heads = {""} if head is None else {"", self._paths.get(id(head), "")}
         original = torch.nn.Module.__call__
         stack, paths = self._stack, self._paths
 
-        def call(fqn, *args, **kwargs):
-            path = paths.get(id(fqn))
-            if path is None:
-                return original(fqn, *args, **kwargs)
+        def call(module, *args, **kwargs):
+            fqn = paths.get(id(module))
+            if fqn is None:
+                return original(module, *args, **kwargs)
             recompute = self.autocast is not None and self.in_backward and not stack
-            stack.append(path)
+            stack.append(fqn)
             try:
                 with self.autocast.on() if recompute else nullcontext():  # a checkpoint enters its own autocast
-                    return original(fqn, *args, **kwargs)
+                    return original(module, *args, **kwargs)
             finally:
                 stack.pop()
 
@@ -140,21 +151,21 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextmanager
     def track_values(self, values: KnownValues):
-        """Know ``values``, which the program may ask for."""
+        """Compute ``values`` along with the program, which may read them."""
         self.values = values
         with kept_in_memory():
             yield
 
     @contextmanager
-    def on_behalf_of(self, path: str):
-        """Keep the books of what runs, all of it for the module at ``path``."""
-        with self.attributed_to(path), self:
+    def on_behalf_of(self, fqn: str):
+        """Record what runs, and attribute all of it to ``fqn``."""
+        with self.attributed_to(fqn), self:
             yield self
 
     @contextmanager
-    def attributed_to(self, path: str):
-        """What runs meanwhile runs on behalf of ``path``, which need not be a module's."""
-        self._stack.append(path)
+    def attributed_to(self, fqn: str):
+        """Attribute what runs to ``fqn``, which need not be a module's."""
+        self._stack.append(fqn)
         try:
             yield
         finally:
@@ -162,11 +173,11 @@ class MemoryTracker(TorchDispatchMode):
 
     @property
     def current_fqn(self) -> str:
-        """The module path on whose behalf the program runs; of the model itself, or none's: empty."""
+        """The fqn of the module that runs; empty for the model itself, and where no module runs."""
         return self._current_fqn() or ""
 
     def _current_fqn(self) -> str | None:
-        """The module path on whose behalf the current operator runs; None: nobody's (loop, loss, optimiser)."""
+        """The fqn of the module that the current operator belongs to; None for the loop, the loss, the optimiser."""
         if self._stack:
             return self._stack[-1]
         node = _current_node()
@@ -175,14 +186,14 @@ class MemoryTracker(TorchDispatchMode):
         number = node._sequence_nr()
         if number >= _UNLINKED:
             return self._owner.get(node.variable.untyped_storage()._cdata)
-        numbers, places = self._links
-        attributed_to = bisect_right(numbers, number)
-        return places[attributed_to] if attributed_to < len(places) else None
+        numbers, fqns = self._links
+        position = bisect_right(numbers, number)
+        return fqns[position] if position < len(fqns) else None
 
     # --- entries --------------------------------------------------------------------------------------------
 
     def record_alloc(self, size: int, fqn: str, kind: str, op: str) -> int:
-        """Enter ``size`` bytes taken; returns the key under which they are given back."""
+        """Record an allocation of ``size`` bytes. Returns its key, for :meth:`record_free`."""
         trace_log = self.trace_log
         key = len(trace_log.allocations)
         trace_log.allocations.append(Allocation(size_of(size), fqn, kind, self.phase, op))
@@ -191,11 +202,12 @@ class MemoryTracker(TorchDispatchMode):
         return key
 
     def close(self) -> TraceLog:
-        """Stop: what is released from here on is the dry run's own end, not the job's."""
+        """Stop recording. Frees after this belong to the end of the dry run, not to the job."""
         self._closed = True
         return self.trace_log
 
     def record_free(self, key: int) -> None:
+        """Record that the allocation of this key is freed."""
         if self._closed:
             return
         trace_log = self.trace_log
@@ -203,12 +215,12 @@ class MemoryTracker(TorchDispatchMode):
         trace_log.event_fqns.append(self._site if self._site is not None else trace_log.allocations[key].fqn)
 
     def record_temporary(self, sizes: list[tuple[int, str]], fqn: str, op: str) -> None:
-        """Memory that a kernel takes and gives back within one call, unseen by the dispatcher."""
+        """Record what a kernel allocates and frees within one call: (bytes, kind) each. The dispatcher sees none."""
         for key in [self.record_alloc(size, fqn, kind, op) for size, kind in sizes]:
             self.record_free(key)
 
     def register_existing(self, tensor: torch.Tensor, fqn: str, kind: str) -> None:
-        """Enter a tensor that exists already (a parameter, a buffer, a batch)."""
+        """Record the allocation of a tensor that exists already: a parameter, a buffer, a batch."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._watched and storage.nbytes():
             self._watch(storage, fqn, kind, "place")
@@ -216,23 +228,24 @@ class MemoryTracker(TorchDispatchMode):
 
     @property
     def images(self) -> Images | None:
-        """What a vision-language model is shown."""
+        """The images that a vision-language model is shown."""
         return None if self.values is None else self.values.images
 
     def register_batch(self, batch: dict[str, torch.Tensor], stated: dict[str, torch.Tensor]) -> None:
-        """Enter a batch that lies on the card now, with the values that the job states of it."""
+        """Record a batch that is on the card now. ``stated`` has the values that the job states of it."""
         for name, tensor in batch.items():
             self.register_existing(tensor, "", "inputs")
-            self.reclassify(tensor, "inputs")  # where it was made on the card, it is known already
+            self.reclassify(tensor, "inputs")  # a tensor that was made on the card is recorded already
             if self.values is not None and name in stated:
                 self.values.set_values(tensor, stated[name])
 
     def key_of(self, tensor: torch.Tensor) -> int | None:
+        """The key of the allocation of ``tensor``; None where there is none."""
         watch = self._watched.get(tensor.untyped_storage()._cdata)
         return None if watch is None else watch.key
 
     def reclassify(self, tensor: torch.Tensor, kind: str, fqn: str | None = None) -> None:
-        """Say what an allocation turned out to be (a gradient, a state of the optimiser)."""
+        """Say what an allocation turned out to be: a gradient, an optimiser state, an input."""
         key = self.key_of(tensor)
         if key is None:
             return
@@ -240,7 +253,7 @@ class MemoryTracker(TorchDispatchMode):
         self.trace_log.allocations[key] = entry._replace(kind=kind, fqn=entry.fqn if fqn is None else fqn)
 
     def inherit_owner(self, tensor: torch.Tensor, owned: torch.Tensor) -> None:
-        """What is made of ``tensor`` outside modules belongs to whom ``owned`` belongs."""
+        """Attribute ``tensor``, and what is computed from it outside modules, to the module of ``owned``."""
         self._owner[tensor.untyped_storage()._cdata] = self._owner.get(owned.untyped_storage()._cdata, "")
 
     def _watch(self, storage, fqn: str, kind: str, op: str) -> None:
@@ -272,9 +285,9 @@ class MemoryTracker(TorchDispatchMode):
         current_fqn = self._current_fqn()
         self._site = current_fqn
         if self._stack or not self.in_backward:  # a reentrant checkpoint's recompute makes nodes too
-            numbers, places = self._links
+            numbers, fqns = self._links
             numbers.append(_sequence_number())
-            places.append(current_fqn or "")
+            fqns.append(current_fqn or "")
         special = KERNELS.get(func)
         if special is not None:
             return special(self, func, args, kwargs, current_fqn or "")
@@ -283,19 +296,19 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def record_outputs(self, out, func, args, current_fqn: str | None) -> None:
-        """Enter the storages of ``out`` that are new."""
+        """Record the storages of ``out`` that are new."""
         if type(out) is torch.Tensor:
             storage = out.untyped_storage()
             if storage._cdata not in self._watched:
-                self._enter_new(storage, func, args, current_fqn, 0)
+                self._record_new(storage, func, args, current_fqn, 0)
             return
         for index, leaf in enumerate(tree_leaves(out)):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._watched:
-                    self._enter_new(storage, func, args, current_fqn, index)
+                    self._record_new(storage, func, args, current_fqn, index)
 
-    def _enter_new(self, storage, func, args, current_fqn, index: int) -> None:
+    def _record_new(self, storage, func, args, current_fqn, index: int) -> None:
         if not storage.nbytes() or storage.device.type != "meta":
             return
         if current_fqn is None or self._site is None:
@@ -306,7 +319,7 @@ class MemoryTracker(TorchDispatchMode):
         self._watch(storage, current_fqn, self.kind_at(current_fqn), func.__name__)
 
     def _owned_by(self, args, index: int) -> str:
-        """Outside modules (the optimiser, clipping): whose parameter, gradient or state the operator works on."""
+        """The fqn of an operator outside modules (optimiser, clipping): that of its parameter, gradient or state."""
         if not args:
             return ""
         first = args[0]
@@ -318,10 +331,11 @@ class MemoryTracker(TorchDispatchMode):
 
     @property
     def in_module(self) -> bool:
+        """Whether a module is running."""
         return bool(self._stack)
 
     def kind_at(self, current_fqn: str) -> str:
-        """What an allocation on behalf of ``place`` is, until it proves to be another."""
+        """The kind of a new allocation for ``current_fqn``."""
         if current_fqn in self.heads and self.phase in ("forward", "backward", FORWARD_OTHER_CHECKPOINTING):
             return "logits_and_loss"
         if self.in_backward and self._stack:
