@@ -278,7 +278,7 @@ def test_equal_books_match_whole():
 def test_another_size_in_the_same_place_is_named_with_its_bytes():
     match = compare(trace_log(1024, 1 << 20, 4096), trace_log(1024, 3 << 20, 4096))
     (found,) = match.differences
-    assert (found.fqn, found.kind, found.phase) == ("layer.1", "activations", "forward")
+    assert (found.module, found.kind, found.phase) == ("layer.1", "activations", "forward")
     assert (found.planned, found.measured) == (1 << 20, 3 << 20)
     assert match.share == pytest.approx((1024 + 4096) / (1024 + 4096 + (3 << 20)))
 

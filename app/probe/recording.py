@@ -65,6 +65,10 @@ def read_recording(path: str | Path) -> Recording:
         raise PlanError(f"{path} is no recording of a probe: {error}", "vramplan probe --save makes one") from None
 
 
+COLUMNS = {"module": "fqn", "kind": "kind", "phase": "phase", "op": "op"}
+"""Column of a saved recording to the field of an allocation."""
+
+
 def _pack(trace_log: TraceLog) -> dict:
     """TraceLog with each text once, and what is alike written together: columns, not rows."""
     texts: dict[str, int] = {}
@@ -72,8 +76,8 @@ def _pack(trace_log: TraceLog) -> dict:
     columns = {
         "size": [a.size for a in trace_log.allocations],
         **{
-            name: [number(getattr(a, name)) for a in trace_log.allocations]
-            for name in ("module", "kind", "phase", "op")
+            name: [number(getattr(a, field)) for a in trace_log.allocations]
+            for name, field in COLUMNS.items()
         },
         "events": trace_log.events,
         "sites": [number(site) for site in trace_log.event_fqns],
@@ -84,8 +88,7 @@ def _pack(trace_log: TraceLog) -> dict:
 
 def _unpack(data: dict) -> TraceLog:
     texts = data["texts"]
-    names = ("module", "kind", "phase", "op")
-    rows = zip(data["size"], *([texts[i] for i in data[name]] for name in names))
+    rows = zip(data["size"], *([texts[i] for i in data[name]] for name in COLUMNS))
     return TraceLog(
         [Allocation(*row) for row in rows],
         data["events"],
