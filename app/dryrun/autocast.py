@@ -1,11 +1,17 @@
 """CUDA's autocast for meta tensors, which have no autocast key of their own.
 
-The lists are those of ``torch/include/ATen/autocast_mode.h`` (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32,
-AT_FORALL_FP32_SET_OPT_DTYPE and AT_FORALL_PROMOTE), and what calls one of them within: ``square`` is ``pow``
-(native/UnaryOps.cpp; measured on an H200: the squared ReLU of Nemotron makes two blocks of fp32), ``normalize`` and
-``linalg.norm`` ask for a norm, ``interpolate`` for an ``upsample``. The cache is that of ``cached_cast`` in
-ATen/autocast_mode.cpp: one copy in 16 bit of each fp32 leaf that needs a gradient, until the outermost autocast ends. A
+The lists have the operators of PyTorch's header, and the functions that call one of them: ``square`` is ``pow``,
+``normalize`` and ``linalg.norm`` compute a norm, ``interpolate`` an ``upsample``. ``tests/test_restated.py`` compares
+them with the header of the installed torch.
+
+The cache keeps one 16-bit copy of each fp32 leaf that needs a gradient, until the outermost autocast ends. A
 checkpoint's recompute enters an autocast of its own, with an empty cache.
+
+Source: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/autocast_mode.h#L819
+``AT_FORALL_LOWER_PRECISION_FP`` and, further down, ``AT_FORALL_FP32``, ``AT_FORALL_FP32_SET_OPT_DTYPE`` and
+``AT_FORALL_PROMOTE``; https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/autocast_mode.cpp
+``cached_cast``; https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/UnaryOps.cpp ``square``.
+Confirmed: H200, the squared ReLU of Nemotron makes two blocks of fp32.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ LOWER_PRECISION = frozenset(
     addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul
     multi_dot linalg_multi_dot lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell scaled_dot_product_attention""".split()
 )
+"""Operators that cast their arguments to the 16-bit type of autocast."""
 FLOAT32 = frozenset(
     """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ square
     softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity
@@ -31,17 +38,20 @@ FLOAT32 = frozenset(
     huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss
     multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp interpolate""".split()
 )
+"""Operators that cast 16-bit arguments to fp32."""
 FLOAT32_BY_DTYPE = frozenset(
     "prod softmax log_softmax softmin cumprod cumsum sum linalg_norm linalg_vector_norm linalg_matrix_norm norm".split()
 )
+"""Operators that get the argument ``dtype=torch.float32``, unless the caller gave a dtype."""
 PROMOTE = frozenset(
     "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler grid_sample index_put tensordot scatter_add".split()
 )
+"""Operators that cast to fp32 where one of their arguments is fp32."""
 HALF = (torch.float16, torch.bfloat16)
 
 
 class Autocast(TorchFunctionMode):
-    """Casts as ``torch.autocast("cuda", dtype)`` would, while it is :meth:`on`."""
+    """A mode that casts as ``torch.autocast("cuda", dtype)`` does, while it is :meth:`on`."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -52,11 +62,12 @@ class Autocast(TorchFunctionMode):
 
     @property
     def active(self) -> bool:
+        """Whether arguments are cast now."""
         return self._enabled and not self._suspended
 
     @contextlib.contextmanager
     def on(self):
-        """``with torch.autocast("cuda", dtype)``, outermost; also for those who ask ``torch.is_autocast_enabled``."""
+        """The outermost ``with torch.autocast("cuda", dtype)``. ``torch.is_autocast_enabled`` is true meanwhile."""
         enabled, dtype = torch._C.is_autocast_enabled("cuda"), torch._C.get_autocast_dtype("cuda")
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", self.dtype)
@@ -71,7 +82,7 @@ class Autocast(TorchFunctionMode):
 
     @contextlib.contextmanager
     def suspended(self):
-        """``torch.autocast(…, enabled=False)``, as rotary embeddings ask for."""
+        """``with torch.autocast(…, enabled=False)``, which rotary embeddings enter."""
         before, self._suspended = self._suspended, True
         try:
             yield
@@ -80,8 +91,11 @@ class Autocast(TorchFunctionMode):
 
     @contextlib.contextmanager
     def in_modules_of(self, model: torch.nn.Module):
-        """Let ``torch.autocast`` and the model's own ``maybe_autocast`` (transformers/utils/generic.py) find this mode;
-        on the meta device they would do nothing."""
+        """``torch.autocast`` and the model's ``maybe_autocast`` act on this mode. On the meta device they do nothing.
+
+        Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/utils/generic.py#L227
+        ``maybe_autocast``.
+        """
 
         def maybe_autocast(device_type, dtype=None, enabled=True, cache_enabled=None):
             return contextlib.nullcontext() if enabled else self.suspended()
@@ -94,7 +108,7 @@ class Autocast(TorchFunctionMode):
             undo.enter_context(replaced(torch, "autocast", maybe_autocast))
             yield
 
-    def _lower(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_low(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or tensor.dtype in (self.dtype, torch.float64):
             return tensor
         if tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf and tensor._base is None:
@@ -104,7 +118,7 @@ class Autocast(TorchFunctionMode):
         return tensor.to(self.dtype)
 
     @staticmethod
-    def _raise(tensor: torch.Tensor) -> torch.Tensor:
+    def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.float() if tensor.dtype in HALF else tensor
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -116,9 +130,9 @@ class Autocast(TorchFunctionMode):
             return func(*args, **kwargs)
         cast = None
         if name in LOWER_PRECISION:
-            cast = self._lower
+            cast = self._to_low
         elif name in FLOAT32 or name in PROMOTE and _any_float32((*args, *kwargs.values())):
-            cast = self._raise
+            cast = self._to_float32
         elif name == "cross_entropy" and args[0].dtype in HALF and not kwargs.get("label_smoothing"):
             return self._cross_entropy(*args, **kwargs)
         elif name == "normalize":
@@ -130,8 +144,9 @@ class Autocast(TorchFunctionMode):
                     kwargs = kwargs | {"dtype": torch.float32}
         if cast is None:
             return func(*args, **kwargs)
-        # cached_cast(…)... is a C++ call's argument list: evaluated from the last to the first, and given back from the
-        # first to the last (measured: of eager attention's product under no_grad, the scores go before the values)
+        # cached_cast(…)... is the argument list of a C++ call: GCC evaluates it from the last argument to the first,
+        # and destroys it from the first to the last. Confirmed: of eager attention's product under no_grad, the scores
+        # are freed before the values.
         kwargs = tree_map_only(torch.Tensor, cast, kwargs)
         cast_args = [tree_map_only(torch.Tensor, cast, argument) for argument in reversed(args)]
         out = func(*reversed(cast_args), **kwargs)
@@ -150,20 +165,20 @@ class Autocast(TorchFunctionMode):
         reduction="mean",
         label_smoothing=0.0,
     ):
-        """``cross_entropy_loss`` has no cast of its own: log_softmax stays low, only nll_loss is raised.
+        """``cross_entropy``, which is on no list: log_softmax stays in 16 bit, and nll_loss casts to fp32.
 
-        Measured on an H100, bf16 logits of [4096, 30522]: log_softmax takes 2 bytes an element, its copy 4.
+        Confirmed: H100, bf16 logits of [4096, 30522]: log_softmax takes 2 bytes an element, its fp32 copy 4.
         """
         low = torch.log_softmax(logits, 1 if logits.dim() > 1 else 0)
         return torch.nn.functional.nll_loss(low.float(), target, weight, ignore_index=ignore_index, reduction=reduction)
 
     def _normalize(self, source, p=2.0, dim=1, eps=1e-12, out=None):
-        """``torch.nn.functional.normalize``, whose norm is raised within."""
+        """``torch.nn.functional.normalize``, whose norm is in fp32."""
         with self:
             return source / source.norm(p, dim, keepdim=True).clamp_min(eps).expand_as(source)
 
     def _backward(self, loss, gradient=None, **_):
-        """``Tensor.backward`` with this mode still in force, so that a recompute is cast too."""
+        """``Tensor.backward`` under this mode, so that a checkpoint's recompute is cast too."""
         with self:
             gradient = torch.ones_like(loss) if gradient is None else gradient
             torch.autograd.Variable._execution_engine.run_backward(
