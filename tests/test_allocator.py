@@ -145,7 +145,7 @@ def test_any_number_of_free_blocks_and_sizes(sizes):
     allocator = CachingAllocator()
     for at, event in enumerate(events.tolist()):
         allocator.free(~event) if event < 0 else allocator.malloc(event, int(sizes[event]))
-        assert (found.left[at], found.kept[at]) == (allocator.allocated, allocator.reserved)
+        assert (found.allocated_after[at], found.reserved_after[at]) == (allocator.allocated, allocator.reserved)
     assert found.served == events.size
 
 
@@ -196,5 +196,5 @@ def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order
             break
         names[given.freed_from_previous[0]] = names.pop(given.carried_over[0])
     assert found.served == events.size
-    assert found.kept[-1] == allocator.reserved
+    assert found.reserved_after[-1] == allocator.reserved
     assert found.peak.max() == allocator.peak_allocated

@@ -130,8 +130,8 @@ def check_replay(replay_input: ReplayInput, sizes: np.ndarray, how: AllocatorCon
             if not live[event]:
                 assert found.served == at
                 return
-            assert found.blocks[event] == live[event].size
-        assert (found.left[at], found.kept[at]) == (twin.allocated, twin.reserved), at
+            assert found.block_sizes[event] == live[event].size
+        assert (found.allocated_after[at], found.reserved_after[at]) == (twin.allocated, twin.reserved), at
     assert found.served == replay_input.events.size
 
 
@@ -153,7 +153,7 @@ def test_a_recorded_history(stream: dict, limit: float | None):
     replay_input, sizes = recorded(stream["events"])
     how = AllocatorConfig(**stream["settings"])
     if limit:
-        most = int(compiled.replay(replay_input, sizes, how).most.max())
+        most = int(compiled.replay(replay_input, sizes, how).peak_reserved.max())
         how = AllocatorConfig(**stream["settings"], limit=int(limit * most))
     check_replay(replay_input, sizes, how)
 

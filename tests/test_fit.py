@@ -304,7 +304,7 @@ def test_what_runs_out_of_memory_in_its_third_step_does_not_fit():
     planned = plan_job(read_job(value_at(row, row["largest"])))
     settings = replace(planned.settings, limit=row["cap_bytes"])
     concrete, template = planned.concrete, planned.concrete.template
-    two = replay(template.replay_input._replace(steady=None), concrete.bytes, settings, template.first_step)
+    two = replay(template.replay_input._replace(repeated_step=None), concrete.bytes, settings, template.first_step)
     assert two.served == template.events.size
     assert fits_under_limit(concrete, settings, placed=True) == (False, "backward")
 

@@ -148,7 +148,7 @@ def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps
     concrete = TraceTemplate.of(expansion.columns(), []).at(ShapePoint(1, 1, 1))
     assert concrete.trace_log() == TraceTemplate.of(out.columns(), []).at(ShapePoint(1, 1, 1)).trace_log()
     run = replay(concrete.template.replay_input, concrete.bytes, AllocatorConfig())
-    assert run.left[-1] == 512 * len(live) == 512 * len(types)
+    assert run.allocated_after[-1] == 512 * len(live) == 512 * len(types)
 
 
 @given(TYPES, st.integers(1, 3), st.integers(1, 2))

@@ -96,13 +96,13 @@ def run_replay(concrete: ConcreteTrace, settings: AllocatorConfig, limited: int 
 
 def summarize(concrete: ConcreteTrace, settings: AllocatorConfig = AllocatorConfig()) -> MemorySummary:
     """Serve ``stream`` without a limit and say what it showed. Raises :class:`PlanError`: no memory is so large."""
-    from .allocator.caching import ADDRESSES, tally
+    from .allocator.caching import ADDRESS_SPACE, tally
 
     template, run = concrete.template, run_replay(concrete, settings)
     if run.served < template.events.size:
-        raise PlanError(f"the step takes more than {ADDRESSES >> 50} PiB", "ask for a smaller batch or length")
-    left, kept = ([0, *column.tolist()] for column in (run.left, run.kept))
-    peaks, events, most = run.peak.tolist(), run.event.tolist(), run.most.tolist()
+        raise PlanError(f"the step takes more than {ADDRESS_SPACE >> 50} PiB", "ask for a smaller batch or length")
+    left, kept = ([0, *column.tolist()] for column in (run.allocated_after, run.reserved_after))
+    peaks, events, most = run.peak.tolist(), run.peak_event.tolist(), run.peak_reserved.tolist()
 
     def phase(name: str, step: int, first: int, last: int) -> Phase:
         peak, reserved = max([left[first], *peaks[first:last]]), max([kept[first], *most[first:last]])
@@ -117,7 +117,7 @@ def summarize(concrete: ConcreteTrace, settings: AllocatorConfig = AllocatorConf
         top = max(n for n, event in enumerate(events) if event >= 0)
     shown = [(n, mark) for mark, first, last in template.spans for n in range(first, last) if events[n] >= 0]
     moments = np.array([events[n] for n, _ in shown])
-    kinds = tally(template.events, template.kind, run.blocks, moments, len(KINDS)).tolist()
+    kinds = tally(template.events, template.kind, run.block_sizes, moments, len(KINDS)).tolist()
     modules = [template.fqns[name] for name in template.fqn[template.events[moments]].tolist()]
     timeline = [
         TimelineSample(events[n], mark.name if mark.step else LOAD, mark.step, peaks[n], most[n], module, tuple(row))
@@ -132,7 +132,7 @@ def summarize(concrete: ConcreteTrace, settings: AllocatorConfig = AllocatorConf
         template.fqns[template.fqn[entry]],
         template.ops[template.op[entry]],
         {kind: size for kind, size in zip(KINDS, parts) if size},
-        _holders(concrete, run.blocks, events[top]),
+        _holders(concrete, run.block_sizes, events[top]),
         timeline,
         left[
             int(np.searchsorted(template.replay_input.interval_bounds, template.empty_cache_events[-1]))
@@ -151,7 +151,7 @@ def alive_after(concrete: ConcreteTrace, event: int) -> np.ndarray:
 
 def holders_after(concrete: ConcreteTrace, settings: AllocatorConfig, event: int) -> list[tuple[str, str, int]]:
     """Who holds most after ``event``, as :attr:`MemorySummary.holders` has it of the peak."""
-    return _holders(concrete, run_replay(concrete, settings).blocks, event)
+    return _holders(concrete, run_replay(concrete, settings).block_sizes, event)
 
 
 def _holders(concrete: ConcreteTrace, blocks: np.ndarray, event: int) -> list[tuple[str, str, int]]:

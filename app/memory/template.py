@@ -86,7 +86,7 @@ class TraceTemplate(TraceColumns):
         return next((mark.at for mark in self.marks if mark.step), self.events.size)
 
     @cached_property
-    def steady(self) -> RepeatedStep | None:
+    def repeated_step(self) -> RepeatedStep | None:
         """The last step, which training repeats; None where it is the only one, or leaves other than it gives back."""
         last = max((mark.step for mark in self.marks), default=0)
         if last < 2:
@@ -134,7 +134,12 @@ class TraceTemplate(TraceColumns):
         alive = np.cumsum(np.where(self.events >= 0, 1, -1), dtype=np.int32)
         interval_bounds = np.array([*self._intervals[0], self.events.size], np.int64)
         return ReplayInput(
-            self.events, self.size, interval_bounds, self.empty_cache_events, self.steady, int(alive.max(initial=0))
+            self.events,
+            self.size,
+            interval_bounds,
+            self.empty_cache_events,
+            self.repeated_step,
+            int(alive.max(initial=0)),
         )
 
     # --- as bytes ---------------------------------------------------------------------------------------------

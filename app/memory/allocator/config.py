@@ -1,6 +1,6 @@
-"""What the allocator is told: its settings, and what of a stream is repeated.
+"""What the allocator is given: its configuration, and a run as arrays.
 
-The allocator itself is compiled, and takes 0.3 s to import: whoever only reads what was replayed before does without.
+The allocator itself is compiled, and takes 0.3 s to import. Whoever only reads what was replayed before does without.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 MIB = 1 << 20
-LARGE_BUFFER = 20 * MIB  # kLargeBuffer
+LARGE_BUFFER = 20 * MIB
+"""Bytes of a segment for requests of 1 to 10 MiB: ``kLargeBuffer`` in
+https://github.com/pytorch/pytorch/blob/v2.11.0/c10/core/AllocatorConfig.h"""
 
 
 @dataclass(frozen=True)
 class AllocatorConfig:
-    """``PYTORCH_ALLOC_CONF`` as far as it changes the books, and the limit.
+    """``PYTORCH_ALLOC_CONF`` as far as it changes memory, and the limit. Bytes.
 
-    ``limit`` is the bytes that the allocator may reserve (``set_per_process_memory_fraction``, or the bytes
-    free on the card); ``None``: no limit. ``max_split_size`` is in bytes.
+    ``limit`` is what the allocator may reserve (``set_per_process_memory_fraction``, or what is free on the card).
+    ``max_split_size``: blocks from this size on are not split. None: no limit.
     """
 
     expandable_segments: bool = False
@@ -28,25 +31,30 @@ class AllocatorConfig:
 
 
 class RepeatedStep(NamedTuple):
-    """What a stream does again and again: its events from ``start`` on. What they give back of before (``given``) is
-    what they leave (``left``) the time before, allocation for allocation."""
+    """The step that training repeats: the events of a run from ``start`` on.
+
+    It frees what the step before it left alive. ``freed_from_previous`` are the keys of these allocations, in the step
+    before it, and ``carried_over`` those that this step leaves in their place: one for one, of the same sizes.
+    """
 
     start: int
-    freed_from_previous: np.ndarray
-    carried_over: np.ndarray
+    freed_from_previous: npt.NDArray[np.int_]
+    carried_over: npt.NDArray[np.int_]
 
 
 class ReplayInput(NamedTuple):
-    """What of a script the allocator is fed, whatever the batch and the length.
+    """A run as the allocator reads it, whatever the batch and the length. A key is the number of an allocation.
 
-    ``events`` (int32): ``k`` takes ``sizes[size[k]]`` bytes, ``~k`` gives them back. ``cuts`` divide them into
-    stretches: of each the highest moment is told; the last is the number of events, and where the ``steady`` step
-    begins is one. Before the events ``empties`` the cache is given back. ``alive``: the most allocations at a time.
+    ``events`` (int32): ``k`` allocates ``sizes[size[k]]`` bytes, ``~k`` frees them; ``size`` (int32) has one entry for
+    each key. ``interval_bounds`` (int64) divide the events into intervals; of each, the highest moment is told. The
+    last bound is the number of events, and the start of the ``repeated_step`` is one. ``empty_cache_events`` (int64)
+    are the events before which ``empty_cache`` is called. ``most_alive`` is how many allocations are alive at a time,
+    at most.
     """
 
-    events: np.ndarray
-    size: np.ndarray
-    interval_bounds: np.ndarray
-    empty_cache_events: np.ndarray
-    steady: RepeatedStep | None
-    alive: int
+    events: npt.NDArray[np.int32]
+    size: npt.NDArray[np.int32]
+    interval_bounds: npt.NDArray[np.int64]
+    empty_cache_events: npt.NDArray[np.int64]
+    repeated_step: RepeatedStep | None
+    most_alive: int
