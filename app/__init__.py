@@ -15,6 +15,7 @@ The way of a request, which is also the direction of the imports::
     memory/         that step for every batch and length of its kind: allocator, peak, parts, verdict
     catalog/        GPUs and models as tables of facts
     job             the schema of a job
+    registry/       what a job can name: optimisers, trainers, quantisers, strategies; no torch
     resources, progress, errors
                     the package's data; word of what is being done; the one error
 

@@ -11,6 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import PlanError
+from .registry.optimizers import OptimizerName
+from .registry.quantizers import QUANTIZERS, Quantizer, QuantizerName
+from .registry.strategies import StrategyName
+from .registry.trainers import TRAINERS, TrainerName
 
 Task = Literal[
     "causal-lm",
@@ -24,21 +28,6 @@ Task = Literal[
     "zero-shot-image-classification",
 ]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_torch_forloop",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "adafactor",
-    "sgd",
-    "sgd_momentum",
-    "lion_8bit",
-    "paged_lion_8bit",
-    "lion_32bit",
-    "paged_lion_32bit",
-]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Side = Annotated[int, Field(ge=1, le=8192)]
 
@@ -50,7 +39,7 @@ class _Strict(BaseModel):
 class Quantization(_Strict):
     """The layout that bitsandbytes gives to the linear layers (``transformers.BitsAndBytesConfig``)."""
 
-    type: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Data type of the stored weights.")
+    type: QuantizerName = Field("nf4", description="Data type of the stored weights.")
     double_quant: bool = Field(True, description="Quantise the quantisation constants too (4-bit types).")
     compute_dtype: Dtype = Field("bfloat16", description="Dtype of the matrix products (bnb_4bit_compute_dtype).")
     skip_modules: tuple[Annotated[str, Field(pattern=r"^[\w.]+$", max_length=200)], ...] = Field(
@@ -114,7 +103,7 @@ class Job(_Strict):
         None, description="peft.prepare_model_for_kbit_training is called; null: for qlora, unless the trainer is trl."
     )
     lora: Lora | None = Field(None, description="Adapters; null: none, for lora and qlora the defaults.")
-    optimizer: Optimizer | None = Field(None, description="As transformers' optim; null: the trainer's default.")
+    optimizer: OptimizerName | None = Field(None, description="As transformers' optim; null: the trainer's default.")
     gradient_checkpointing: Literal["off", "reentrant", "non_reentrant"] | bool | None = Field(
         None, description="null: on for qlora and trl, else off; true: the library's default (non_reentrant)."
     )
@@ -142,14 +131,14 @@ class Job(_Strict):
         description="What the batch carries; packed: one row of all its tokens, no mask, but positions that start over "
         "in each sequence.",
     )
-    trainer: Literal["pytorch", "transformers", "trl"] = Field("pytorch", description="Whose step it is.")
+    trainer: TrainerName = Field("pytorch", description="Whose step it is.")
     gpu: str | OwnGpu | None = Field(None, description="Catalogue name, or a card of your own.")
     reserve: Annotated[int, Field(ge=0, le=1 << 50)] = Field(
         0, description="Bytes of the card that are not this job's: a display, other processes, room to be left."
     )
     gpu_count: Annotated[int, Field(ge=1, le=100_000)] = 1
     nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
-    strategy: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "tensor-parallel", "device-map"] = "single"
+    strategy: StrategyName = "single"
     allocator: Allocator = Allocator()
 
     @model_validator(mode="after")
@@ -168,6 +157,11 @@ class Job(_Strict):
         return self.dtype == "bfloat16" or self.mixed_precision == "bf16"
 
     @property
+    def quantizer(self) -> Quantizer | None:
+        """The facts of the layout that it quantises to; None: it does not."""
+        return QUANTIZERS[self.quantization.type] if self.quantization is not None else None
+
+    @property
     def packed(self) -> bool:
         """Whether it trains on packed sequences."""
         return self.attention_mask == "packed" and self.method != "inference"
@@ -179,25 +173,25 @@ class Job(_Strict):
 
     def resolved(self) -> Job:
         """The same job with every null replaced by what the stack would do."""
-        trainer, method = self.trainer, self.method
+        trainer, method = TRAINERS[self.trainer], self.method
         training = method != "inference"
         fill: dict[str, Any] = {}
         if self.mixed_precision is None:
-            fill["mixed_precision"] = "no" if trainer == "pytorch" or not training else "bf16"
+            fill["mixed_precision"] = trainer.mixed_precision if training else "no"
         if method == "qlora" and self.quantization is None:
             fill["quantization"] = Quantization()
         if method in ("lora", "qlora") and self.lora is None:
             fill["lora"] = Lora()
         quantized = self.quantization is not None or method == "qlora"
         if self.prepare_for_kbit_training is None:
-            fill["prepare_for_kbit_training"] = training and quantized and trainer != "trl"
+            fill["prepare_for_kbit_training"] = training and quantized and trainer.prepares_for_kbit_training
         if self.optimizer is None:
-            fill["optimizer"] = "adamw_torch" if trainer == "pytorch" else "adamw_torch_fused"
+            fill["optimizer"] = trainer.optimizer
         checkpointing = self.gradient_checkpointing
         if not training:
             fill["gradient_checkpointing"] = "off"
         elif checkpointing is None:
-            checkpointing = method == "qlora" or trainer == "trl"
+            checkpointing = method == "qlora" or trainer.checkpoints
         if isinstance(checkpointing, bool) and training:
             fill["gradient_checkpointing"] = "non_reentrant" if checkpointing else "off"
         if not training and self.new_tokens is None:

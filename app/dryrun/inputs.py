@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from ..errors import PlanError
 from ..job import Job
+from ..registry.trainers import TRAINERS
 from .known_values import LIMIT, Images
 from .observer import StepObserver
 
@@ -50,11 +51,11 @@ def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, t
             batch["labels"] = _targets(config, b, dtype, tracker.device)
         elif job.method != "inference":
             batch["labels"] = empty(b, job.target_length or s) if task == "seq2seq-lm" else empty(*tokens)
-    masked = job.attention_mask != "absent" or job.method == "inference" or job.trainer == "trl"
+    masked = job.attention_mask != "absent" or job.method == "inference" or TRAINERS[job.trainer].masks_always
     if job.packed:
         _refuse_packed(model, tracker, batch)
         batch["position_ids"] = empty(1, b * s)
-        if job.trainer == "trl":
+        if TRAINERS[job.trainer].packs_with_bounds:
             tracker.shifted, tracker.labelled = b * s - 1, b * s - PACKED * b
             batch |= {name: empty(PACKED * b + 1, dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
             batch["seq_idx"] = empty(1, b * s, dtype=torch.int32)
@@ -69,7 +70,7 @@ def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, t
         batch["position_ids"].copy_(_positions(b, s))
     if task == "zero-shot-image-classification":
         batch["return_loss"] = True  # of every text against every image
-    if job.packed and job.trainer == "trl":
+    if job.packed and TRAINERS[job.trainer].packs_with_bounds:
         batch |= dict.fromkeys(("max_length_q", "max_length_k"), -(-s // PACKED))
     return batch
 

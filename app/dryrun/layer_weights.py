@@ -7,15 +7,7 @@ from collections.abc import Container
 import torch
 
 from ..memory.table import Layer
-
-
-def nf4_bytes(elements: int, double_quant: bool) -> int:
-    """A weight in NF4 with its constants (bitsandbytes/functional.py ``quantize_4bit``: blocks of 64 and 256)."""
-    blocks = -(-elements // 64)
-    packed = (elements + 1) // 2 + 64
-    if not double_quant:
-        return packed + 4 * blocks
-    return packed + blocks + 4 * -(-blocks // 256) + 1024 + 4
+from ..registry.quantizers import WEIGHT_COLUMNS
 
 
 def weights_table(model: torch.nn.Module, linear: Container[str]) -> list[Layer]:
@@ -27,11 +19,11 @@ def weights_table(model: torch.nn.Module, linear: Container[str]) -> list[Layer]
         seen.update(map(id, parameters))
         counts = [p.numel() for p in parameters]
         count, base = sum(counts), sum(n * p.element_size() for n, p in zip(counts, parameters))
-        plain = nested = base
+        stored = dict.fromkeys(WEIGHT_COLUMNS, base)
         if path in linear:
             weight = module.weight
             elements = weight.numel()
             rest = base - elements * weight.element_size()
-            plain, nested = (rest + nf4_bytes(elements, double) for double in (False, True))
-        rows.append(Layer(path, type(module).__name__, 1, count, base, plain, nested))
+            stored = {name: rest + column.bytes_of(elements) for name, column in WEIGHT_COLUMNS.items()}
+        rows.append(Layer(path, type(module).__name__, 1, count, base, **stored))
     return rows

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import bitsandbytes as bnb
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -26,7 +25,8 @@ from . import layer_weights as layers
 from .build import prequantized as stored
 from .build.model import base_of
 from .build.model_config import equal_type
-from .build.quantizers import quantizable
+from .build.quantizers import packed_classes
+from .build.quantizers.bnb_linear import quantizable
 from .cuda.card_facts import Card
 from .images import images_of
 from .known_values import Images, KnownValues
@@ -252,7 +252,7 @@ _WEIGHT = re.compile(r"self\.(\w+)\.weight")
 
 
 def _is_packed(module: torch.nn.Module, name: str) -> bool:
-    return isinstance(getattr(getattr(module, name, None), "weight", None), (bnb.nn.Params4bit, bnb.nn.Int8Params))
+    return isinstance(getattr(getattr(module, name, None), "weight", None), packed_classes())
 
 
 def _check_length(job: Job, configuration, task: str) -> None:
@@ -316,11 +316,8 @@ def _kernel_warnings(job: Job, task: str, attention: str, trace_log: TraceColumn
         out.append(
             "convolutions: cuDNN's workspace is that of its channels-last kernels; other choices take other amounts"
         )
-    if job.quantization is not None and job.quantization.type == "int8":
-        out.append(
-            "LLM.int8 keeps a copy of every outlier column (values of 6 and more); how many there are depends on the "
-            "weights and is taken to be none"
-        )
+    if job.quantizer is not None and job.quantizer.caveat is not None:
+        out.append(job.quantizer.caveat)
     return out
 
 
@@ -328,13 +325,13 @@ def _weight_warnings(job: Job, total: int, linear: dict[str, torch.nn.Module]) -
     """What a quantised job of so many parameters would not expect: modules that bitsandbytes leaves as they are, all
     but the ``linear`` ones, and what is cast."""
     out = []
-    if job.quantization is not None:
+    if job.quantizer is not None:
         itemsize = getattr(torch, job.dtype).itemsize
         quantized = sum(module.weight.numel() for module in linear.values())
         left = (total - quantized) * itemsize
         if total and quantized / total < 0.5:
             out.append(
-                f"bitsandbytes quantises {100 * quantized / total:.1f} % of this model's parameters only: "
+                f"{job.quantizer.library} quantises {100 * quantized / total:.1f} % of this model's parameters only: "
                 f"{left / 2**30:.1f} GiB stay in {job.dtype} (fused experts and layers that are no nn.Linear). "
                 "Budget for them in 16 bit, or choose a dense model"
             )

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import PlanError
 from ..job import Job, read_job
+from ..registry.optimizers import OPTIMIZERS, Optimizer
+from ..registry.trainers import TRAINERS
 from .cards import known
 from .planned_job import FITTING, PlannedJob, plan_job, summary, written
 from .solver import smallest_card
@@ -30,10 +32,16 @@ class Change:
     flops: float = 0.0
 
 
+def _optimizer(job: Job) -> Optimizer:
+    """The facts of the optimiser of a job (resolved)."""
+    return OPTIMIZERS[job.optimizer or TRAINERS[job.trainer].optimizer]
+
+
 def _fused(job: Job) -> Change | None:
-    if job.optimizer not in ("adamw_torch", "adamw_torch_forloop"):
+    fused = _optimizer(job).fused
+    if fused is None:
         return None
-    return Change("fused AdamW", ({"optimizer": "adamw_torch_fused"},), "one kernel instead of many", False, 0)
+    return Change("fused AdamW", ({"optimizer": fused},), "one kernel instead of many", False, 0)
 
 
 def _expandable(job: Job) -> Change | None:
@@ -50,7 +58,7 @@ def _sdpa(job: Job) -> Change | None:
 
 
 def _double_quant(job: Job) -> Change | None:
-    if job.quantization is None or job.quantization.double_quant or job.quantization.type == "int8":
+    if job.quantizer is None or job.quantization.double_quant or not job.quantizer.nests:
         return None
     patch = {"quantization": {**job.quantization.model_dump(), "double_quant": True}}
     return Change("double quantisation", (patch,), "its constants are dequantised too, in each pass", False, 1)
@@ -97,22 +105,24 @@ def _one_sequence(job: Job) -> Change | None:
 
 
 def _chunked_loss(job: Job) -> Change | None:
-    if job.trainer == "trl" or job.method == "inference" or job.task not in (None, "causal-lm"):
+    if TRAINERS[job.trainer].chunks_loss or job.method == "inference" or job.task not in (None, "causal-lm"):
         return None
     patch = {"trainer": "trl", "mixed_precision": "bf16"}
     return Change("TRL's chunked loss", (patch,), "logits are computed twice, in tiles; SFTTrainer's step", False, 3)
 
 
 def _eight_bit(job: Job) -> Change | None:
-    if job.method == "inference" or not (job.optimizer or "").startswith("adamw_torch"):
+    eight_bit = _optimizer(job).eight_bit
+    if job.method == "inference" or eight_bit is None:
         return None
-    return Change("8-bit AdamW", ({"optimizer": "adamw_8bit"},), "states rounded to 8 bits, in blocks of 256", False, 3)
+    return Change("8-bit AdamW", ({"optimizer": eight_bit},), "states rounded to 8 bits, in blocks of 256", False, 3)
 
 
 def _paged(job: Job) -> Change | None:
-    if job.method == "inference" or not (job.optimizer or "").startswith("adamw"):
+    paged = _optimizer(job).paged
+    if job.method == "inference" or paged is None:
         return None
-    patch = {"optimizer": "paged_adamw_8bit"}
+    patch = {"optimizer": paged}
     cost = "states of 8 bits that move to the host when the card is full: over PCIe, there and back"
     return Change("paged 8-bit AdamW", (patch,), cost, False, 4)
 

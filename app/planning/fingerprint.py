@@ -22,7 +22,7 @@ FORMAT = 2
 """Version of the stored bytes. Raise it when the same job is stored as other bytes, and run ``make pretrace``."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 """The packages whose code a trace runs."""
-SOURCES = ("dryrun", "memory", "job.py", "planning/config_limits.py", "planning/fingerprint.py")
+SOURCES = ("dryrun", "memory", "registry", "job.py", "planning/config_limits.py", "planning/fingerprint.py")
 """Files and folders of this package that shape a trace."""
 
 

@@ -121,7 +121,7 @@ def written(planned: PlannedJob) -> int:
 
 def kind_of(job: Job) -> str:
     """The kind of job that its measured error goes by: a key of :data:`vramplan.memory.fit.MEASURED`."""
-    return "int8" if job.quantization is not None and job.quantization.type == "int8" else job.method
+    return job.quantizer.measured_as or job.method if job.quantizer is not None else job.method
 
 
 def verdict_on(planned: PlannedJob, card: Gpu | OwnGpu) -> Verdict:

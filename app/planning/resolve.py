@@ -12,6 +12,7 @@ from ..job import Job, OwnGpu, point_of
 from ..memory.allocator.config import MIB, AllocatorConfig
 from ..memory.kernel_facts import KernelFacts
 from ..memory.sizes import ShapePoint
+from ..registry.strategies import STRATEGIES
 from .calibration import kernels_found
 from .config_limits import refuse_impossible
 
@@ -24,13 +25,16 @@ HEADER_SECONDS = 8.0
 """Time to count the weights of a checkpoint that cannot be planned."""
 
 _NOT_YET = {
-    "strategy": ("single", "several cards are not planned yet", "plan one card's share with strategy single"),
     "gpu_count": (1, "several cards are not planned yet", "set gpu_count to 1"),
     "nodes": (1, "several nodes are not planned yet", "set nodes to 1"),
 }
 
 
 def refuse_unplanned(job: Job) -> None:
+    """Raise :class:`PlanError` for what a job can say and nothing here plans."""
+    strategy = STRATEGIES[job.strategy]
+    if strategy.refusal is not None:
+        raise PlanError(f"`strategy` is {job.strategy!r}: {strategy.refusal}", strategy.hint, "strategy")
     for field, (only, message, hint) in _NOT_YET.items():
         if getattr(job, field) != only:
             raise PlanError(f"`{field}` is {getattr(job, field)!r}: {message}", hint, field)

@@ -285,8 +285,8 @@ def largest_model(data: dict) -> dict:
     job = read_job({**data, "model": MODELS[0].id}).resolved()
     card = card_of(job)
     limit = budget_on(card, job.reserve, 0).limit
-    smallest = 0.5 if job.quantization is not None and job.quantization.type != "int8" else 1.0
-    smallest = smallest if job.quantization is not None else 4.0 if job.dtype == "float32" else 2.0
+    plain = 4.0 if job.dtype == "float32" else 2.0
+    smallest = plain if job.quantizer is None else job.quantizer.least_bytes
     tries, refused, last = [], 0, None
     for model in sorted(MODELS, key=lambda model: -model.parameters):
         if model.parameters * smallest > limit or last == model.facts:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from ..catalog.gpus import Gpu
 from ..job import Job, OwnGpu
 from ..memory.template import packed
+from ..registry.trainers import TRAINERS
 from .resolve import Kernels, kernels_of
 
 
@@ -97,7 +98,7 @@ def key_of(job: Job, config: dict, kernels: Kernels) -> str:
     shape = job.model_dump(
         exclude={"model", "config", "revision", "gpu", "reserve", "allocator", "batch_size", "sequence_length"}
     )
-    if job.trainer == "pytorch":
+    if not TRAINERS[job.trainer].fetches_all_batches:
         shape["gradient_accumulation_steps"] = job.batches_run
     capability, _, measured = kernels
     return json.dumps([shape, config, capability, measured], sort_keys=True, default=str)

@@ -19,13 +19,14 @@ from ..dryrun import sandbox
 from ..dryrun.build.loading import load
 from ..dryrun.build.model import bare
 from ..dryrun.images import images_of
-from ..dryrun.steps.plain import run_generate, run_plain
+from ..dryrun.steps import Loop, loop_of
 from ..job import Job, read_job
+from ..registry import load as load_by_name
+from ..registry.trainers import TRAINERS
 from .extrapolate import with_layers
 from .history import log_of
 from .recorder import Recorder
 from .recording import FAILED, OK, OUT_OF_MEMORY, Recording
-from .trainer_loops import run_trainer
 from .weights import CardWeights
 
 STEPS = 3
@@ -189,13 +190,14 @@ def _run(base, job: Job, task: str, recorder: Recorder, out: Recording, steps: i
     trained = [p for p in model.parameters() if p.requires_grad]
     out.trainable_parameters = sum(p.numel() for p in trained)
     with recorder.watching(model):
-        if job.method == "inference":
-            run_generate(recorder, model, job, task)
-        elif job.trainer == "pytorch":
-            run_plain(recorder, model, job, task, steps)
-        else:
-            run_trainer(recorder, model, job, task, steps)
+        card_loop_of(job)(recorder, model, job, task, steps)
     out.optimizer_state = max(recorder.optimizer_state.values(), default=None)
+
+
+def card_loop_of(job: Job) -> Loop:
+    """The function that runs the job's steps on a card."""
+    reference = TRAINERS[job.trainer].card_loop
+    return loop_of(job) if reference is None or job.method == "inference" else load_by_name(reference, __package__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 import transformers
 
 from ..dryrun.inputs import lengths, make_batch
 from ..dryrun.steps.plain import label_grads_and_state
-from ..dryrun.steps.restated_trainers import own_optimizer
 from ..errors import PlanError
 from ..job import Job
+from ..registry.optimizers import OPTIMIZERS
 
 
 class _Marked:
@@ -77,42 +78,55 @@ class _OnHost:
 
 
 def run_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
-    """``trainer: transformers`` or ``trl``: ``steps`` steps, of two accumulated batches at most."""
-    if recorder.images is not None and job.trainer == "trl":
+    """``trainer: transformers``: ``steps`` steps, of two accumulated batches at most."""
+    recorder.mark("load", 0)
+    batch = make_batch(_OnHost(recorder), model, job, task)
+    _run(recorder, model, job, batch, steps, _trainer)
+
+
+def run_sft_trainer(recorder, model, job: Job, task: str, steps: int) -> None:
+    """``trainer: trl``, likewise."""
+    if recorder.images is not None:
         raise PlanError("SFTTrainer's rows hold no images here", "measure it with another trainer", "trainer")
     recorder.mark("load", 0)
-    accumulate = job.gradient_accumulation_steps
     batch = make_batch(_OnHost(recorder), model, job, task)
-    if job.trainer == "trl":
-        batch = {name: batch[name] for name in ("input_ids", "labels")}  # its collator makes the rest
-    own = own_optimizer(model, job)
-    rows = _Rows(job.batch_size * accumulate * steps, job.batch_size, batch, int(job.packed))
-    checkpointing = job.gradient_checkpointing != "off"
+    batch = {name: batch[name] for name in ("input_ids", "labels")}  # its collator makes the rest
+    _run(recorder, model, job, batch, steps, _sft_trainer)
+
+
+def _run(recorder, model, job: Job, batch: dict[str, torch.Tensor], steps: int, make) -> None:
+    """Train for so many steps on ``batch``, with the Trainer that ``make`` constructs."""
+    named = OPTIMIZERS[job.optimizer].named_by_transformers
+    own = None if named else OPTIMIZERS[job.optimizer].make([p for p in model.parameters() if p.requires_grad])
+    rows = _Rows(job.batch_size * job.gradient_accumulation_steps * steps, job.batch_size, batch, int(job.packed))
     with tempfile.TemporaryDirectory() as folder:
-        common = {
-            "output_dir": folder,
-            "per_device_train_batch_size": job.batch_size,
-            "gradient_accumulation_steps": accumulate,
-            "max_steps": steps,
-            "bf16": job.mixed_precision == "bf16",
-            "fp16": job.mixed_precision == "fp16",
-            "optim": "adamw_torch" if own is not None else job.optimizer,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "gradient_checkpointing": checkpointing,
-            "gradient_checkpointing_kwargs": {"use_reentrant": job.gradient_checkpointing == "reentrant"}
-            if checkpointing
-            else None,
-            "use_cpu": recorder.device == "cpu",
-        }
-        make = _sft_trainer if job.trainer == "trl" else _trainer
-        trainer = make(recorder, model, job, rows, common, own)
+        trainer = make(recorder, model, job, rows, _arguments(job, folder, steps, recorder.device), own)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     recorder.close()
     label_grads_and_state(recorder, [], trainer.optimizer)
+
+
+def _arguments(job: Job, folder: str, steps: int, device: str) -> dict[str, Any]:
+    """The arguments that ``TrainingArguments`` and ``SFTConfig`` have in common."""
+    checkpointing = job.gradient_checkpointing != "off"
+    kwargs = {"use_reentrant": job.gradient_checkpointing == "reentrant"} if checkpointing else None
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": job.batch_size,
+        "gradient_accumulation_steps": job.gradient_accumulation_steps,
+        "max_steps": steps,
+        "bf16": job.mixed_precision == "bf16",
+        "fp16": job.mixed_precision == "fp16",
+        "optim": job.optimizer if OPTIMIZERS[job.optimizer].named_by_transformers else "adamw_torch",
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": kwargs,
+        "use_cpu": device == "cpu",
+    }
 
 
 def _trainer(recorder, model, job: Job, rows: _Rows, common: dict, own) -> transformers.Trainer:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
 import torch
 
 from ..dryrun.build.adapters import adapt
 from ..dryrun.build.loading import MetaWeights
-from ..dryrun.build.quantizers.linear import shape_of
+from ..dryrun.build.quantizers import Layout
+from ..dryrun.build.quantizers.bnb_linear import shape_of
 from ..job import Job
 
 SPREAD = 0.02
@@ -20,24 +20,10 @@ class CardWeights(MetaWeights):
     def __init__(self, device: str):
         self.device = device
 
-    def quantized(self, linear: torch.nn.Linear, job: Job, path: str, tracker) -> torch.nn.Module:
-        """``linear`` with random weights, quantised by bitsandbytes on the card."""
-        quantization, (rows, columns) = job.quantization, shape_of(linear)
-        bias = linear.bias is not None
-        arriving = torch.empty(rows, columns, dtype=getattr(torch, job.dtype), device=self.device).normal_(0, SPREAD)
-        if quantization.type == "int8":
-            new = bnb.nn.Linear8bitLt(columns, rows, bias, has_fp16_weights=False, threshold=6.0, device="meta")
-            weight = bnb.nn.Int8Params(arriving.cpu(), requires_grad=False, has_fp16_weights=False)
-            new.weight = weight.to(self.device)  # it quantises what comes from the host
-        else:
-            options = {"compress_statistics": quantization.double_quant, "quant_type": quantization.type}
-            compute = getattr(torch, quantization.compute_dtype)
-            new = bnb.nn.Linear4bit(columns, rows, bias, compute_dtype=compute, device="meta", **options)
-            weight = bnb.nn.Params4bit(arriving, requires_grad=False, module=new, **options)
-            new.weight = weight.to(self.device)
-        if bias:
-            new.bias = linear.bias
-        return new
+    def quantized(self, layout: Layout, linear: torch.nn.Module, job: Job, path: str, tracker) -> torch.nn.Module:
+        """``linear`` with random weights, quantised by its library on the card."""
+        weight = torch.empty(*shape_of(linear), dtype=getattr(torch, job.dtype), device=self.device)
+        return layout.on_card(linear, job, weight.normal_(0, SPREAD))
 
     def allocate(self, model: torch.nn.Module, tracker) -> None:
         made: dict[int, torch.Tensor] = {}

@@ -22,6 +22,7 @@ from ..catalog.gpus import all_gpus
 from ..catalog.models import MODELS
 from ..errors import PlanError
 from ..form import Field, fields, to_job, to_pairs
+from ..registry.quantizers import WEIGHT_COLUMNS
 from ..resources import folder
 from . import accuracy as rows
 from . import words
@@ -485,8 +486,7 @@ def _percent(part: int, whole: int) -> float:
 
 LAYER_COLUMNS = {
     "base": "Weights",
-    "nf4": "Weights as NF4",
-    "nf4_double_quant": "as NF4, double",
+    **{field: column.title for field, column in WEIGHT_COLUMNS.items()},
     "adapters": "Adapters",
     "gradients": "Gradients",
     "optimizer_state": "Optimizer",

@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..registry.quantizers import QUANTIZERS
 from . import words
 from .words import size
 
@@ -133,9 +134,10 @@ def _phases(answer: dict) -> Table:
 def weights_of(answer: dict) -> tuple[str, str]:
     """The field of a layer that holds its weights as this job stores them, and that layout's name."""
     kind = answer["job"]["quantization"]
-    if kind is None or kind["type"] == "int8":
+    column = None if kind is None else QUANTIZERS[kind["type"]].column_of(kind["double_quant"])
+    if column is None:
         return "base", answer["job"]["dtype"]
-    return ("nf4_double_quant", f"{kind['type']} dq") if kind["double_quant"] else ("nf4", kind["type"])
+    return column, f"{kind['type']} dq" if kind["double_quant"] else kind["type"]
 
 
 def _layers(answer: dict, width: int) -> RenderableType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ..catalog.gpus import all_gpus, find_gpu
+from ..registry.quantizers import QUANTIZERS
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FITTING = ("fits", "tight")
@@ -231,7 +232,7 @@ def settings(answer: dict) -> str:
     out = [job["method"]]
     if job["quantization"]:
         kind = job["quantization"]
-        out.append(kind["type"] + (" double quant" if kind["double_quant"] and kind["type"] != "int8" else ""))
+        out.append(kind["type"] + (" double quant" if kind["double_quant"] and QUANTIZERS[kind["type"]].nests else ""))
     if job["lora"]:
         targets = job["lora"]["target_modules"]
         where = targets if isinstance(targets, str) else ", ".join(targets or ())

@@ -3,11 +3,13 @@
 import gc
 
 from ..catalog.gpus import find_gpu
-from ..dryrun import sandbox
-from ..dryrun.steps import merge_and_save, restated_trainers  # noqa: F401
+from ..dryrun import sandbox, steps
+from ..dryrun.steps import merge_and_save  # noqa: F401
 from ..job import read_job
 from ..planning.resolve import kernels_of
 from ..planning.tracer import InProcessTracer, TraceRequest
+from ..registry import load
+from ..registry.trainers import TRAINERS
 
 CONFIG = {
     "model_type": "llama",
@@ -23,6 +25,8 @@ JOB = read_job({"config": CONFIG, "method": "qlora", "batch_size": 2, "sequence_
 
 sandbox.hold()
 sandbox.return_freed_memory()
+for trainer in TRAINERS.values():
+    load(trainer.loop, steps.__name__)
 InProcessTracer().trace("general", TraceRequest("", JOB, CONFIG, kernels_of(find_gpu("h100-80gb"))))
 gc.collect()
 gc.freeze()

@@ -8,12 +8,11 @@ import torch
 
 from ...errors import PlanError
 from ...job import Job
+from ...registry.trainers import TRAINERS
 from ..observer import StepObserver
 from ..tracker import MemoryTracker
 from .adapters import adapt, magnitudes_entered, own_adapters
-from .quantizers import quantize
-from .quantizers.bnb_4bit import four_bit
-from .quantizers.bnb_int8 import int8
+from .quantizers import Layout, quantize
 
 
 class MetaWeights:
@@ -24,16 +23,11 @@ class MetaWeights:
 
     device = "meta"
 
-    def quantized(self, linear: torch.nn.Linear, job: Job, path: str, tracker: MemoryTracker) -> torch.nn.Module:
-        """``linear`` in bitsandbytes' layout: it arrives in the load dtype, is quantised there and dropped."""
-        dtype = getattr(torch, job.dtype)
-        arriving = tracker.record_alloc(linear.weight.numel() * dtype.itemsize, path, "weights", "load")
-        if job.quantization.type == "int8":
-            new = int8(linear, path, tracker)
-        else:
-            new = four_bit(linear, job.quantization, dtype, path, tracker)
-        tracker.record_free(arriving)
-        return new
+    def quantized(
+        self, layout: Layout, linear: torch.nn.Module, job: Job, path: str, tracker: MemoryTracker
+    ) -> torch.nn.Module:
+        """``linear`` in a quantised layout."""
+        return layout.on_meta(linear, job, path, tracker)
 
     def allocate(self, model: torch.nn.Module, tracker: MemoryTracker) -> None:
         """Everything else, module by module: parameters, then buffers."""
@@ -72,7 +66,7 @@ def load(model: torch.nn.Module, job: Job, task: str, tracker: StepObserver, wei
     weights.allocate(model, tracker)
     model = _prepare(model, job, task, tracker, weights)
     tracker.empty_cache()
-    if job.trainer == "trl" and job.quantization is not None and job.method != "inference":
+    if TRAINERS[job.trainer].casts_adapters and job.quantization is not None and job.method != "inference":
         weights.cast_by_trl(model, tracker)
     return model
 

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from ...errors import PlanError
 from ...job import Job, Quantization
-from ..layer_weights import nf4_bytes
+from ...registry.quantizers import four_bit_bytes
 
 _SIXTEEN_BIT = "plan the 16-bit model that it was made from: method qlora quantises that to 4 bits as it loads"
 
@@ -154,7 +154,7 @@ def stored_weights(model: transformers.PreTrainedModel, settings: dict) -> dict:
             return out
         if code is not None:
             bytes += count * (
-                (nf4_bytes(n * k, code.extra == -1) if code.group == -1 else code.bytes_of(n, k)) - 2 * n * k
+                (four_bit_bytes(n * k, code.extra == -1) if code.group == -1 else code.bytes_of(n, k)) - 2 * n * k
             )
     return out | {"bytes": bytes}
 

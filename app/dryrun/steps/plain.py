@@ -6,11 +6,11 @@ import contextlib
 
 import bitsandbytes as bnb
 import torch
-import transformers
 
 from ...errors import PlanError
 from ...job import Job
 from ...memory.events import TraceLog
+from ...registry.optimizers import OPTIMIZERS
 from ..autocast import Autocast
 from ..build.loading import MetaWeights, load
 from ..cuda.as_if_cuda import as_if_cuda
@@ -21,34 +21,7 @@ from ..observer import StepObserver
 from ..sandbox import replaced
 from ..token_loops import TOKENS_RUN, TokenLoops
 from ..tracker import FORWARD_OTHER_CHECKPOINTING, MemoryTracker
-
-
-def make_optimizer(name: str, parameters: list, keep_32_bits: list[torch.nn.Parameter] = ()):
-    """The optimiser that ``transformers.TrainingArguments(optim=name)`` makes (trainer_optimizer.py).
-
-    ``keep_32_bits``: parameters whose state an 8-bit optimiser is told to keep in fp32.
-    """
-    rate = 1e-4
-    make = {
-        "adamw_torch": lambda: torch.optim.AdamW(parameters, lr=rate),
-        "adamw_torch_fused": lambda: torch.optim.AdamW(parameters, lr=rate, fused=True),
-        "adamw_torch_forloop": lambda: torch.optim.AdamW(parameters, lr=rate, foreach=False),
-        "adamw_8bit": lambda: bnb.optim.AdamW8bit(parameters, lr=rate),
-        "paged_adamw_8bit": lambda: bnb.optim.PagedAdamW8bit(parameters, lr=rate),
-        "paged_adamw_32bit": lambda: bnb.optim.PagedAdamW32bit(parameters, lr=rate),
-        "sgd": lambda: torch.optim.SGD(parameters, lr=rate),
-        "sgd_momentum": lambda: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
-        "adafactor": lambda: transformers.Adafactor(parameters, lr=rate, scale_parameter=False, relative_step=False),
-        "lion_8bit": lambda: bnb.optim.Lion8bit(parameters, lr=rate),
-        "paged_lion_8bit": lambda: bnb.optim.PagedLion8bit(parameters, lr=rate),
-        "lion_32bit": lambda: bnb.optim.Lion(parameters, lr=rate),
-        "paged_lion_32bit": lambda: bnb.optim.PagedLion32bit(parameters, lr=rate),
-    }
-    optimizer = make[name]()
-    if keep_32_bits and name.endswith("8bit"):
-        for parameter in keep_32_bits:
-            optimizer.mng.pid2config[id(parameter)] = {"optim_bits": 32}
-    return optimizer
+from . import loop_of
 
 
 @contextlib.contextmanager
@@ -78,7 +51,7 @@ def run_plain(tracker: StepObserver, model, job: Job, task: str, steps: int, oth
     parameters = [p for p in model.parameters() if p.requires_grad]
     tracker.mark("load", 0, "inputs")
     batch = make_batch(tracker, model, job, task)
-    optimizer = make_optimizer(job.optimizer, parameters)
+    optimizer = OPTIMIZERS[job.optimizer].make(parameters)
     for step in range(1, steps + other + 1):
         for _ in range(job.batches_run):
             begin_forward(tracker, model, job, step, steps)
@@ -172,13 +145,11 @@ def dry_run(
     With ``values`` those that the job states are followed. Loops over tokens are run for so many ``tokens``:
     :func:`~vramplan.dryrun.token_loops.unrolled` repeats them.
     """
-    from .restated_trainers import run_trainer
-
     symbolic = isinstance(job.batch_size, torch.SymInt)
     tracker = MemoryTracker(card, job.attention_mask, job.sequence_length or 0, symbolic)
     if job.mixed_precision != "no":
         tracker.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
-    run = run_generate if job.method == "inference" else run_plain if job.trainer == "pytorch" else run_trainer
+    run = loop_of(job)
     with as_if_cuda(card), paged_states_elsewhere():
         model = load(model, job, task, tracker, MetaWeights())
         mode = tracker.autocast

@@ -19,11 +19,12 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ...errors import PlanError
 from ...job import Job
+from ...registry.optimizers import OPTIMIZERS
 from ..inputs import base_of, make_batch
 from ..observer import StepObserver
 from ..sandbox import replaced
 from ..symbols import sym_range
-from .plain import begin_forward, label_grads_and_state, make_optimizer
+from .plain import begin_forward, label_grads_and_state
 
 MAX_GRAD_NORM = 1.0  # TrainingArguments.max_grad_norm
 
@@ -39,7 +40,7 @@ def run_trainer(tracker: StepObserver, model, job: Job, task: str, steps: int, o
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = own_optimizer(model, job)
         if optimizer is None:
-            optimizer = make_optimizer(job.optimizer, _groups(model), _embeddings(model))
+            optimizer = OPTIMIZERS[job.optimizer].make(_groups(model), _embeddings(model))
         # Accelerator.__init__; it does nothing unless enabled
         scaler = torch.amp.GradScaler(tracker.device, enabled=job.mixed_precision == "fp16")
         total = 0.0
@@ -143,9 +144,9 @@ def _fused_loss(model, batch: dict, items) -> torch.Tensor:
 def own_optimizer(model, job: Job) -> torch.optim.Optimizer | None:
     """What is handed to a Trainer as ``optimizers`` where ``TrainingArguments.optim`` has no name for it: made of all
     that is trained, in the model's order."""
-    if job.optimizer not in ("adamw_torch_forloop", "sgd_momentum"):
+    if OPTIMIZERS[job.optimizer].named_by_transformers:
         return None
-    return make_optimizer(job.optimizer, [p for p in model.parameters() if p.requires_grad])
+    return OPTIMIZERS[job.optimizer].make([p for p in model.parameters() if p.requires_grad])
 
 
 def _groups(model) -> list[dict]:

@@ -1,56 +1,66 @@
-"""How a linear layer lies on the card when it is quantised: one module a method."""
+"""How a linear layer lies on the card when it is quantised: a module a method, each a :class:`Layout`.
+
+The facts that need no torch are rows of :mod:`vramplan.registry.quantizers`; a row names its class here.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import transformers
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
+from transformers.quantizers.base import _assign_is_quantized
 
-from ....job import Job
+from ....job import Job, Quantization
+from ....registry import load
+from ....registry.quantizers import QUANTIZERS
 from ...tracker import MemoryTracker
 
 if TYPE_CHECKING:
     from ..loading import MetaWeights
 
 
-def quantize(model: torch.nn.Module, job: Job, tracker: MemoryTracker, weights: MetaWeights) -> None:
-    """Replace linear layers as ``replace_with_bnb_linear`` does (transformers/integrations/bitsandbytes.py)."""
-    quantization = job.quantization
-    for name, module in list(quantizable(model, quantization.skip_modules)):
-        new = weights.quantized(module, job, name, tracker)
+class Layout(Protocol):
+    """One method of quantising linear layers."""
+
+    packed: type[torch.nn.Parameter]
+    """The class of a weight in this layout."""
+
+    def replaced(
+        self, model: transformers.PreTrainedModel, skip: Iterable[str]
+    ) -> Iterator[tuple[str, torch.nn.Module]]:
+        """The layers that are quantised, with their paths. ``skip``: modules that the job leaves as they are."""
+
+    def on_meta(self, linear: torch.nn.Module, job: Job, path: str, tracker: MemoryTracker) -> torch.nn.Module:
+        """The quantised layer on the meta device; the tracker records what a card is asked for while it is made."""
+
+    def on_card(self, linear: torch.nn.Module, job: Job, weight: torch.Tensor) -> torch.nn.Module:
+        """The quantised layer on a card, made by the library from ``weight``, which lies there already."""
+
+    def mark(self, model: transformers.PreTrainedModel) -> None:
+        """Set what others read of a model that is quantised in this layout."""
+
+
+def layout_of(quantization: Quantization) -> Layout:
+    """The layout that a job's ``quantization`` names."""
+    return load(QUANTIZERS[quantization.type].layout, __package__)()
+
+
+def packed_classes() -> tuple[type[torch.nn.Parameter], ...]:
+    """The classes of weights that are packed, in any layout: their shape is not that of the layer."""
+    return tuple({load(quantizer.layout, __package__).packed for quantizer in QUANTIZERS.values()})
+
+
+def quantize(model: transformers.PreTrainedModel, job: Job, tracker: MemoryTracker, weights: MetaWeights) -> None:
+    """Replace the model's linear layers, one after the other, by ``weights`` in the job's layout."""
+    layout = layout_of(job.quantization)
+    for name, module in list(layout.replaced(model, job.quantization.skip_modules)):
+        new = weights.quantized(layout, module, job, name, tracker)
         tracker.empty_cache()
         new.source_cls = type(module)
         new.requires_grad_(False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
-    model.is_loaded_in_4bit = quantization.type != "int8"
-    model.is_loaded_in_8bit = quantization.type == "int8"
-    model.quantization_method = "bitsandbytes"
+    layout.mark(model)
     _assign_is_quantized(model)  # Jamba's Mamba calls a layer then whose weight it takes otherwise
-
-
-def quantizable(model: transformers.PreTrainedModel, skip: Iterable[str] = ()) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The linear layers that bitsandbytes replaces, with their paths (``replace_with_bnb_linear``).
-
-    Left alone are ``skip`` (``llm_int8_skip_modules``) or, without, the output head and what is tied; and what the
-    class keeps in float32 (quantizer_bnb_4bit.py, ``_process_model_before_weight_loading``).
-    """
-    kept = HfQuantizer.get_modules_to_not_convert(model, list(skip) or None, model._keep_in_fp32_modules)
-    leave = left_by(kept)
-    for name, module in model.named_modules():
-        if type(module) is torch.nn.Linear or isinstance(module, Conv1D):
-            if not leave(name):
-                yield name, module
-
-
-def left_by(patterns: list[str]) -> Callable[[str], bool]:
-    """Whether a module of that path is left as it is (quantizers_utils.py ``should_convert_module``): it begins as one
-    of the patterns says, or ends with one. Theirs looks up each of them for each path: of a model of 600 tied layers
-    for ten seconds."""
-    begins, ends = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).match, tuple(patterns)
-    return lambda path: bool(ends) and (begins(path) is not None or path.endswith(ends))

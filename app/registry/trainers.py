@@ -1,0 +1,65 @@
+"""Whose training step a job runs: the defaults of each trainer, and where its loop is.
+
+``loop`` runs the steps on the meta device (``app/dryrun/steps/``), ``card_loop`` on a real card (``app/probe/``). Both
+take (observer, model, job, task, steps). How to add one: ``docs/add-a-trainer.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One trainer.
+
+    ``loop`` is relative to ``dryrun.steps``; ``card_loop`` to ``probe``, None where the same loop runs there.
+    ``mixed_precision``, ``optimizer``, ``checkpoints`` and ``prepares_for_kbit_training`` are what it does where a job
+    says nothing (:meth:`vramplan.job.Job.resolved`).
+    """
+
+    loop: str
+    card_loop: str | None
+    mixed_precision: Literal["no", "bf16", "fp16"]
+    optimizer: str
+    checkpoints: bool = False
+    """Gradient checkpointing is on by default, for other methods than qlora too."""
+    prepares_for_kbit_training: bool = True
+    """``peft.prepare_model_for_kbit_training`` is called on a quantised model."""
+    fetches_all_batches: bool = True
+    """All accumulated batches of a step lie on the card before the first one runs."""
+    casts_adapters: bool = False
+    """Adapters of a quantised model are cast to bfloat16."""
+    masks_always: bool = False
+    """Its collator makes an attention mask whether or not a job asks for one."""
+    packs_with_bounds: bool = False
+    """Its collator tells where each packed sequence begins (``cu_seq_lens_q``, ``seq_idx`` …)."""
+    chunks_loss: bool = False
+    """Logits are made tile by tile in the loss, never all at once."""
+
+
+TRAINERS: dict[str, Trainer] = {
+    "pytorch": Trainer(".plain:run_plain", None, "no", "adamw_torch", fetches_all_batches=False),
+    "transformers": Trainer(
+        ".restated_trainers:run_trainer", ".trainer_loops:run_trainer", "bf16", "adamw_torch_fused"
+    ),
+    "trl": Trainer(
+        ".restated_trainers:run_trainer",
+        ".trainer_loops:run_sft_trainer",
+        "bf16",
+        "adamw_torch_fused",
+        checkpoints=True,
+        prepares_for_kbit_training=False,
+        casts_adapters=True,
+        masks_always=True,
+        packs_with_bounds=True,
+        chunks_loss=True,
+    ),
+}
+"""By the name that a job gives it: a plain loop, ``transformers.Trainer``, ``trl.SFTTrainer``."""
+
+if TYPE_CHECKING:
+    TrainerName = str
+else:
+    TrainerName = Literal[tuple(TRAINERS)]
