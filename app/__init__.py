@@ -37,18 +37,13 @@ if TYPE_CHECKING:
     from .job import Job
     from .schema import Answer
 
-    __version__: str
-
+__version__ = "0.2.0"
 __all__ = ["Answer", "Job", "PlanError", "advise", "compare", "plan", "solve"]
 _HOME = {"Answer": "schema", "Job": "job", "PlanError": "errors"}
 
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when they are first asked for: importing the package costs nothing."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("vramplan")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -296,6 +296,7 @@ class Advice(_Open):
     now: Weighed
     suggestions: list[Suggestion]
     pair: Suggestion | None
+    untraced: list[str] = Field([], description="Changes that cannot be planned without the packages of [trace].")
     smallest_card: str | None = Field(description="The smallest of the catalogue that takes the job as it is.")
     merged: Weighed | Failure | None = Field(
         description="Generating 64 tokens with the model that the adapter is merged into, in 16 bit, on the same card."
@@ -364,17 +365,18 @@ class ModelRow(BaseModel):
 
 
 class Health(BaseModel):
-    """The service is up; `waiting` jobs stand in line."""
+    """Whether the service is up; `waiting` jobs are in the queue."""
 
     status: Literal["ok"] = "ok"
     version: str
     waiting: int
+    can_trace: bool = Field(description="false: torch is not installed, and only jobs traced before are planned.")
 
 
 class Progress(BaseModel):
-    """What is being done for a request: it waits in `line`, runs, or is done (or unknown)."""
+    """What is being done for a request: it waits in the queue, runs, or is done (or unknown)."""
 
     state: Literal["waiting", "running", "done"]
-    line: int = Field(description="Jobs in line.")
+    line: int = Field(description="Jobs in the queue.")
     doing: str
     seconds: float = Field(description="Since the request came.")

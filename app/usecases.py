@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import PlanError, Unanswered
+from .probe import check_packages
 
 log = logging.getLogger("vramplan")
 
@@ -60,6 +61,7 @@ def compare(what: Any) -> dict:
 def probe(bench: Any, job: Any, **options: Any) -> tuple[dict, Any]:
     """A job measured on a bench beside its plan: the answer, and what it was made from. Raises :class:`PlanError` and
     nothing else."""
+    check_packages()
     from .probe.measure import measured
 
     return _told(lambda: measured(bench, job, **options))
@@ -67,6 +69,7 @@ def probe(bench: Any, job: Any, **options: Any) -> tuple[dict, Any]:
 
 def recorded(path: str) -> tuple[dict, Any]:
     """A recording made elsewhere beside the plan that is made here, as :func:`probe`."""
+    check_packages()
     from .probe.measure import from_recording
     from .probe.recording import read_recording
 

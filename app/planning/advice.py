@@ -12,6 +12,7 @@ from ..job import Job, read_job
 from ..registry.optimizers import OPTIMIZERS, Optimizer
 from ..registry.trainers import TRAINERS
 from .cards import known
+from .fingerprint import NotTraced
 from .planned_job import FITTING, PlannedJob, plan_job, summary, written
 from .solver import smallest_card
 
@@ -197,22 +198,34 @@ def advise(data: Any) -> dict:
     if job.gpu is None:
         raise PlanError("advice is for a card, and the job names none", "set gpu", "gpu")
     now = plan_job(job)
-    out = {"now": summary(now), "suggestions": [], "pair": None}
+    out: dict[str, Any] = {"now": summary(now), "suggestions": [], "pair": None}
+    card = smallest_card(job)["gpu"]
     if out["now"]["verdict"] not in FITTING:
-        found, failed = [], []
-        for change in changes(now.job):
-            fits, option = _first_that_fits(now, job, (change,))
-            if option is not None:
-                (found if fits else failed).append((change, option))
+        untraced: list[str] = []
+        found, failed = _planned_changes(now, job, untraced)
         out["suggestions"] = [option for _, option in sorted(found, key=_order)]
         if not found:
-            out["pair"] = _pair(now, job, failed)
-    card = smallest_card(job)["gpu"]
-    if card is not None and out["now"]["verdict"] not in FITTING:
-        change = Change("another card", ({"gpu": card},), "its price", False, ANOTHER_CARD)
-        _, option = _first_that_fits(now, job, (change,))
-        out["suggestions"].append(option)
+            out["pair"] = _pair(now, job, failed, untraced)
+        if card is not None:
+            change = Change("another card", ({"gpu": card},), "its price", False, ANOTHER_CARD)
+            _, option = _first_that_fits(now, job, (change,), untraced)
+            out["suggestions"] += [option] if option else []
+        out |= {"untraced": untraced} if untraced else {}
     return {**out, "smallest_card": card, "merged": merged(now)}
+
+
+Options = list[tuple[Change, dict]]
+
+
+def _planned_changes(now: PlannedJob, job: Job, untraced: list[str]) -> tuple[Options, Options]:
+    """The single changes with which the job fits, and those with which it still does not, each planned."""
+    found: Options = []
+    failed: Options = []
+    for change in changes(now.job):
+        fits, option = _first_that_fits(now, job, (change,), untraced)
+        if option is not None:
+            (found if fits else failed).append((change, option))
+    return found, failed
 
 
 def merged(planned: PlannedJob) -> dict | None:
@@ -234,32 +247,38 @@ def _order(entry: tuple[Change, dict]) -> tuple:
     return change.changes_objective, option["verdict"] != "fits", change.rank, -option["headroom"]
 
 
-def _pair(now: PlannedJob, job: Job, failed: list[tuple[Change, dict]]) -> dict | None:
+def _pair(now: PlannedJob, job: Job, failed: Options, untraced: list[str]) -> dict | None:
     """The best two changes of those that save most: of the pairs that fit, the least that a user would mind."""
     failed.sort(key=lambda entry: entry[1]["peak"]["reserved"])
     fitting = []
     for (one, _), (other, _) in itertools.islice(itertools.combinations(failed, 2), 15):
         if not one.patches[-1].keys() & other.patches[-1].keys():
-            fits, option = _first_that_fits(now, job, (one, other))
+            fits, option = _first_that_fits(now, job, (one, other), untraced)
             if fits:
                 objective, rank = one.changes_objective or other.changes_objective, one.rank + other.rank
                 fitting.append(((objective, option["verdict"] != "fits", rank), option))
     return min(fitting, key=lambda entry: entry[0])[1] if fitting else None
 
 
-def _first_that_fits(now: PlannedJob, job: Job, parts: tuple[Change, ...]) -> tuple[bool, dict | None]:
-    """The least patch of the changes with which ``job`` fits, planned, else the greatest; None: it is refused."""
-    option = None
+def _first_that_fits(
+    now: PlannedJob, job: Job, parts: tuple[Change, ...], untraced: list[str]
+) -> tuple[bool, dict | None]:
+    """The least patch of the changes with which ``job`` fits, planned, else the greatest; None: it is refused, or
+    cannot be traced here: then ``untraced`` gets its title."""
+    option, title = None, " and ".join(change.title for change in parts)
     for patches in itertools.zip_longest(*(change.patches for change in parts)):
         chosen = [patch or change.patches[-1] for patch, change in zip(patches, parts)]
         patch = {key: value for one in chosen for key, value in one.items()}
         try:
             planned = plan_job(read_job({**job.model_dump(exclude_unset=True), **patch}))
             found = summary(planned)
+        except NotTraced:
+            untraced += [] if title in untraced else [title]
+            continue
         except PlanError:
             continue
         option = {
-            "title": " and ".join(change.title for change in parts),
+            "title": title,
             "change": patch,
             "cost": "; ".join(change.cost for change in parts),
             "changes_objective": any(change.changes_objective for change in parts),

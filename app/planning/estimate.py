@@ -11,7 +11,7 @@ from ..memory.events import KINDS
 from ..memory.summary import holders_after
 from .calibration import warnings_of
 from .cards import every_card, outside_of
-from .fingerprint import stack
+from .fingerprint import stack, stack_warnings
 from .planned_job import after, card_warnings, fit_on, plan_job
 from .profile_cache import trace_general_later
 
@@ -70,7 +70,13 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         "layers": [layer._asdict() for layer in layers],
         "fits": fits,
         "after": asdict(following) if following else None,
-        "warnings": [*planned.profile.warnings, *card_warnings(job, card), *warnings_of(card), *unknown],
+        "warnings": [
+            *planned.profile.warnings,
+            *card_warnings(job, card),
+            *warnings_of(card),
+            *stack_warnings(),
+            *unknown,
+        ],
         "stack": stack(),
     }
 

@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType
 
+from .. import __version__
+from ..errors import PlanError
 from ..resources import CATALOG, PACKAGE
 
 FORMAT = 2
@@ -24,7 +26,6 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl
 """The packages whose code a trace runs."""
 SOURCES = ("dryrun", "memory", "registry", "job.py", "planning/config_limits.py", "planning/fingerprint.py")
 """Files and folders of this package that shape a trace."""
-
 
 SHIPPED_STACK = CATALOG / "stack.json"
 """The versions that traced the file which the package brings along; ``make pretrace`` writes it."""
@@ -54,15 +55,43 @@ def can_trace() -> bool:
     return installed_stack().keys() == set(LIBRARIES)
 
 
-def is_shipped_stack() -> bool:
-    """Whether the plans that the package brings along are plans of what is installed here, as far as it is."""
-    return all(shipped_stack().get(name) == number for name, number in installed_stack().items())
+class NotTraced(PlanError):
+    """The error for a job that the package brings no trace of, where the packages that would trace it are missing.
+
+    It says nothing about the job: a search must not take it for a job that cannot run, and no cache keeps it.
+    """
+
+    def __init__(self) -> None:
+        missing = ", ".join(name for name in LIBRARIES if name not in installed_stack())
+        super().__init__(
+            f"this job is not one of those that come with the package, and tracing it needs {missing}",
+            'pip install "vramplan[trace]"',
+        )
+
+
+def use_shipped() -> bool:
+    """Whether to answer from the traces that the package brings along: they are of the installed versions, or nothing
+    here could trace the job again."""
+    return not can_trace() or installed_stack() == shipped_stack()
+
+
+def stack_warnings() -> list[str]:
+    """What an answer says where it is made from traces of other versions than those that are installed."""
+    shipped = shipped_stack()
+    others = [
+        f"{name} {shipped[name]} (installed: {number})"
+        for name, number in installed_stack().items()
+        if number != shipped.get(name, number)
+    ]
+    if can_trace() or not others:
+        return []
+    return [f"the plan is one of {', '.join(others)}; to plan with what is installed: pip install 'vramplan[trace]'"]
 
 
 def stack() -> dict[str, str]:
     """The versions that plans are traced with, by package: the installed ones; without them, those of the plans that
     the package brings along."""
-    return {"vramplan": version("vramplan"), **(installed_stack() if can_trace() else shipped_stack())}
+    return {"vramplan": __version__, **(installed_stack() if can_trace() else shipped_stack())}
 
 
 def shipped_key(kind: str) -> str:

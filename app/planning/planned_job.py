@@ -61,7 +61,7 @@ class PlannedJob:
 
     @property
     def summary(self) -> MemorySummary:
-        """The stream without a limit."""
+        """The summary of the job without a memory limit."""
         return _summary(ref(self.profile), self.point, self.settings)
 
     @cached_property
@@ -76,7 +76,7 @@ class PlannedJob:
 
 @lru_cache(maxsize=64)
 def _summary(profile: ref[Profile], point: ShapePoint, settings: AllocatorConfig) -> MemorySummary:
-    """By reference, as the verdicts: what is remembered keeps no profile that the shelf has given up."""
+    """By weak reference, so that this cache keeps no profile alive that the profile cache has dropped."""
     return summary_of(concrete_at(profile().template, point), settings)
 
 
@@ -98,10 +98,10 @@ def step_fits_under(planned: PlannedJob, limit: int) -> bool:
 
 
 def written(planned: PlannedJob) -> int:
-    """Bytes of all that a steady step takes: what it writes anew, a lower bound of the memory traffic that it causes.
+    """Bytes that a steady step allocates. It writes each of them, so they are a lower bound of its memory traffic.
 
-    Of accumulated batches the books hold the passes of :attr:`~vramplan.job.Job.batches_run`, and of a trainer what all of
-    them are fetched into.
+    Where batches are accumulated, the trace has the passes of :attr:`~vramplan.job.Job.batches_run` of them; a
+    trainer's trace has the inputs of all.
     """
     concrete, marks = planned.concrete, planned.concrete.template.marks
     last = max(mark.step for mark in marks)
@@ -125,7 +125,7 @@ def kind_of(job: Job) -> str:
 
 
 def verdict_on(planned: PlannedJob, card: Gpu | OwnGpu) -> Verdict:
-    """The verdict on a card, by the books of the job's own card."""
+    """The verdict on a card, from the trace for the job's own card."""
     budget = budget_on(card, planned.job.reserve, planned.summary.parts.get("kernel_workspace", 0))
     return _verdict(ref(planned.profile), planned.point, planned.settings, budget, kind_of(planned.job))
 
@@ -200,10 +200,10 @@ def fit_on(planned: PlannedJob, card: Gpu | OwnGpu) -> dict:
     }
 
 
-def summary(planned: PlannedJob) -> dict:
-    """The peaks of a job and its verdict on its own card."""
+def summary(planned: PlannedJob, card: Gpu | OwnGpu | None = None) -> dict:
+    """The peaks of a job and its verdict on a card, its own if none is given."""
     summary = planned.summary
-    fit = fit_on(planned, planned.card)
+    fit = fit_on(planned, card or planned.card)
     peak = {"allocated": summary.peak.peak, "reserved": summary.reserved, "phase": summary.peak.name}
     keys = ("gpu", "verdict", "headroom", "interval", "margin", "breaks", "breaks_on", "cannot")
     return {"peak": peak, **{key: fit[key] for key in keys}}

@@ -1,7 +1,9 @@
-"""The catalogue's usual jobs, traced ahead into the file that the package brings along: ``python -m vramplan.planning.pretrace``.
+"""The usual jobs of the catalogue's models, traced ahead into the file that the package brings along.
 
-A plan finds them there as it finds what it has traced itself (:mod:`vramplan.planning.profile_store`). ``tests/test_pretraced.py`` fails
-where the engine is another than the one that traced them, and traces a sample afresh.
+``python -m vramplan.planning.pretrace`` writes it (``make pretrace``).
+
+A plan finds them there as it finds what it has traced itself (:mod:`vramplan.planning.profile_store`). A test
+traces a sample of them again, and a slow test all, and compares bytes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ..memory.sizes import ShapePoint
 from ..memory.summary import MemorySummary, summarize
 from ..memory.template import ConcreteTrace, TraceTemplate, packed, unpacked
 from ..resources import CATALOG
-from .fingerprint import cache_key, is_shipped_stack, shipped_key
+from .fingerprint import NotTraced, cache_key, shipped_key, use_shipped
 from .profile_store import Store, own_path
 from .resolve import chip_of, shape_point_of
 from .tracer import TraceRequest, request_of, tracer
@@ -124,8 +124,8 @@ _shipped = Store(SHIPPED, fixed=True, key=shipped_key)
 
 
 def shipped(kind: str) -> list[bytes]:
-    """What the package brings along of a kind; nothing where another stack is installed than the one that traced it."""
-    return _shipped.get(kind) if is_shipped_stack() else []
+    """What the package brings along of a kind; nothing where another stack is installed and can trace."""
+    return _shipped.get(kind) if use_shipped() else []
 
 
 _profiles = ProfileCache()
@@ -194,6 +194,8 @@ def _part_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> ConcreteT
     if known is None:
         try:
             data = tracer.get().trace(part, request)
+        except NotTraced:
+            raise
         except PlanError as error:
             data = packed({"refused": error.as_dict()})
         known = store_trace(part, request, data)

@@ -1,8 +1,8 @@
 """What was traced, kept on disk: one SQLite file a user, safe under many processes, bounded, rebuilt when damaged.
 
-An entry is bytes that check themselves (:func:`vramplan.memory.template.packed`). Entries of one ``kind`` hold for different
-batches and lengths. The key of a kind has the versions of the stack and the sources of the engine in it: what another
-engine traced is never found, and ages out.
+An entry is bytes with a checksum (:func:`vramplan.memory.template.packed`). Entries of one ``kind`` hold for different
+batches and lengths. The key of a kind contains the versions of the stack and the engine's own code
+(:mod:`vramplan.planning.fingerprint`): what another engine traced is never found, and ages out.
 """
 
 from __future__ import annotations

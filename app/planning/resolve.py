@@ -86,7 +86,7 @@ def _config_of(job: Job) -> tuple[dict, dict]:
     for path in (name, os.path.join(name, "config.json")):
         if os.path.isfile(path):
             return _read_file(path), {"kind": "file", "id": path}
-    from ..hub.client import fetch_config
+    from ..hub.model_config import fetch_config
 
     return fetch_config(name, job.revision)
 
@@ -95,7 +95,7 @@ def with_checkpoint_weights(error: PlanError, job: Job, source: dict) -> PlanErr
     """``error`` about a model, with what its checkpoint weighs where headers of safetensors files can be read."""
     if error.weights is not None or error.field not in ("model", "config") or source["kind"] not in ("hub", "file"):
         return error
-    from ..hub.client import weights_of
+    from ..hub.checkpoint_weights import weights_of
 
     try:
         place = job.model if source["kind"] == "hub" else os.path.dirname(os.path.abspath(source["id"]))

@@ -16,6 +16,7 @@ from ..errors import PlanError, near
 from ..job import TARGETS, Job, OwnGpu, read_job
 from ..memory.fit import Verdict, fits_under_limit
 from .cards import budget_on, check_prices, every_card
+from .fingerprint import NotTraced
 from .planned_job import FITTING, PlannedJob, plan_job, step_fits_under, summary, verdict_on
 from .profile_cache import load_of
 from .resolve import allocator_config_of, card_of, config_of
@@ -74,6 +75,8 @@ class _Tries:
         if count not in self.verdicts:
             try:
                 self.verdicts[count] = self._judge(self.plan_job(count))
+            except NotTraced:
+                raise
             except PlanError:
                 if count == 1:
                     raise
@@ -244,8 +247,12 @@ def smallest_card(job: Job, prices: dict[str, float] | None = None) -> dict:
     base = plan_job(job)
     cards = [card for card in every_card() if card.bf16 or not base.job.in_bfloat16]
 
-    def on(card) -> dict:
-        return summary(plan_job(job.model_copy(update={"gpu": card.key})))
+    def on(card: Gpu) -> dict:
+        """The summary on a card: planned with its own kernels, or by the base's where those cannot be traced here."""
+        try:
+            return summary(plan_job(job.model_copy(update={"gpu": card.key})))
+        except NotTraced:
+            return {**summary(base, card), "same_kernels": False}
 
     if prices is not None:
         ranked = [{"price": prices[card.key], **on(card)} for card in cards if card.key in prices]
@@ -268,6 +275,8 @@ def _loads(job: Job, card: Gpu | OwnGpu, limit: int) -> bool | None:
         return fits_under_limit(load_of(job, config_of(job)[0], card), replace(allocator_config_of(job), limit=limit))[
             0
         ]
+    except NotTraced:
+        raise
     except PlanError:
         return None
 
@@ -299,6 +308,8 @@ def largest_model(data: dict) -> dict:
             continue
         try:
             found = summary(plan_job(mine))
+        except NotTraced:
+            raise
         except PlanError:
             refused += 1
             continue

@@ -13,6 +13,7 @@ from ..catalog.gpus import Gpu
 from ..job import Job, OwnGpu
 from ..memory.template import packed
 from ..registry.trainers import TRAINERS
+from .fingerprint import NotTraced, can_trace
 from .resolve import Kernels, kernels_of
 
 
@@ -53,6 +54,9 @@ class InProcessTracer:
     one_shot = True
 
     def trace(self, part: str, request: TraceRequest) -> bytes:
+        """As :meth:`Tracer.trace`. Raises :class:`NotTraced` where torch and its libraries are not installed."""
+        if not can_trace():
+            raise NotTraced
         from ..dryrun import sandbox
         from ..dryrun.steps import merge_and_save
         from ..dryrun.trace import trace
