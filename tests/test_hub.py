@@ -22,7 +22,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled
 from vramplan.catalog.models import MODELS
 from vramplan.errors import PlanError
-from vramplan.hub import client as client
+from vramplan.hub import checkpoint_weights, client, model_config, model_search, refusals
 from vramplan.server.app import create_app
 from vramplan.usecases import plan
 
@@ -58,7 +58,7 @@ def hub():
 @pytest.fixture
 def fetch(hub, tmp_path):
     def fetch(name=ID, revision=None, token=None):
-        return client.fetch_config(
+        return model_config.fetch_config(
             name, revision, endpoint=hub.endpoint, token=token, cache_dir=str(tmp_path / "cache")
         )
 
@@ -68,7 +68,9 @@ def fetch(hub, tmp_path):
 @pytest.fixture
 def plan_job(hub, tmp_path):
     def plan_job(name=ID, revision=None, token=None):
-        return client.weights_of(name, revision, endpoint=hub.endpoint, token=token, cache_dir=str(tmp_path / "cache"))
+        return checkpoint_weights.weights_of(
+            name, revision, endpoint=hub.endpoint, token=token, cache_dir=str(tmp_path / "cache")
+        )
 
     return plan_job
 
@@ -156,7 +158,7 @@ def test_many_at_once(hub, tmp_path):
     hub.fault("GET", "m3/", status=503, times=1)
 
     def one(i):
-        return client.fetch_config(f"acme/m{i}", endpoint=hub.endpoint, cache_dir=str(tmp_path))[0]
+        return model_config.fetch_config(f"acme/m{i}", endpoint=hub.endpoint, cache_dir=str(tmp_path))[0]
 
     with ThreadPoolExecutor(12) as pool:
         assert list(pool.map(one, range(12))) == [{"i": i} for i in range(12)]
@@ -316,7 +318,7 @@ def test_one_silence_is_survived(hub, fetch, impatient):
 
 def test_a_dripping_server_has_a_deadline(hub, fetch, monkeypatch):
     """Each byte comes in time, the file would not: 1 KiB at 0.05 s a byte."""
-    monkeypatch.setattr(client, "CONFIG_SECONDS", 0.5)
+    monkeypatch.setattr(model_config, "CONFIG_SECONDS", 0.5)
     hub.add(ID, {"config.json": b"{}" + b" " * 1024})
     hub.fault("GET", "resolve-cache", trickle=0.05)
     seconds, error = took(lambda: refused(fetch))
@@ -330,7 +332,7 @@ def test_a_dripping_server_has_a_deadline(hub, fetch, monkeypatch):
 
 def test_what_no_timeout_bounds_has_a_deadline_too(hub, fetch, monkeypatch):
     """The look-up of a host's name takes no timeout; a resolver that answers nobody takes half a minute."""
-    monkeypatch.setattr(client, "CONFIG_SECONDS", 0.3)
+    monkeypatch.setattr(model_config, "CONFIG_SECONDS", 0.3)
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(1) or real(*args, **kwargs))
     hub.add(ID, FILES)
@@ -344,8 +346,8 @@ def test_the_bounds_that_users_get_are_within_20_seconds():
         line.split(" = ") for line in source.splitlines() if line.startswith(("CONNECT", "TRIES", "CONFIG_SECONDS"))
     )
     (connect, read), (tries, pause) = eval(values["CONNECT, READ"]), eval(values["TRIES, PAUSE"])
-    assert connect <= read <= 5 and tries * read + pause * (2 ** (tries - 1) - 1) < client.CONFIG_SECONDS <= 20
-    assert client.SEARCH_SECONDS <= 3 and client.CONFIG_LIMIT == 4 * 2**20
+    assert connect <= read <= 5 and tries * read + pause * (2 ** (tries - 1) - 1) < model_config.CONFIG_SECONDS <= 20
+    assert model_search.SEARCH_SECONDS <= 3 and client.CONFIG_LIMIT == 4 * 2**20
 
 
 def test_a_truncated_body_is_read_again(hub, fetch):
@@ -446,7 +448,7 @@ def test_no_network(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        error = refused(client.fetch_config, "meta-llama/Lama-3.1-8B", endpoint=endpoint, cache_dir=str(tmp_path))
+        error = refused(model_config.fetch_config, "meta-llama/Lama-3.1-8B", endpoint=endpoint, cache_dir=str(tmp_path))
     assert "cannot be reached" in error.message and "Lama-3.1-8B is not in the cache" in error.message
     assert "check the network" in error.hint and "meta-llama/Llama-3.1-8B" in error.hint
 
@@ -456,13 +458,13 @@ def test_a_host_that_does_not_exist(tmp_path, monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    error = refused(client.fetch_config, ID, endpoint="http://hub.invalid", cache_dir=str(tmp_path))
+    error = refused(model_config.fetch_config, ID, endpoint="http://hub.invalid", cache_dir=str(tmp_path))
     assert "hub.invalid cannot be reached" in error.message and "Name or service not known" in error.message
 
 
 @pytest.mark.parametrize("endpoint", ["ftp://127.0.0.1", "http://", "hub"])
 def test_an_endpoint_that_is_none(tmp_path, endpoint):
-    refused(client.fetch_config, ID, endpoint=endpoint, cache_dir=str(tmp_path))
+    refused(model_config.fetch_config, ID, endpoint=endpoint, cache_dir=str(tmp_path))
 
 
 def test_a_server_that_is_no_hub(hub, fetch):
@@ -492,7 +494,7 @@ def test_offline_and_cached(hub, fetch, monkeypatch, variable):
 def test_a_cache_that_cannot_be_written(hub, tmp_path):
     hub.add(ID, FILES)
     (tmp_path / "file").write_text("")
-    error = refused(client.fetch_config, ID, endpoint=hub.endpoint, cache_dir=str(tmp_path / "file"))
+    error = refused(model_config.fetch_config, ID, endpoint=hub.endpoint, cache_dir=str(tmp_path / "file"))
     assert "cache" in error.message and "HF_HOME" in error.hint
 
 
@@ -542,7 +544,7 @@ print(json.dumps([before, answer, huggingface_hub.constants.is_offline_mode(), h
     code = f"""
 import json, huggingface_hub
 theirs = huggingface_hub.hf_hub_download({ID!r}, "config.json")
-from vramplan.hub.client import fetch_config
+from vramplan.hub.model_config import fetch_config
 print(json.dumps([theirs, fetch_config({ID!r})]))
 """
     theirs, ours = python(code, hub, tmp_path, HF_HUB_OFFLINE="1")
@@ -663,7 +665,7 @@ def test_a_broken_index(hub, plan_job, index):
 
 
 def test_an_index_of_too_many_files(hub, plan_job):
-    index = {"weight_map": {str(i): f"{i}.safetensors" for i in range(client.SHARD_LIMIT + 1)}}
+    index = {"weight_map": {str(i): f"{i}.safetensors" for i in range(checkpoint_weights.SHARD_LIMIT + 1)}}
     hub.add(ID, {"model.safetensors.index.json": json.dumps(index).encode()})
     assert "2001 files" in refused(plan_job).message
 
@@ -704,15 +706,15 @@ def test_weights_of_a_folder_and_of_the_cache(hub, plan_job, tmp_path, monkeypat
 def test_search_is_the_hub_s_own(hub):
     for name in ("acme/llama-a", "acme/llama-b", "acme/llama-c", "acme/qwen"):
         hub.add(name, FILES)
-    assert client.search("Llama", endpoint=hub.endpoint) == ["acme/llama-a", "acme/llama-b", "acme/llama-c"]
-    assert client.search("llama", 2, endpoint=hub.endpoint, token=TOKEN) == ["acme/llama-a", "acme/llama-b"]
+    assert model_search.search("Llama", endpoint=hub.endpoint) == ["acme/llama-a", "acme/llama-b", "acme/llama-c"]
+    assert model_search.search("llama", 2, endpoint=hub.endpoint, token=TOKEN) == ["acme/llama-a", "acme/llama-b"]
     assert "search=llama" in hub.log[-1].path and "limit=2" in hub.log[-1].path
     assert hub.log[-1].headers["authorization"] == f"Bearer {TOKEN}"
 
 
 def test_search_that_fails_is_told_from_one_that_finds_nothing(hub, monkeypatch):
     hub.add(ID, FILES)
-    monkeypatch.setattr(client, "SEARCH_SECONDS", 0.25)
+    monkeypatch.setattr(model_search, "SEARCH_SECONDS", 0.25)
     faults = [
         {"status": 500},
         {"status": 429},
@@ -725,20 +727,20 @@ def test_search_that_fails_is_told_from_one_that_finds_nothing(hub, monkeypatch)
     for fault in faults:
         hub.faults = []
         hub.fault("GET", "/api/models", **fault)
-        seconds, found = took(lambda: client.search("llama", endpoint=hub.endpoint))
+        seconds, found = took(lambda: model_search.search("llama", endpoint=hub.endpoint))
         assert found is None and seconds < 2, fault
     hub.faults = []
-    assert client.search("llama", endpoint=hub.endpoint) == [ID]
+    assert model_search.search("llama", endpoint=hub.endpoint) == [ID]
     asked = len(hub.log)
-    assert client.search("  ", endpoint=hub.endpoint) == []
+    assert model_search.search("  ", endpoint=hub.endpoint) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert client.search("llama", endpoint=hub.endpoint) is None and len(hub.log) == asked
+    assert model_search.search("llama", endpoint=hub.endpoint) is None and len(hub.log) == asked
 
 
 def test_models_are_the_catalogue_s_and_the_hub_s(hub, monkeypatch):
     """``GET /models``: the header says whether the Hub answered; without it the catalogue alone answers, soon."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(client, "SEARCH_SECONDS", 0.25)
+    monkeypatch.setattr(model_search, "SEARCH_SECONDS", 0.25)
     for name in ("acme/llama-a", "acme/llama-b", "meta-llama/Llama-3.1-8B", "acme/qwen"):
         hub.add(name, FILES)
     web = TestClient(create_app())
@@ -791,6 +793,6 @@ def test_a_model_whose_code_is_in_its_repository_is_answered_with_its_weights(hu
 
 
 def test_the_nearest_of_the_catalogue():
-    assert client.nearest("llama-3.1-8b", 1) == ["meta-llama/Llama-3.1-8B"]
-    assert client.nearest("someone/Qwen2.5-7B-Instruct-GPTQ", 1)[0].startswith("Qwen/Qwen2.5-7B")
-    assert len(client.nearest("zzz")) == 3 and set(client.nearest("")) <= IDS
+    assert refusals.nearest("llama-3.1-8b", 1) == ["meta-llama/Llama-3.1-8B"]
+    assert refusals.nearest("someone/Qwen2.5-7B-Instruct-GPTQ", 1)[0].startswith("Qwen/Qwen2.5-7B")
+    assert len(refusals.nearest("zzz")) == 3 and set(refusals.nearest("")) <= IDS
