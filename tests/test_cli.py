@@ -9,6 +9,7 @@ import sys
 import pytest
 from tiny import BAD, JOB, LLAMA
 from vramplan import cli
+from vramplan.cli import demo_command
 from vramplan.form import fields, to_job
 from vramplan.job import Job
 
@@ -246,10 +247,10 @@ def test_the_demo_answers_the_main_question_and_climbs_the_ladder(vramplan, monk
     from vramplan.usecases import plan
 
     asked = []
-    monkeypatch.setattr(cli, "plan", lambda job: asked.append(job) or plan({**JOB, "gpu": job.get("gpu")}))
+    monkeypatch.setattr(demo_command, "plan", lambda job: asked.append(job) or plan({**JOB, "gpu": job.get("gpu")}))
     code, out, _ = vramplan("demo")
     assert code == 0 and "Fits an A100-SXM4-80GB" in out and "RTX A6000" in out
-    assert [job["model"] for job in asked] == ["llama-3.1-70b"] * 2 + list(cli.LADDER)
+    assert [job["model"] for job in asked] == ["llama-3.1-70b"] * 2 + list(demo_command.LADDER)
     assert all(job["quantization"]["double_quant"] and job["lora"]["r"] == 16 for job in asked)
 
 

@@ -1,0 +1,44 @@
+"""The entry point of the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from ..errors import PlanError
+from ..planning import tracer
+from ..usecases import Unexpected
+from .console import CANNOT_SAY, tell
+from .demo_command import demo
+from .other_commands import gpus, models, serve, version
+from .plan_commands import compare, estimate, solve
+from .probe_command import probe
+
+app = typer.Typer(
+    name="vramplan",
+    help="Will it fit? The GPU memory of a training step, from config.json alone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (estimate, solve, compare, probe, serve, gpus, models, demo, version):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line. Every error that a user can cause ends here, in two lines and exit code 2."""
+    tracer.process_is_ours = True
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except PlanError as error:
+        tell(error)
+    except Exception as error:
+        tell(Unexpected(error))
+    sys.exit(CANNOT_SAY)
