@@ -45,14 +45,14 @@
     last = field;
   });
 
-  // While a step runs: what is being done, for how long, and a way out. What was typed stays. A request has a ticket by
+  // While a step runs: what is being done, for how long, and a way out. What was typed stays. A request has an id by
   // which the server is asked about it; a new one ends the one before.
-  const ticket = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("");
+  const newId = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("");
   let asking, again;
   document.addEventListener("htmx:before:request", ({ detail: { ctx } }) => {
     asking?.over();
     clearTimeout(again);
-    const name = (ctx.request.headers["X-Ticket"] = ticket());
+    const name = (ctx.request.headers["X-Request-Id"] = newId());
     byId("result").setAttribute("aria-busy", "true");
     asking = { ctx, over: follow(name, byId("doing"), byId("elapsed"), "Running the step") };
   });
@@ -118,10 +118,10 @@
 
   // The part takes its place; else, why not.
   async function fill(part, signal, section) {
-    const name = ticket();
+    const name = newId();
     const over = follow(name, section.querySelector(".doing"), section.querySelector(".elapsed"), "Working it out");
     try {
-      const answer = await fetch(part.dataset.ask, { signal, headers: { "X-Ticket": name } });
+      const answer = await fetch(part.dataset.ask, { signal, headers: { "X-Request-Id": name } });
       if (answer.ok) part.outerHTML = await answer.text();
       else return `This could not be worked out: ${(await answer.json()).error.message}.`;
     } catch {

@@ -154,7 +154,7 @@ def test_what_is_being_done_is_said_and_can_be_cancelled(tab):
     page.route("**/progress/*", lambda route: route.fulfill(json=said))
     with page.expect_request("**/progress/*") as followed, page.expect_request("**/?*batch_size=5*") as asked:
         page.get_by_label("Batch size").fill("5")
-    assert followed.value.url.endswith("/" + asked.value.headers["x-ticket"])
+    assert followed.value.url.endswith("/" + asked.value.headers["x-request-id"])
     expect(page.locator("#doing")).to_have_text("The first step")
     expect(page.locator("#elapsed")).to_have_text(re.compile(r"\d s"))
     with page.expect_event("requestfailed", lambda request: "batch_size=5" in request.url):

@@ -395,7 +395,7 @@ def test_the_page_of_accuracy_has_every_row_with_its_error(client):
 
 
 def test_how_it_works_shows_a_real_plan(client, monkeypatch, answer):
-    monkeypatch.setattr(web.RequestRunner, "plan", lambda *_, **__: asyncio.sleep(0, answer))
+    monkeypatch.setattr(runner.RequestRunner, "plan", lambda *_, **__: asyncio.sleep(0, answer))
     page = client.get("/how-it-works").text
     assert Tags(page).open == [] and page.count('class="time"') == 1 and 'class="bar"' in page
     assert words.size(answer["peak"]["allocated"]) in page and "/accuracy" in page

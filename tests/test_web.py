@@ -13,7 +13,7 @@ from vramplan.job import Job
 from vramplan.planning.estimate import estimate
 from vramplan.schema import Advice, Answer, Comparison, Solved
 from vramplan.server import app as web
-from vramplan.server import runner
+from vramplan.server import failures, json_api, runner
 from vramplan.server import trace_pool as workers
 
 PATIENCE = 120
@@ -86,10 +86,10 @@ def test_the_wrong_address_and_method_have_the_same_shape(client):
 
 
 def test_a_body_that_is_too_large_is_413(client):
-    error_of(client.post("/estimate", content=b" " * (web.BODY_LIMIT + 1)), 413)
+    error_of(client.post("/estimate", content=b" " * (failures.BODY_LIMIT + 1)), 413)
     chunks = (b" " * (1 << 20) for _ in range(5))
     error_of(client.post("/estimate", content=chunks, headers={"content-type": "application/json"}), 413)
-    just = b" " * (web.BODY_LIMIT - 200) + json.dumps(BAD["neither"][0]).encode()
+    just = b" " * (failures.BODY_LIMIT - 200) + json.dumps(BAD["neither"][0]).encode()
     error_of(client.post("/estimate", content=just, headers={"content-type": "application/json"}), 422)
 
 
@@ -102,7 +102,7 @@ def test_a_batch_keeps_order_ids_and_errors(client):
     assert empty["id"] is None and "exactly one" in empty["error"]["message"]
     assert last["job"]["method"] == "full"
     error_of(client.post("/estimate/batch", json={"model": "x"}), 422)
-    error_of(client.post("/estimate/batch", json=[{}] * (web.BATCH_LIMIT + 1)), 422)
+    error_of(client.post("/estimate/batch", json=[{}] * (json_api.BATCH_LIMIT + 1)), 422)
 
 
 def test_solve_finds_the_largest(client):
@@ -225,8 +225,8 @@ def test_the_same_question_is_answered_again_without_planning(monkeypatch):
 def test_searches_are_answered_again_too(monkeypatch):
     """Not so for a model of a folder, whose config may change."""
     asked = []
-    real = web.RequestRunner.run
-    monkeypatch.setattr(web.RequestRunner, "run", lambda self, *rest: asked.append(1) or real(self, *rest))
+    real = runner.RequestRunner.run
+    monkeypatch.setattr(runner.RequestRunner, "run", lambda self, *rest: asked.append(1) or real(self, *rest))
     with TestClient(web.create_app(local_files=True)) as client:
         job = {**JOB, "gpu": "t4"}
         found = [client.post(path, json=job).json() for path in ("/solve", "/solve?for=sequence_length", "/advise") * 2]
@@ -239,7 +239,7 @@ def test_searches_are_answered_again_too(monkeypatch):
 def test_who_waits_is_told_what_is_being_done():
     with TestClient(web.create_app()) as client, ThreadPoolExecutor(1) as pool:
         deep = {**JOB, "config": {**JOB["config"], "num_hidden_layers": 500}}
-        asked = pool.submit(client.post, "/estimate", json=deep, headers={"X-RequestHandle": "mine"})
+        asked = pool.submit(client.post, "/estimate", json=deep, headers={"X-Request-Id": "mine"})
         seen = []
         while not asked.done():
             seen.append(client.get("/progress/mine").json())
@@ -259,7 +259,7 @@ def test_the_catalogues(client):
 
 def test_health_says_the_version(client):
     health = client.get("/health").json()
-    assert health["status"] == "ok" and health["version"] and health["waiting"] == 0
+    assert health["status"] == "ok" and health["version"] and health["waiting"] == 0 and health["can_trace"]
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/nothing", "/static/page.css"])

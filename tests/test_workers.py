@@ -19,13 +19,13 @@ from vramplan.memory.profile import Profile
 from vramplan.planning.resolve import card_of, config_of
 from vramplan.planning.tracer import InProcessTracer, request_of
 from vramplan.server.runner import RequestRunner
-from vramplan.server.trace_pool import QUEUE_LIMIT, Abandoned, Busy, Pool, RequestHandle
+from vramplan.server.trace_pool import QUEUE_LIMIT, Abandoned, Busy, RequestHandle, TracePool
 from vramplan.usecases import solve
 
 from tests.tiny import LLAMA
 
 
-def order(**changes):
+def request_for(**changes):
     job = read_job({"config": LLAMA, "method": "lora", "sequence_length": 32, **changes}).resolved()
     return request_of(job, config_of(job)[0], card_of(job))
 
@@ -36,7 +36,7 @@ SLOW = {"config": {**LLAMA, "num_hidden_layers": 500}, "method": "full", "dtype"
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = Pool(slots=1)
+    pool = TracePool(slots=1)
     pool.ready()
     yield pool
     pool.close()
@@ -50,11 +50,11 @@ def until(condition, seconds=60):
 
 
 def test_a_trace_is_what_it_is_here(pool):
-    job = order()
+    job = request_for()
     theirs, mine = pool.trace("step", job, RequestHandle()), InProcessTracer().trace("step", job)
     assert theirs == mine and Profile.load(theirs).facts["class"] == "LlamaForCausalLM"
     with pytest.raises(PlanError, match="matches nothing|target") as refused:
-        pool.trace("step", order(lora={"target_modules": ["no_such"]}), RequestHandle())
+        pool.trace("step", request_for(lora={"target_modules": ["no_such"]}), RequestHandle())
     assert refused.value.hint
 
 
@@ -62,27 +62,27 @@ def test_many_ask_and_one_is_run(pool, monkeypatch):
     runs = []
     run = pool._run
     monkeypatch.setattr(pool, "_run", lambda *given: runs.append(1) or run(*given))
-    tickets = [RequestHandle() for _ in range(5)]
+    handles = [RequestHandle() for _ in range(5)]
     with ThreadPoolExecutor(5) as threads:
-        asked = [threads.submit(pool.trace, "step", order(**SLOW), ticket) for ticket in tickets]
-        until(lambda: all(t.in_flight and t.in_flight.waiting == 5 and t.in_flight.doing for t in tickets))
-        tickets[0].left = True
+        asked = [threads.submit(pool.trace, "step", request_for(**SLOW), handle) for handle in handles]
+        until(lambda: all(t.in_flight and t.in_flight.waiting == 5 and t.in_flight.doing for t in handles))
+        handles[0].left = True
         with pytest.raises(Abandoned):
             asked[0].result()
         assert len({one.result() for one in asked[1:]}) == 1
     assert len(runs) == 1 and not pool._in_flight
 
 
-def test_when_all_have_left_it_is_ended_at_once(pool):
-    ticket = RequestHandle()
+def test_a_trace_that_nobody_waits_for_is_ended_at_once(pool):
+    handle = RequestHandle()
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(pool.trace, "step", order(**SLOW, batch_size=3), ticket)
-        until(lambda: ticket.in_flight and ticket.in_flight.doing)
-        ticket.left = True
+        asked = threads.submit(pool.trace, "step", request_for(**SLOW, batch_size=3), handle)
+        until(lambda: handle.in_flight and handle.in_flight.doing)
+        handle.left = True
         with pytest.raises(Abandoned):
             asked.result()
     until(lambda: not pool._in_flight)
-    assert pool.trace("step", order(), RequestHandle())
+    assert pool.trace("step", request_for(), RequestHandle())
 
 
 def children(of: int) -> list[int]:
@@ -91,68 +91,69 @@ def children(of: int) -> list[int]:
 
 
 def test_a_killed_process_is_an_error_of_its_job_alone(pool):
-    ticket = RequestHandle()
+    handle = RequestHandle()
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(pool.trace, "step", order(**SLOW, batch_size=4), ticket)
-        until(lambda: ticket.in_flight and ticket.in_flight.doing)
+        asked = threads.submit(pool.trace, "step", request_for(**SLOW, batch_size=4), handle)
+        until(lambda: handle.in_flight and handle.in_flight.doing)
         for pid in children(forkserver._forkserver._forkserver_pid):
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(PlanError, match="ended from outside"):
             asked.result()
-    assert pool.trace("step", order(), RequestHandle())
+    assert pool.trace("step", request_for(), RequestHandle())
 
 
 def test_a_process_with_nothing_to_do_is_ended_and_a_dead_one_is_not_asked(monkeypatch):
     monkeypatch.setattr("vramplan.server.trace_pool.IDLE", 0.3)
-    pool = Pool(slots=1)
+    pool = TracePool(slots=1)
     pool.ready()
     (first,) = pool._workers
     os.kill(first._process.pid, signal.SIGKILL)
     until(lambda: not first.alive)
-    assert pool.trace("step", order(), RequestHandle())
+    assert pool.trace("step", request_for(), RequestHandle())
     (second,) = pool._workers
     assert second.requests_served == 1 and second.alive
     until(lambda: not pool._workers, 5)
     until(lambda: not second.alive)
-    assert pool.trace("step", order(), RequestHandle())
+    assert pool.trace("step", request_for(), RequestHandle())
     pool.close()
 
 
 def test_limits_of_time_and_memory(pool):
-    hasty = Pool(slots=1, seconds=0.2)
+    hasty = TracePool(slots=1, seconds=0.2)
     with pytest.raises(PlanError, match="more than 0 s"):
-        hasty.trace("step", order(**SLOW, batch_size=5), RequestHandle())
+        hasty.trace("step", request_for(**SLOW, batch_size=5), RequestHandle())
     hasty.close()
-    poor = Pool(slots=1, memory=1 << 20)
+    poor = TracePool(slots=1, memory=1 << 20)
     with pytest.raises(PlanError, match="MiB of this server's memory"):
-        poor.trace("step", order(**SLOW, batch_size=6), RequestHandle())
+        poor.trace("step", request_for(**SLOW, batch_size=6), RequestHandle())
     poor.close()
 
 
-def test_a_full_line_is_busy(pool, monkeypatch):
+def test_a_full_queue_is_busy(pool, monkeypatch):
     gate = threading.Event()
     monkeypatch.setattr(pool, "_run", lambda *_: gate.wait(60) and b"")
     with ThreadPoolExecutor(QUEUE_LIMIT + 1) as threads:
         asked = [
-            threads.submit(pool.trace, "step", order(batch_size=n + 1), RequestHandle()) for n in range(QUEUE_LIMIT + 1)
+            threads.submit(pool.trace, "step", request_for(batch_size=n + 1), RequestHandle())
+            for n in range(QUEUE_LIMIT + 1)
         ]
         until(lambda: pool.waiting == QUEUE_LIMIT)
         with pytest.raises(Busy):
-            pool.trace("step", order(batch_size=QUEUE_LIMIT + 2), RequestHandle())
+            pool.trace("step", request_for(batch_size=QUEUE_LIMIT + 2), RequestHandle())
         gate.set()
         assert [one.result() for one in asked] == [b""] * (QUEUE_LIMIT + 1)
 
 
-def test_those_who_left_are_in_nobody_s_way(pool, monkeypatch):
-    gate, tickets = threading.Event(), [RequestHandle() for _ in range(QUEUE_LIMIT + 1)]
+def test_abandoned_requests_hold_no_place_in_the_queue(pool, monkeypatch):
+    gate, handles = threading.Event(), [RequestHandle() for _ in range(QUEUE_LIMIT + 1)]
     monkeypatch.setattr(pool, "_run", lambda *_: gate.wait(60) and b"")
     with ThreadPoolExecutor(QUEUE_LIMIT + 2) as threads:
-        asked = [threads.submit(pool.trace, "step", order(batch_size=n + 1), t) for n, t in enumerate(tickets)]
+        asked = [threads.submit(pool.trace, "step", request_for(batch_size=n + 1), t) for n, t in enumerate(handles)]
         until(lambda: pool.waiting == QUEUE_LIMIT)
-        for ticket in tickets:
-            ticket.left = True
+        for handle in handles:
+            handle.left = True
         assert all(isinstance(one.exception(), Abandoned) for one in asked)
-        came = threads.submit(pool.trace, "step", order(batch_size=QUEUE_LIMIT + 2), RequestHandle())
+        came = threads.submit(pool.trace, "step", request_for(batch_size=QUEUE_LIMIT + 2), RequestHandle())
         until(lambda: pool.waiting == 1)
         gate.set()
         assert came.result() == b""
@@ -161,7 +162,8 @@ def test_those_who_left_are_in_nobody_s_way(pool, monkeypatch):
 def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
     kept = {}
     monkeypatch.setattr(
-        "vramplan.server.trace_pool.store_trace", lambda part, request, data: kept.setdefault(request.key, Profile.load(data))
+        "vramplan.server.trace_pool.store_trace",
+        lambda part, request, data: kept.setdefault(request.key, Profile.load(data)),
     )
     gate, started = threading.Event(), threading.Event()
     run = pool._run
@@ -173,7 +175,7 @@ def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
         return run(*given)
 
     monkeypatch.setattr(pool, "_run", first_held)
-    job = order(batch_size=2)
+    job = request_for(batch_size=2)
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(pool.trace, "step", job, RequestHandle())
         started.wait(60)
@@ -186,15 +188,15 @@ def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
     assert kept[job.key].general
 
 
-def test_a_search_whose_visitor_leaves_finds_nothing():
+def test_a_search_whose_client_leaves_finds_nothing():
     """Rather than that what was not traced any more does not fit: the answer would be remembered."""
 
-    class Until(Pool):
-        def trace(self, *order):
-            traced.append(order)
+    class Until(TracePool):
+        def trace(self, *given):
+            traced.append(given)
             if len(traced) > 1:
                 raise Abandoned
-            return InProcessTracer().trace(*order[:-1])
+            return InProcessTracer().trace(*given[:-1])
 
         later = trace
 

@@ -1,4 +1,4 @@
-"""Importing this imports the stack and uses it once: what is forked from a process that did finds everything ready."""
+"""Import torch and its libraries and trace one small job: the fork server does so once, for all processes it forks."""
 
 import gc
 

@@ -1,7 +1,7 @@
-"""Answers that were given, as the bytes that were sent: the same question again costs a look, and plans nothing.
+"""The cache of responses, as the bytes that were sent: the same request again is a look-up and plans nothing.
 
-Which answers may be kept is said by who made them: :func:`mark_cacheable`. What a probe finds out of a card changes
-answers, so the time of its folder is part of the question.
+The endpoint that made a response says whether it may be kept: :func:`mark_cacheable`. What a probe finds out about a
+card changes answers, so the time of the last probe is part of the key.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from ..catalog.models import find_model
 from ..planning.calibration import last_stored
 
 LIMIT = 16 << 20
-"""Bytes of questions and answers."""
+"""Bytes of requests and responses that are kept."""
 LARGEST = 1 << 16
-"""Bytes of a question that is looked up."""
+"""Bytes of the largest request body that is looked up."""
 PARTS = ("changes", "batch_size", "sequence_length")
-"""What the page says beside the answer, part by part: what would make a job fit, and how far it goes."""
+"""The parts of the page's advice: what would make a job fit, the largest batch, the largest length."""
 PATHS = dict.fromkeys(("/estimate", "/solve", "/advise"), "POST") | {f"/advice/{part}": "GET" for part in PARTS}
-"""Whose answers are remembered, and how they are asked for."""
+"""The paths whose responses are kept, and their methods."""
 
 
 def mark_cacheable(scope: Scope, job: Any) -> None:
-    """The answer to this request about ``job`` depends on nothing but the request, unless the config is a folder's or
-    the Hub's, which may change."""
+    """Say that the response to a request about ``job`` may be kept. It may not where the config comes from a folder or
+    the Hub: that may change."""
     told = job if isinstance(job, dict) else vars(job)
     name = told.get("model")
     if told.get("config") is not None or name is None or find_model(name) is not None:
@@ -34,7 +34,7 @@ def mark_cacheable(scope: Scope, job: Any) -> None:
 
 
 class ResponseCache:
-    """Middleware: the answers of :data:`PATHS`."""
+    """Middleware that answers requests for :data:`PATHS` again from what it kept."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -77,7 +77,7 @@ class ResponseCache:
 
 
 def _after(first: Message, receive: Receive) -> Receive:
-    """``receive``, once ``first`` was received."""
+    """``receive``, with the message that was already received put back."""
     waiting = [first]
 
     async def again() -> Message:

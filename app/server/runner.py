@@ -1,5 +1,5 @@
-"""Where a server's visitors are received: each gets a thread, a line that has an end, word of what is being done for
-it, and nothing is done any more for one who has left."""
+"""The runner of a server's requests: each gets a thread or a place in a bounded queue, its progress can be asked for,
+and work for a client that has left is stopped."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ..errors import PlanError, Unanswered
 from ..job import Job
 from ..planning.tracer import TraceRequest, tracer
 from ..usecases import plan
-from .trace_pool import QUEUE_LIMIT, Abandoned, Busy, Pool, RequestHandle
+from .trace_pool import QUEUE_LIMIT, Abandoned, Busy, RequestHandle, TracePool
 
 THREADS = 8
-"""Visitors who are served at a time: more than there are cores, for most wait for a trace."""
+"""Requests that are served at a time: more than there are cores, for most of them wait for a trace."""
 HANDLES = 1024
-"""Requests in progress whose tickets are known."""
+"""Requests whose progress can be asked for at a time."""
 
 
 @dataclass(frozen=True)
 class PooledTracer:
-    """The :class:`~vramplan.planning.tracer.Tracer` of one visitor."""
+    """The :class:`~vramplan.planning.tracer.Tracer` of one request: it traces in the server's pool."""
 
-    pool: Pool
+    pool: TracePool
     handle: RequestHandle
     one_shot = False
 
@@ -47,29 +47,30 @@ class PooledTracer:
 
 
 class RequestRunner:
-    """Use cases are run here. ``local_files``: a job's model may be a path on this machine.
+    """The runner of use cases on threads. ``local_files``: a job's model may be a path on this machine.
 
-    ``aside`` limits what nobody asked for yet: to less at a time than there are traces, so that one who asks finds one.
+    ``aside`` limits how many requests for what nobody has asked for explicitly (the page's own advice) run at a time:
+    fewer than there are trace processes, so that an explicit request finds one free.
     """
 
-    def __init__(self, local_files: bool, pool: Pool | None = None):
-        self.local_files, self.pool = local_files, pool or Pool()
+    def __init__(self, local_files: bool, pool: TracePool | None = None):
+        self.local_files, self.pool = local_files, pool or TracePool()
         self.threads = anyio.CapacityLimiter(THREADS)
         self.aside = anyio.CapacityLimiter(max(1, self.pool.slots - 1))
         self._handles: dict[str, RequestHandle] = {}
 
     @property
     def waiting(self) -> int:
-        """Visitors and traces in line."""
+        """Requests and traces in the queue."""
         return self.threads.statistics().tasks_waiting + self.pool.waiting
 
     def reject_if_full(self) -> None:
-        """Raise :class:`Busy` where the line is full."""
+        """Raise :class:`Busy` where the queue is full."""
         if self.threads.statistics().tasks_waiting >= QUEUE_LIMIT:
             raise Busy
 
     def progress(self, name: str) -> dict[str, Any]:
-        """What is being done for the request that came with this ticket; an unknown one's is done."""
+        """What is being done for the request of this id; an unknown request counts as done."""
         handle = self._handles.get(name)
         if handle is None:
             return {"state": "done", "line": 0, "doing": "", "seconds": 0.0}
@@ -83,7 +84,7 @@ class RequestRunner:
         return await self.run(partial(plan, all_layers=all_layers), job, request)
 
     async def run(self, use_case: Callable[[Any], Any], job: Any, request: Request | None = None) -> Any:
-        """What ``use_case`` makes of ``job``, on a thread. What it has traced for it ends when the visitor leaves."""
+        """The result of ``use_case`` for ``job``, computed on a thread. Its traces are ended when the client leaves."""
         self.refuse_local(job)
         async with self._handle(request) as handle:
 
@@ -101,7 +102,7 @@ class RequestRunner:
     @asynccontextmanager
     async def _handle(self, request: Request | None) -> AsyncIterator[RequestHandle]:
         handle = RequestHandle()
-        name = request.headers.get("x-ticket", "")[:64] if request is not None else ""
+        name = request.headers.get("x-request-id", "")[:64] if request is not None else ""
         if name and len(self._handles) < HANDLES:
             self._handles[name] = handle
         try:
@@ -113,7 +114,7 @@ class RequestRunner:
                 tasks.start_soon(_watch, request, handle)
                 try:
                     yield handle
-                except PlanError as error:  # not as part of a group of exceptions
+                except PlanError as error:  # raised below, for here it would be part of an exception group
                     problem = error
                 tasks.cancel_scope.cancel()
             if problem is not None:
@@ -132,7 +133,12 @@ class RequestRunner:
 
 
 async def _watch(request: Request, handle: RequestHandle) -> None:
-    """Note when the visitor leaves: the body was read, so what comes next is the end of the connection."""
+    """Note when the client leaves: the body was read, so the next message is the end of the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     handle.left = True
+
+
+def runner_of(request: Request) -> RequestRunner:
+    """The runner of the application that a request came to."""
+    return request.app.state.runner

@@ -1,8 +1,8 @@
-"""Where a server's jobs are traced: in processes of their own, with a limit on memory and time, one trace for however
-many ask.
+"""The pool of processes that trace a server's jobs, each under a limit of memory and time.
 
-They are forked from one that has imported the stack (multiprocessing's forkserver), which takes 60 ms: so a stranger's
-config is built where it can be killed, and a trace that nobody wants any more is ended with its process.
+Requests for the same trace share one. The processes are forked from one that has imported the stack (multiprocessing's
+forkserver), which takes 60 ms. So a stranger's config is built in a process that can be killed, and a trace that nobody
+waits for any more is ended with its process.
 """
 
 from __future__ import annotations
@@ -23,45 +23,48 @@ from multiprocessing.context import BaseContext
 
 from ..errors import PlanError
 from ..job import point_of
+from ..planning.fingerprint import NotTraced, can_trace
 from ..planning.profile_cache import store_trace
 from ..planning.tracer import InProcessTracer, TraceRequest
 from ..progress import listener
 from ..usecases import Unexpected
 
 SECONDS = 60.0
-"""How long one trace may take: the slowest of 264 published configs takes a tenth of it."""
+"""Seconds that one trace may take; the slowest of 264 published configs takes a tenth of it."""
 MEMORY = 1536 << 20
-"""Bytes of memory that one trace may take, beyond what the imports have."""
+"""Bytes of memory that one trace may take beside what the imported stack takes."""
 QUEUE_LIMIT = 16
-"""Traces in line, beyond which a visitor is asked to come back."""
+"""Traces in the queue; with so many, further clients are asked to come back."""
 REQUESTS_PER_WORKER = 200
+"""Traces after which a process is ended, and with it what transformers and torch cache of each model."""
 GROWN = 48 << 20
-"""After so many traces, or with so many bytes more than at first, a process is ended: what transformers and torch
-remember of models goes with it."""
+"""Bytes by which a process may grow; one that has grown more since its start is ended after its trace."""
 IDLE = 10.0
-"""Seconds after which a process that has nothing to trace is ended: what it holds is nobody's, and the next is forked
-in 60 ms."""
+"""Seconds after which a process that has nothing to trace is ended. The next one is forked in 60 ms."""
 _TICK = 0.02
 log = logging.getLogger("vramplan")
 
 
 class Busy(PlanError):
-    """Too many jobs wait."""
+    """The error of a server whose queue is full."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("too many jobs are waiting here", "try again in a few seconds")
 
 
 class Abandoned(PlanError):
-    """Nobody waits for the answer any more."""
+    """The error of a request whose client has left."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("nobody waits for this job any more", "ask again")
 
 
 @dataclass(eq=False)
 class InFlightTrace:
-    """One trace under way: how many wait for it, what it is doing, and what came of it."""
+    """One trace in the queue or running: how many requests wait for it, what it is doing, and its result.
+
+    ``started`` is a time of :func:`time.monotonic`; None: it is still in the queue.
+    """
 
     part: str
     request: TraceRequest
@@ -74,16 +77,18 @@ class InFlightTrace:
 
 @dataclass(eq=False)
 class RequestHandle:
-    """One visitor's request: what it waits for. ``left``: the visitor is gone."""
+    """One client's request and the trace that it waits for, if any. ``left``: the client has closed the connection."""
 
     since: float = field(default_factory=time.monotonic)
     in_flight: InFlightTrace | None = None
     left: bool = False
 
 
-class Pool:
-    """Traces ``slots`` jobs at once, the others in the order they came. What nobody asked for yet (``later``) is traced
-    when nothing else is, and gives way."""
+class TracePool:
+    """A pool that runs ``slots`` traces at once, the others in the order in which they were asked for.
+
+    Traces that nobody waits for yet (:meth:`later`) run when there is nothing else to do, and stop when there is.
+    """
 
     def __init__(self, slots: int | None = None, seconds: float = SECONDS, memory: int = MEMORY):
         self.slots, self.seconds, self.memory = slots or os.cpu_count() or 1, seconds, memory
@@ -98,12 +103,13 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        """Traces in line that somebody waits for."""
+        """Traces in the queue that somebody waits for."""
         return sum(in_flight.started is None and in_flight.waiting > 0 for in_flight in [*self._in_flight.values()])
 
     def ready(self) -> None:
-        """Import the stack now, not when the first job comes."""
-        self._rest(_Worker(self._context, self.memory))
+        """Import the stack now, not when the first job comes; where it is not installed, do nothing."""
+        if can_trace():
+            self._rest(_Worker(self._context, self.memory))
 
     def close(self) -> None:
         """End every trace."""
@@ -117,8 +123,10 @@ class Pool:
             worker.end()
 
     def trace(self, part: str, request: TraceRequest, handle: RequestHandle) -> bytes:
-        """As :meth:`vramplan.planning.tracer.Tracer.trace`. Raises :class:`Busy`; :class:`Abandoned` when the ticket's visitor left;
-        :class:`PlanError` also for a trace that takes too long or too much."""
+        """As :meth:`vramplan.planning.tracer.Tracer.trace`. Raises :class:`Busy`; :class:`Abandoned` when the client of
+        ``handle`` has left; :class:`PlanError` also for a trace that takes too long or too much memory."""
+        if not can_trace():
+            raise NotTraced
         name = (part, request.key, *point_of(request.job), request.kernels[1])
         while True:
             in_flight = handle.in_flight = self._join(name, part, request)
@@ -132,11 +140,13 @@ class Pool:
                     in_flight.waiting -= 1
             if isinstance(in_flight.result, bytes):
                 return in_flight.result
-            if not isinstance(in_flight.result, Abandoned):  # by all others, just as this one came
+            if not isinstance(in_flight.result, Abandoned):  # all others left just as this one joined
                 raise in_flight.result
 
     def later(self, part: str, request: TraceRequest) -> None:
         """As :meth:`vramplan.planning.tracer.Tracer.later`."""
+        if not can_trace():
+            return
         with self._lock:
             self._later.append(InFlightTrace(part, request))
         self._threads.submit(self._idle)
@@ -169,7 +179,7 @@ class Pool:
                 self._threads.submit(self._idle)
 
     def _idle(self) -> None:
-        """Trace what can wait, unless somebody waits."""
+        """Run one trace of :meth:`later`, unless somebody waits for another."""
         with self._lock:
             if not self._later or self._in_flight or self._idling:
                 return
@@ -208,7 +218,7 @@ class Pool:
         return result
 
     def _take(self) -> _Worker | None:
-        """The process that was used last, if there is one that nobody has ended."""
+        """The process that was used last, if one is alive."""
         with self._lock:
             while self._workers:
                 worker = self._workers.pop()
@@ -266,7 +276,7 @@ class Pool:
 
 
 class _Worker:
-    """One process that traces, order by order."""
+    """One process that runs traces, one after the other."""
 
     def __init__(self, context: BaseContext, memory: int):
         self.pipe, theirs = context.Pipe()
@@ -278,21 +288,23 @@ class _Worker:
 
     @property
     def alive(self) -> bool:
+        """Whether the process runs."""
         return self._process.is_alive()
 
     @property
     def grown(self) -> int:
-        """Bytes of memory that it has, beyond what the imports have."""
+        """Bytes of memory that the process has taken since its start."""
         return _resident(self._process.pid) - self._start
 
     def end(self) -> None:
+        """Kill the process."""
         self._process.kill()
         self._process.join()
         self.pipe.close()
 
 
 def _resident(pid: int) -> int:
-    """Bytes of memory that a process has, where the system tells them."""
+    """Resident bytes of a process, on systems that tell them; else 0."""
     try:
         with open(f"/proc/{pid}/statm") as pages:
             return int(pages.read().split()[1]) * resource.getpagesize()
@@ -313,8 +325,8 @@ _OUT = "DefaultCPUAllocator: can't allocate memory"
 
 
 def _work(pipe: Connection, memory: int) -> None:
-    """In the forked process: trace what is ordered, tell what is being done, and give back what came of it."""
-    with suppress(OSError), open("/proc/self/statm") as pages:  # no single request may outrun who looks after it
+    """The body of a worker process: run each trace that is asked for, tell what is being done, send back the result."""
+    with suppress(OSError), open("/proc/self/statm") as pages:  # the parent looks every 20 ms: one allocation is faster
         limit = int(pages.read().split()[0]) * resource.getpagesize() + 2 * memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     listener.set(lambda words: pipe.send(("doing", words)))
@@ -324,7 +336,7 @@ def _work(pipe: Connection, memory: int) -> None:
             try:
                 pipe.send(("done", InProcessTracer().trace(*request)))
             except PlanError as error:
-                out = _OUT in error.message  # told as the model's own failure
+                out = _OUT in error.message  # the dry run told it as the model's own failure
                 pipe.send(("refused", (_too_much(memory) if out else error).as_dict()))
             except MemoryError:
                 pipe.send(("refused", _too_much(memory).as_dict()))
