@@ -179,7 +179,7 @@ def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(pool.trace, "step", job, RequestHandle())
         started.wait(60)
-        pool.later("general", *job)
+        pool.later("general", job)
         time.sleep(0.1)
         assert not kept
         gate.set()
