@@ -1,21 +1,22 @@
-# docker build -t vramplan . && docker run --rm -p 8000:8000 vramplan
 FROM python:3.11-slim
 
 # A package index that holds CPU builds of torch makes the image smaller; empty: whatever pip is set up with.
 ARG TORCH_INDEX=
 
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-WORKDIR /srv
-COPY requirements.lock ./
-RUN torch="$(grep '^torch==' requirements.lock)" \
-    && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch" \
-    && pip install -r requirements.lock
-COPY pyproject.toml README.md ./
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+WORKDIR /build
+COPY requirements-core.lock requirements.lock ./
+RUN grep -v '^-r' requirements.lock > pins.lock \
+    && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' pins.lock)" \
+    && pip install -r requirements-core.lock -c pins.lock
+COPY pyproject.toml README.md LICENSE ./
 COPY app ./app
 COPY templates ./templates
 COPY static ./static
-RUN pip install --no-deps -e . && useradd --create-home planner
+RUN pip install -c requirements-core.lock -c pins.lock ".[trace]" && rm -rf /build
+RUN useradd --create-home planner
 USER planner
+WORKDIR /home/planner
 
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=20s \

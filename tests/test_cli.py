@@ -250,8 +250,17 @@ def test_the_demo_answers_the_main_question_and_climbs_the_ladder(vramplan, monk
     monkeypatch.setattr(demo_command, "plan", lambda job: asked.append(job) or plan({**JOB, "gpu": job.get("gpu")}))
     code, out, _ = vramplan("demo")
     assert code == 0 and "Fits an A100-SXM4-80GB" in out and "RTX A6000" in out
-    assert [job["model"] for job in asked] == ["llama-3.1-70b"] * 2 + list(demo_command.LADDER)
+    assert [job["model"] for job in asked] == ["llama-3.1-70b", *demo_command.LADDER]
     assert all(job["quantization"]["double_quant"] and job["lora"]["r"] == 16 for job in asked)
+
+
+def test_the_demo_s_second_card_is_planned_as_the_demo_says():
+    from vramplan.planning.pretrace import QUESTION
+    from vramplan.usecases import plan
+
+    job = {**QUESTION, "model": demo_command.LADDER[-1]}
+    shown = demo_command._on(plan({**job, "gpu": "a100-80gb"}), "a6000")["fits"][0]
+    assert {**shown, "same_kernels": True} == plan({**job, "gpu": "a6000"})["fits"][0]
 
 
 def test_version_names_the_stack(vramplan):
