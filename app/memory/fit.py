@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .allocator.config import LARGE_BUFFER, AllocatorConfig
@@ -86,13 +87,21 @@ def fits_under_limit(
     return False, mark.name if mark.step else "load"
 
 
+Passes = Callable[[ConcreteTrace, AllocatorConfig], tuple[bool, str | None]]
+
+
 def verdict_for(
-    concrete: ConcreteTrace, summary: MemorySummary, budget: MemoryBudget, kind: str, settings: AllocatorConfig
+    concrete: ConcreteTrace,
+    summary: MemorySummary,
+    budget: MemoryBudget,
+    kind: str,
+    settings: AllocatorConfig,
+    passes: Passes = fits_under_limit,
 ) -> Verdict:
     """The verdict on a job of this ``kind`` (a key of :data:`MEASURED`) for a card with ``budget``.
 
-    ``reading`` is that of ``stream`` without a limit. The replay under the limit is asked only where it leaves the
-    answer open: between the allocated and the reserved peak.
+    ``summary`` is that of ``concrete`` without a limit. The replay under the limit (``passes``) is asked only where the
+    summary leaves the answer open: between the allocated and the reserved peak.
     """
     load, limit = summary.phases[0], budget.limit
     allocated, needed = max(summary.peak.peak, load.peak), max(summary.reserved, load.reserved)
@@ -107,7 +116,7 @@ def verdict_for(
     if needed <= limit:
         return verdict("fits" if needed + margin <= limit else "tight", limit - needed)
     if allocated <= limit:
-        ok, where = fits_under_limit(concrete, replace(settings, limit=limit))
+        ok, where = passes(concrete, replace(settings, limit=limit))
         if ok:
             return verdict("tight", limit - allocated)
     else:

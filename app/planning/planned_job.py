@@ -18,7 +18,7 @@ from ..memory.sizes import ShapePoint
 from ..memory.summary import MemorySummary, Phase
 from ..memory.template import ConcreteTrace
 from .cards import MEASURED_KERNELS, budget_on, id_of, known, usable
-from .profile_cache import concrete_at, merge_and_save_of, profile_of, summary_of
+from .profile_cache import concrete_at, fits_under, merge_and_save_of, profile_of, summary_of
 from .resolve import (
     DEFAULT_GPU,
     allocator_config_of,
@@ -135,7 +135,7 @@ def _verdict(
     profile: ref[Profile], point: ShapePoint, settings: AllocatorConfig, space: MemoryBudget, kind: str
 ) -> Verdict:
     return verdict_for(
-        concrete_at(profile().template, point), _summary(profile, point, settings), space, kind, settings
+        concrete_at(profile().template, point), _summary(profile, point, settings), space, kind, settings, fits_under
     )
 
 

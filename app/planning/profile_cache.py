@@ -15,6 +15,7 @@ from ..catalog.gpus import Gpu
 from ..errors import PlanError
 from ..job import Job, OwnGpu
 from ..memory.allocator.config import AllocatorConfig
+from ..memory.fit import fits_under_limit
 from ..memory.profile import Profile
 from ..memory.sizes import ShapePoint
 from ..memory.summary import MemorySummary, summarize
@@ -220,14 +221,34 @@ def _load_template(data: bytes) -> TraceTemplate | PlanError:
 
 
 def summary_of(concrete: ConcreteTrace, settings: AllocatorConfig) -> MemorySummary:
-    """The summary of a trace. A command line stores it, for summarizing imports numba, which takes longer than all the
-    rest."""
-    kind = f"reading {concrete.template.digest} {concrete.point} {settings}"
-    if tracer.get().one_shot:
-        for data in _profiles.stored(kind):
-            with suppress(ValueError):
-                return MemorySummary.load(data)
-    summary = summarize(concrete, settings)
-    if tracer.get().one_shot:
-        _profiles.own.put(kind, summary.dump(), 1)
-    return summary
+    """The summary of a trace, without a memory limit."""
+    return _computed(
+        f"reading {concrete.template.digest} {concrete.point} {settings}",
+        MemorySummary.load,
+        lambda: summarize(concrete, settings),
+        MemorySummary.dump,
+    )
+
+
+def fits_under(concrete: ConcreteTrace, settings: AllocatorConfig) -> tuple[bool, str | None]:
+    """Whether a trace passes the replayed allocator under ``settings.limit``; else the phase that does not."""
+    return _computed(
+        f"limit {concrete.template.digest} {concrete.point} {settings}",
+        lambda data: tuple(unpacked(data)["fits"]),
+        lambda: fits_under_limit(concrete, settings),
+        lambda found: packed({"fits": list(found)}),
+    )
+
+
+def _computed(kind: str, load: Load, compute: Callable[[], Any], dump: Callable[[Any], bytes]) -> Any:
+    """What a replay of a trace shows: stored, else computed now. A replay imports numba, which takes longer than all
+    else that a command does; so a command stores the result. A server has numba and looks only at what the package
+    brings along."""
+    one_shot = tracer.get().one_shot
+    for data in _profiles.stored(kind) if one_shot else shipped(kind):
+        with suppress(ValueError):  # a damaged entry counts as absent
+            return load(data)
+    found = compute()
+    if one_shot:
+        _profiles.own.put(kind, dump(found), 1)
+    return found
