@@ -136,9 +136,9 @@ def test_the_interval_says_fits_tight_and_does_not_fit():
 def test_what_is_not_known_of_a_card_widens_the_interval():
     measured, derived = cards.budget_on(find_gpu("h100"), 0, MIB), cards.budget_on(find_gpu("h800"), 0, MIB)
     other, own = cards.budget_on(find_gpu("rtx-4090"), 0, MIB), cards.budget_on(OwnGpu(memory_bytes=24 << 30), 0, MIB)
-    assert measured.unknown == 64 * MIB and derived.unknown == measured.unknown + cards.DERIVED
-    assert other.unknown == context((8, 9)).high - context((8, 9)).expected + MIB
-    assert own.unknown >= other.unknown
+    assert measured.slack_low == 64 * MIB and derived.slack_low == measured.slack_low + cards.DERIVED
+    assert other.slack_low == context((8, 9)).high - context((8, 9)).expected + MIB
+    assert own.slack_low >= other.slack_low
     assert "derived" in derived.source and "not measured" in other.source
 
 
@@ -202,11 +202,11 @@ def test_merging_and_writing_take_what_they_took_on_an_h100():
     """PeftModel.from_pretrained, merge_and_unload, save_pretrained: to the byte."""
     for row in rows_of(OWN / "h100-finish.jsonl"):
         planned = plan_job(read_job(row["job"]))
-        planned, written = after(planned), row["save"]["peak_allocated"]
+        following, written = after(planned), row["save"]["peak_allocated"]
         if row["job"]["method"] == "lora":
-            assert planned.merge == max(row["merge"]["peak_allocated"], written), row["id"]
+            assert following.merge == max(row["merge"]["peak_allocated"], written), row["id"]
         else:
-            assert planned.save - planned.summary.phases[-1].end == written - row["before_save"], row["id"]
+            assert following.save - planned.summary.phases[-1].end == written - row["before_save"], row["id"]
 
 
 def test_a_merge_that_cannot_be_planned_is_a_warning_and_no_verdict(monkeypatch):

@@ -22,7 +22,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled
 from vramplan.catalog.models import MODELS
 from vramplan.errors import PlanError
-from vramplan.hub import checkpoint_weights, client, model_config, model_search, refusals
+from vramplan.hub import checkpoint_weights, client, config_file, model_search, refusals
 from vramplan.server.app import create_app
 from vramplan.usecases import plan
 
@@ -58,7 +58,7 @@ def hub():
 @pytest.fixture
 def fetch(hub, tmp_path):
     def fetch(name=ID, revision=None, token=None):
-        return model_config.fetch_config(
+        return config_file.fetch_config(
             name, revision, endpoint=hub.endpoint, token=token, cache_dir=str(tmp_path / "cache")
         )
 
@@ -158,7 +158,7 @@ def test_many_at_once(hub, tmp_path):
     hub.fault("GET", "m3/", status=503, times=1)
 
     def one(i):
-        return model_config.fetch_config(f"acme/m{i}", endpoint=hub.endpoint, cache_dir=str(tmp_path))[0]
+        return config_file.fetch_config(f"acme/m{i}", endpoint=hub.endpoint, cache_dir=str(tmp_path))[0]
 
     with ThreadPoolExecutor(12) as pool:
         assert list(pool.map(one, range(12))) == [{"i": i} for i in range(12)]
@@ -318,7 +318,7 @@ def test_one_silence_is_survived(hub, fetch, impatient):
 
 def test_a_dripping_server_has_a_deadline(hub, fetch, monkeypatch):
     """Each byte comes in time, the file would not: 1 KiB at 0.05 s a byte."""
-    monkeypatch.setattr(model_config, "CONFIG_SECONDS", 0.5)
+    monkeypatch.setattr(config_file, "CONFIG_SECONDS", 0.5)
     hub.add(ID, {"config.json": b"{}" + b" " * 1024})
     hub.fault("GET", "resolve-cache", trickle=0.05)
     seconds, error = took(lambda: refused(fetch))
@@ -332,7 +332,7 @@ def test_a_dripping_server_has_a_deadline(hub, fetch, monkeypatch):
 
 def test_what_no_timeout_bounds_has_a_deadline_too(hub, fetch, monkeypatch):
     """The look-up of a host's name takes no timeout; a resolver that answers nobody takes half a minute."""
-    monkeypatch.setattr(model_config, "CONFIG_SECONDS", 0.3)
+    monkeypatch.setattr(config_file, "CONFIG_SECONDS", 0.3)
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(1) or real(*args, **kwargs))
     hub.add(ID, FILES)
@@ -346,7 +346,7 @@ def test_the_bounds_that_users_get_are_within_20_seconds():
         line.split(" = ") for line in source.splitlines() if line.startswith(("CONNECT", "TRIES", "CONFIG_SECONDS"))
     )
     (connect, read), (tries, pause) = eval(values["CONNECT, READ"]), eval(values["TRIES, PAUSE"])
-    assert connect <= read <= 5 and tries * read + pause * (2 ** (tries - 1) - 1) < model_config.CONFIG_SECONDS <= 20
+    assert connect <= read <= 5 and tries * read + pause * (2 ** (tries - 1) - 1) < config_file.CONFIG_SECONDS <= 20
     assert model_search.SEARCH_SECONDS <= 3 and client.CONFIG_LIMIT == 4 * 2**20
 
 
@@ -448,7 +448,7 @@ def test_no_network(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        error = refused(model_config.fetch_config, "meta-llama/Lama-3.1-8B", endpoint=endpoint, cache_dir=str(tmp_path))
+        error = refused(config_file.fetch_config, "meta-llama/Lama-3.1-8B", endpoint=endpoint, cache_dir=str(tmp_path))
     assert "cannot be reached" in error.message and "Lama-3.1-8B is not in the cache" in error.message
     assert "check the network" in error.hint and "meta-llama/Llama-3.1-8B" in error.hint
 
@@ -458,13 +458,13 @@ def test_a_host_that_does_not_exist(tmp_path, monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    error = refused(model_config.fetch_config, ID, endpoint="http://hub.invalid", cache_dir=str(tmp_path))
+    error = refused(config_file.fetch_config, ID, endpoint="http://hub.invalid", cache_dir=str(tmp_path))
     assert "hub.invalid cannot be reached" in error.message and "Name or service not known" in error.message
 
 
 @pytest.mark.parametrize("endpoint", ["ftp://127.0.0.1", "http://", "hub"])
 def test_an_endpoint_that_is_none(tmp_path, endpoint):
-    refused(model_config.fetch_config, ID, endpoint=endpoint, cache_dir=str(tmp_path))
+    refused(config_file.fetch_config, ID, endpoint=endpoint, cache_dir=str(tmp_path))
 
 
 def test_a_server_that_is_no_hub(hub, fetch):
@@ -494,7 +494,7 @@ def test_offline_and_cached(hub, fetch, monkeypatch, variable):
 def test_a_cache_that_cannot_be_written(hub, tmp_path):
     hub.add(ID, FILES)
     (tmp_path / "file").write_text("")
-    error = refused(model_config.fetch_config, ID, endpoint=hub.endpoint, cache_dir=str(tmp_path / "file"))
+    error = refused(config_file.fetch_config, ID, endpoint=hub.endpoint, cache_dir=str(tmp_path / "file"))
     assert "cache" in error.message and "HF_HOME" in error.hint
 
 
@@ -544,7 +544,7 @@ print(json.dumps([before, answer, huggingface_hub.constants.is_offline_mode(), h
     code = f"""
 import json, huggingface_hub
 theirs = huggingface_hub.hf_hub_download({ID!r}, "config.json")
-from vramplan.hub.model_config import fetch_config
+from vramplan.hub.config_file import fetch_config
 print(json.dumps([theirs, fetch_config({ID!r})]))
 """
     theirs, ours = python(code, hub, tmp_path, HF_HUB_OFFLINE="1")

@@ -43,5 +43,7 @@ def _say_what_else(console: Console) -> None:
     console.print(Text("\nAny other model, method, length or card:", "bold"))
     console.print("  vramplan estimate ORG/MODEL -m lora -b 4 -s 4096 -g rtx-4090", highlight=False)
     if not can_trace():
-        text = 'That runs the step on the meta device, which needs torch: pip install "vramplan[trace]"; here: make venv'
+        text = (
+            'That runs the step on the meta device, which needs torch: pip install "vramplan[trace]"; here: make venv'
+        )
         console.print(text, highlight=False, markup=False)

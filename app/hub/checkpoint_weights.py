@@ -13,7 +13,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 
 from ..errors import PlanError
 from .client import Bounds, offline
-from .model_config import cached, checked, read_downloaded
+from .config_file import cached, checked, read_downloaded
 from .refusals import GaveUp, first_line, refuse, refuse_offline, refuse_unanswered, refuse_unsafe
 
 HEADER_LIMIT = constants.SAFETENSORS_MAX_HEADER_LENGTH + (1 << 20)

@@ -32,8 +32,8 @@ def context(capability: tuple[int, int] | None) -> Context:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What the allocator may reserve on a card: ``limit`` bytes, of which up to ``unknown`` may be missing and up to
-    ``spare`` may be there beside them; ``source`` says why."""
+    """What the allocator may reserve on a card: ``limit`` bytes, of which up to ``slack_low`` may be missing and up to
+    ``slack_high`` more may be there; ``source`` says why."""
 
     limit: int
     slack_low: int

@@ -86,7 +86,7 @@ def _config_of(job: Job) -> tuple[dict, dict]:
     for path in (name, os.path.join(name, "config.json")):
         if os.path.isfile(path):
             return _read_file(path), {"kind": "file", "id": path}
-    from ..hub.model_config import fetch_config
+    from ..hub.config_file import fetch_config
 
     return fetch_config(name, job.revision)
 
