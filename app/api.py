@@ -1,8 +1,8 @@
 """The public API: functions from a job to a typed answer, safe to call from any thread.
 
 A job is a :class:`~vramplan.Job` or a dict of its fields; both are the wire format of the HTTP API and of ``--job``
-files. What cannot be planned raises :class:`~vramplan.PlanError`, whose ``message`` says why and whose ``hint`` what to
-do. Without the packages of the ``[trace]`` extra, jobs that were traced before are planned, and others raise that error.
+files. What cannot be planned raises :class:`~vramplan.PlanError`, whose ``message`` says why and whose ``hint`` says
+what to do. Without the packages of the ``[trace]`` extra, only jobs that were traced before can be planned.
 """
 
 from __future__ import annotations

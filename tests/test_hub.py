@@ -521,7 +521,7 @@ def python(code: str, hub: HubServer, home: Path, **env: str) -> object:
 
 
 def test_endpoint_token_and_cache_are_the_user_s_own(hub, tmp_path):
-    """A config by name in a fresh process, without torch; and after what vramplan.dryrun tells the libraries."""
+    """A config by name in a fresh process, without torch; and while huggingface_hub is offline, as during a trace."""
     repo = hub.add(ID, FILES, private=True)
     code = f"""
 import json, sys
@@ -530,13 +530,13 @@ from vramplan.job import Job
 from vramplan.planning.resolve import config_of
 before = config_of(Job(model={ID!r}, method="lora"))
 heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
-import vramplan.dryrun
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 answer = config_of(Job(model={ID!r}, method="lora"))
 print(json.dumps([before, answer, huggingface_hub.constants.is_offline_mode(), heavy]))
 """
     answer = [CONFIG, {"kind": "hub", "id": ID, "commit": repo.commit}]
     assert python(code, hub, tmp_path, HF_TOKEN=TOKEN) == [answer, answer, True, []], (
-        "read, no torch; and read while transformers is offline"
+        "read, no torch; and read while a trace has huggingface_hub offline"
     )
     assert all(one.headers["authorization"] == f"Bearer {TOKEN}" for one in hub.log)
 
