@@ -1,8 +1,13 @@
 """The one error that a user may be told."""
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable
+
+STRICT = "VRAMPLAN_STRICT"
+"""The environment variable under which a fault of ours is raised where an answer could be given all the same: the tests
+set it."""
 
 
 class PlanError(Exception):
@@ -33,25 +38,28 @@ class PlanError(Exception):
 class OurFault(PlanError):
     """A fault of vramplan's own, and no property of the job.
 
-    ``report`` is what a maintainer needs to see it again: the traceback, and what else is known where it was caught.
+    ``report`` is what a maintainer needs to see it again: the traceback, and what else is known where it was caught;
+    ``name`` that of the file with it, where one was written. Neither message nor hint holds a path or a traceback.
     """
 
     def __init__(self, what: BaseException | str, report: dict | None = None):
-        text = what if isinstance(what, str) else _one_line(what)
-        super().__init__(
-            f"the planner failed on this job: {text}",
-            "this is a fault of vramplan, not of the job: please report it with the job",
-        )
-        self.report = {"error": text, **_traceback_of(what), **(report or {})}
+        text = what if isinstance(what, str) else f"{type(what).__name__}{_first_line(what)}"
+        hint = "this is a fault of vramplan, not of the job: please report it with the job"
+        super().__init__(f"the planner failed on this job: {text}", hint)
+        self.report = {} if report is None else report
+        if isinstance(what, BaseException):
+            self.report.setdefault("traceback", traceback.format_exception(what))
+        self.what = text
+        self.name: str | None = None
 
 
-def _one_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's text behind a colon, without what could be a path."""
     text = (str(error).strip().splitlines() or [""])[0][:300]
-    return f"{type(error).__name__}{': ' if text else ''}{text}"
+    return f": {_PATH.sub('…', text)}" if text else ""
 
 
-def _traceback_of(what: BaseException | str) -> dict:
-    return {} if isinstance(what, str) else {"traceback": traceback.format_exception(what)}
+_PATH = re.compile(r"(?<![\w/\\])(?:[A-Za-z]:)?[/\\][\w.+-]+(?:[/\\][\w.+-]+)+")
 
 
 class Unanswered(Exception):

@@ -2,60 +2,47 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
-from .errors import PlanError, Unanswered
+from .errors import OurFault, PlanError, Unanswered
+from .planning import fault_reports
 from .probe import check_packages
-
-log = logging.getLogger("vramplan")
-
-
-class Unexpected(PlanError):
-    """The planner's own failure, told in one sentence: the trace goes to the log at level debug."""
-
-    def __init__(self, error: BaseException):
-        text = (str(error).strip().splitlines() or [""])[0][:300]
-        super().__init__(
-            f"the planner failed on this job: {type(error).__name__}{': ' if text else ''}{text}",
-            "this is a fault of vramplan, not of the job: please report it with the job",
-        )
 
 
 def plan(job: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job. Raises :class:`PlanError` and nothing else."""
     from .planning.estimate import estimate
 
-    return _told(lambda: estimate(job, all_layers=all_layers))
+    return _told(lambda: estimate(job, all_layers=all_layers), job)
 
 
 def alive(job: Any, event: int) -> list[dict]:
     """Who holds most after an event of one job's timeline. Raises :class:`PlanError` and nothing else."""
     from .planning.estimate import alive
 
-    return _told(lambda: alive(job, event))
+    return _told(lambda: alive(job, event), job)
 
 
 def solve(job: Any, target: str) -> dict:
     """The largest ``target`` of a job that fits. Raises :class:`PlanError` and nothing else."""
     from .planning.solver import solve
 
-    return _told(lambda: solve(job, target))
+    return _told(lambda: solve(job, target), job)
 
 
 def advise(job: Any) -> dict:
     """What to change so that one job fits its card. Raises :class:`PlanError` and nothing else."""
     from .planning.advice import advise
 
-    return _told(lambda: advise(job))
+    return _told(lambda: advise(job), job)
 
 
 def compare(what: Any) -> dict:
     """Jobs side by side. Raises :class:`PlanError` and nothing else."""
     from .planning.comparison import compare
 
-    return _told(lambda: compare(what))
+    return _told(lambda: compare(what), what)
 
 
 def probe(bench: Any, job: Any, **options: Any) -> tuple[dict, Any]:
@@ -64,7 +51,7 @@ def probe(bench: Any, job: Any, **options: Any) -> tuple[dict, Any]:
     check_packages()
     from .probe.measure import measured
 
-    return _told(lambda: measured(bench, job, **options))
+    return _told(lambda: measured(bench, job, **options), job)
 
 
 def recorded(path: str) -> tuple[dict, Any]:
@@ -73,17 +60,25 @@ def recorded(path: str) -> tuple[dict, Any]:
     from .probe.measure import from_recording
     from .probe.recording import read_recording
 
-    return _told(lambda: from_recording(read_recording(path)))
+    return _told(lambda: from_recording(read_recording(path)), path)
 
 
-def _told(use_case: Callable[[], Any]) -> Any:
+def _told(use_case: Callable[[], Any], job: Any) -> Any:
+    """What ``use_case`` makes of ``job``. Of a fault of ours a report is written."""
     try:
         return use_case()
-    except (PlanError, Unanswered):
+    except OurFault as error:
+        fault = error
+    except PlanError:
         raise
+    except Unanswered as given_up:
+        if not isinstance(given_up.error, OurFault):
+            raise
+        fault = given_up.error
     except Exception as error:
-        log.debug("planning failed", exc_info=True)
-        raise Unexpected(error) from None
+        fault = OurFault(error)
+    fault_reports.write(fault, job)
+    raise fault from None
 
 
 def failure(error: PlanError) -> dict:

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import PlanError
+from ..errors import OurFault, PlanError
+from ..planning import fault_reports
 from ..progress import listener
 from ..render import words
 from ..usecases import failure
@@ -61,4 +62,10 @@ def tell(error: PlanError) -> None:
     if error.weights:
         console.print(Text.assemble(("Weights: ", "dim"), words.weights(error.weights)), highlight=False)
     if error.hint:
-        console.print(Text.assemble(("Try: ", "dim"), error.hint), highlight=False)
+        console.print(Text.assemble(("Try: ", "dim"), _with_report(error)), highlight=False)
+
+
+def _with_report(error: PlanError) -> str:
+    """The hint, with the file to attach where there is one."""
+    path = fault_reports.path_of(error) if isinstance(error, OurFault) else None
+    return error.hint if path is None else f"{error.hint}; attach {path}"

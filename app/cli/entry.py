@@ -7,9 +7,8 @@ import sys
 
 import typer
 
-from ..errors import PlanError
-from ..planning import tracer
-from ..usecases import Unexpected
+from ..errors import OurFault, PlanError
+from ..planning import fault_reports, tracer
 from .console import CANNOT_SAY, tell
 from .demo_command import demo
 from .other_commands import gpus, models, serve, version
@@ -40,5 +39,7 @@ def main() -> None:
     except PlanError as error:
         tell(error)
     except Exception as error:
-        tell(Unexpected(error))
+        fault = OurFault(error)
+        fault_reports.write(fault)
+        tell(fault)
     sys.exit(CANNOT_SAY)

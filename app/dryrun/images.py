@@ -19,6 +19,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from ..errors import PlanError
 from ..job import Job
 from .cuda.card_facts import Card
+from .diagnose import raise_if_ours
 from .known_values import LIMIT, Images, KnownValues
 from .tracker import MemoryTracker
 
@@ -51,6 +52,7 @@ def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
         inputs = _processed(model, count, height, width)
         tokens = _tokens(model, inputs, job) // count
     except Exception as error:
+        raise_if_ours(error)
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         reason = f"images are not planned for {type(model).__name__}: {text}"
         if job.images or job.image_size:

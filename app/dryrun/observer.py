@@ -31,6 +31,8 @@ class StepObserver(Protocol):
     """The job's autocast, or None where the job does not use mixed precision."""
     in_backward: bool
     """True while autograd runs backward."""
+    forwards_left: int | None
+    """How many forward passes of the model may still begin; None: any number."""
     length: int | torch.SymInt
     """The length of the job's sequences, in tokens."""
     shifted: int | torch.SymInt

@@ -38,6 +38,7 @@ from ..memory.repeat import (
 )
 from ..memory.sizes import Number, whole
 from ..progress import say
+from .diagnose import survive
 from .token_loops import repeat_tokens
 from .tracker import DataDependent
 
@@ -129,6 +130,7 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
         except NotRepeatable as error:
             log.info("not folded with %d layers apart and %d neighbours: %s", apart, radius, error)
         except Exception as error:
+            survive(error, "running a shorter model")
             log.info("the short model does not run: %s: %s", type(error).__name__, error)
         else:
             _way[model] = apart, radius

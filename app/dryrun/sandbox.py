@@ -209,9 +209,11 @@ class _AutogradMetaKernels:
 
 
 class _Silence:
-    """The change of a library's own log handlers that drops what the tracing thread writes below the level error."""
+    """The change of a library's own log handlers that drops what the library writes below the level error in the
+    tracing thread."""
 
     def __init__(self, library: str):
+        self.library = library
         self.handlers = [*logging.getLogger(library).handlers]
 
     def apply(self) -> None:
@@ -222,9 +224,9 @@ class _Silence:
         for handler in self.handlers:
             handler.removeFilter(self.keeps)
 
-    @staticmethod
-    def keeps(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or record.thread != _tracing
+    def keeps(self, record: logging.LogRecord) -> bool:
+        theirs = record.name.partition(".")[0] == self.library
+        return not theirs or record.levelno >= logging.ERROR or record.thread != _tracing
 
 
 def _overload(name: str) -> torch._ops.OpOverload:
@@ -236,12 +238,12 @@ def _in_this_thread(overload: torch._ops.OpOverload, kernel: Callable) -> Callab
     """``kernel`` for the tracing thread; for every other the composite that PyTorch has, which is what the dispatcher
     finds one key further down."""
 
-    def run(keys, *args, **kwargs):
+    def run_composite(keys, *args, **kwargs):
         if get_ident() == _tracing:
             return kernel(*args, **kwargs)
         return overload.redispatch(keys.remove(torch._C.DispatchKey.AutogradMeta), *args, **kwargs)
 
-    return run
+    return run_composite
 
 
 class _PerThread:

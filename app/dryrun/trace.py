@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import linecache
-import re
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import PlanError
 from ..job import Job, point_of
@@ -25,16 +21,16 @@ from . import layer_weights as layers
 from .build import prequantized as stored
 from .build.model import base_of
 from .build.model_config import equal_type
-from .build.quantizers import packed_classes
 from .build.quantizers.bnb_linear import quantizable
 from .cuda.card_facts import Card
+from .diagnose import explain_stack_errors
 from .images import images_of
 from .known_values import Images, KnownValues
 from .repeat_layers import folded_log
 from .steps.plain import dry_run
 from .symbols import Conditions, symbol, symbol_guards
 from .token_loops import TOKENS_RUN
-from .tracker import FORWARD_OTHER_CHECKPOINTING, DataDependent, canonical_fqn
+from .tracker import FORWARD_OTHER_CHECKPOINTING, DataDependent
 
 
 def _base(job: Job, config: dict):
@@ -192,67 +188,6 @@ def _trace_log(
             return trace_log(TOKENS_RUN)
         except NotRepeatable:  # of a loop over tokens, not of the layers
             return trace_log(job.sequence_length or 1)
-
-
-@contextmanager
-def explain_stack_errors(model, job: Job, known: bool):
-    """What the stack itself refuses, as the error that a user is told; with ``known`` values, what they do not tell
-    too."""
-    try:
-        yield
-    except PlanError:
-        raise
-    except DataDependent as error:
-        if not known:
-            raise
-        raise PlanError(
-            f"{type(model).__name__} computes with values that a dry run does not have, at {error.where}",
-            "its weights can be planned, its activations cannot",
-            "model",
-        ) from None
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        place, hint = _where(error, job)
-        raise PlanError(
-            f"{type(model).__name__} does not run this job{place}: {type(error).__name__}: {text}", hint, "model"
-        ) from None
-
-
-def _where(error: Exception, job: Job) -> tuple[str, str]:
-    """The innermost module that was running, and what can be done about it."""
-    running, line = [], ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
-        if isinstance(module, torch.nn.Module):
-            running.append(module)
-            line = linecache.getline(frame.f_code.co_filename, number)
-    hint = "the installed transformers would fail the same way on a GPU; check the sizes in the config, or the job"
-    if not running:
-        return "", hint
-    paths = {id(module): canonical_fqn(name) for name, module in running[0].named_modules()}
-    path = paths.get(id(running[-1]), "")
-    adapted = [module for module in running if isinstance(module, BaseTunerLayer)]
-    if adapted:
-        kind = type(adapted[-1].get_base_layer()).__name__
-        name = paths[id(adapted[-1])].rpartition(".")[2]
-        others = {paths[id(m)].rpartition(".")[2] for m in running[0].modules() if isinstance(m, BaseTunerLayer)}
-        rest = ", ".join(sorted(others - {name}))
-        hint = f"PEFT's adapter does not fit a {kind}: set lora.target_modules to names without {name}: {rest}"
-    elif packed := [name for name in _WEIGHT.findall(line) if _is_packed(running[-1], name)]:
-        head = paths.get(id(running[0].get_output_embeddings()))
-        left = sorted({*job.quantization.skip_modules, *packed} | ({head} if head else set()))
-        hint = (
-            "its code takes a weight itself, which is packed when it is quantised: leave it as it is with "
-            f"quantization.skip_modules {left}"
-        )
-    return f" at {path}" if path else "", hint
-
-
-_WEIGHT = re.compile(r"self\.(\w+)\.weight")
-
-
-def _is_packed(module: torch.nn.Module, name: str) -> bool:
-    return isinstance(getattr(getattr(module, name, None), "weight", None), packed_classes())
 
 
 def _check_length(job: Job, configuration, task: str) -> None:

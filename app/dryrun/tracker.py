@@ -10,10 +10,12 @@ autograd node leads to the forward operator that made the node, as in PyTorch's 
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from bisect import bisect_right
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -23,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from ..errors import OurFault
 from ..memory.events import EMPTY_CACHE, Allocation, Mark, TraceLog
 from . import meta_kernels as native  # noqa: F401  (native: shape functions in C++)
+from .cuda import host_reads
 from .cuda.card_facts import Card
-from .cuda.host_reads import HOST_READS
 from .cuda.registry import KERNELS
 from .known_values import Images, KnownValues, kept_in_memory
 from .sandbox import is_tracing, replaced
@@ -104,6 +106,7 @@ class MemoryTracker(TorchDispatchMode):
         self._links: tuple[list[int], list[str]] = ([], [])
         self._site: str | None = None
         self.library_workspaces: set[tuple[str, int, str]] = set()
+        self.forwards_left: int | None = None
         self._closed = False
 
     def __enter__(self):
@@ -138,6 +141,8 @@ class MemoryTracker(TorchDispatchMode):
             fqn = paths.get(id(module))
             if fqn is None:
                 return original(module, *args, **kwargs)
+            if not fqn and not stack and self.forwards_left is not None:
+                self._count_forward()
             recompute = self.autocast is not None and self.in_backward and not stack
             stack.append(fqn)
             try:
@@ -148,6 +153,12 @@ class MemoryTracker(TorchDispatchMode):
 
         with replaced(torch.nn.Module, "__call__", call), self:
             yield self
+
+    def _count_forward(self) -> None:
+        """A model's forward pass begins: of a generation there is an end to them."""
+        if not self.forwards_left:
+            raise OurFault("a generation runs past its new tokens: what it reads to know its end is answered wrongly")
+        self.forwards_left -= 1
 
     @contextmanager
     def track_values(self, values: KnownValues):
@@ -344,27 +355,41 @@ class MemoryTracker(TorchDispatchMode):
 
     def _value(self, tensor: torch.Tensor):
         """The value of a tensor that the program reads on the host, where the job states it."""
+        host_reads.check()
         frame = sys._getframe(2)
-        for _ in range(12):
-            if frame is None:
+        while frame is not None:
+            rule = host_reads.rule_for(frame)
+            if rule is not None:
+                return self._answer(rule.answer, frame)
+            if not _is_plumbing(frame):
                 break
-            name = frame.f_code.co_qualname
-            if name in HOST_READS:
-                told = {"full": self.mask != "padded", "single": self.mask != "packed", "length": self.length}
-                if HOST_READS[name] == "generated":
-                    told["generated"] = frame.f_locals["length"] >= self.length
-                answer = HOST_READS[name]
-                return told[answer] if isinstance(answer, str) else answer
             frame = frame.f_back
         raise DataDependent(_caller())
+
+    def _answer(self, answer: bool | str, frame: FrameType):
+        """What the job says of a value that the function of ``frame`` reads."""
+        if isinstance(answer, bool):
+            return answer
+        if answer == "generated":
+            return frame.f_locals["length"] >= self.length
+        return {"full": self.mask != "padded", "single": self.mask != "packed", "length": self.length}[answer]
+
+
+_OURS = os.path.dirname(__file__)
+
+
+def _is_plumbing(frame: FrameType) -> bool:
+    """Whether a frame is PyTorch's or a trace's own, between a program and the value that it reads."""
+    file = frame.f_code.co_filename
+    return "/torch/" in file or file.startswith(_OURS)
 
 
 def _caller() -> str:
     """The nearest frame outside torch: where the program asked for a value."""
     frame = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if "/torch/" not in file and "/app/dryrun/" not in file:
+        if not _is_plumbing(frame):
+            file = frame.f_code.co_filename
             return f"{file.rsplit('site-packages/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "?"

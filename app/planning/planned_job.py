@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from weakref import ref
 
 from ..catalog.gpus import Gpu, find_gpu
-from ..errors import PlanError
+from ..errors import PlanError, Unanswered
 from ..job import Job, OwnGpu
 from ..memory.allocator.config import AllocatorConfig
 from ..memory.budget import MemoryBudget
@@ -17,6 +17,7 @@ from ..memory.profile import Profile
 from ..memory.sizes import ShapePoint
 from ..memory.summary import MemorySummary, Phase
 from ..memory.template import ConcreteTrace
+from . import fault_reports
 from .cards import MEASURED_KERNELS, budget_on, id_of, known, usable
 from .profile_cache import concrete_at, fits_under, merge_and_save_of, profile_of, summary_of
 from .resolve import (
@@ -70,6 +71,9 @@ class PlannedJob:
         try:
             found = after(self)
         except PlanError:
+            return {}
+        except Unanswered as given_up:
+            fault_reports.go_on_without(given_up)
             return {}
         return {name: need for name, need in asdict(found).items() if need is not None} if found else {}
 

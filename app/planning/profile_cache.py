@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..catalog.gpus import Gpu
-from ..errors import PlanError
+from ..errors import PlanError, Unanswered
 from ..job import Job, OwnGpu
 from ..memory.allocator.config import AllocatorConfig
 from ..memory.fit import fits_under_limit
@@ -21,6 +21,7 @@ from ..memory.sizes import ShapePoint
 from ..memory.summary import MemorySummary, summarize
 from ..memory.template import ConcreteTrace, TraceTemplate, packed, unpacked
 from ..resources import CATALOG
+from . import fault_reports
 from .fingerprint import NotTraced, cache_key, shipped_key, use_shipped
 from .profile_store import Store, own_path
 from .resolve import chip_of, shape_point_of
@@ -154,8 +155,12 @@ def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
     if known is not None:
         return known
     if _general_is_due(_profiles.in_memory(request.key)):
-        with suppress(PlanError):
+        try:
             return store_trace("general", request, tracer.get().trace("general", request))
+        except PlanError:
+            pass
+        except Unanswered as given_up:
+            fault_reports.go_on_without(given_up)
     return store_trace("step", request, tracer.get().trace("step", request))
 
 

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
 from ..catalog.gpus import Gpu
+from ..errors import OurFault, Unanswered
 from ..job import Job, OwnGpu
 from ..memory.template import packed
 from ..registry.trainers import TRAINERS
@@ -38,7 +39,8 @@ class Tracer(Protocol):
     """Whether this process answers one question and ends."""
 
     def trace(self, part: str, request: TraceRequest) -> bytes:
-        """What the run leaves: a :class:`Profile`, or a :class:`TraceTemplate`, as bytes. Raises :class:`PlanError`."""
+        """What the run leaves: a :class:`Profile`, or a :class:`TraceTemplate`, as bytes. Raises :class:`PlanError`;
+        :class:`Unanswered` for a fault of ours."""
 
     def later(self, part: str, request: TraceRequest) -> None:
         """Trace it when there is nothing else to do, and :func:`keep` it."""
@@ -64,10 +66,15 @@ class InProcessTracer:
         if process_is_ours:
             sandbox.return_freed_memory()
         _, job, config, kernels = request
-        with sandbox.active(), _without_collector():
-            if part in ("step", "general"):
-                return trace(job, config, *kernels, general=part == "general").dump()
-            return packed(merge_and_save.trace(part, job, config, *kernels).dump())
+        try:
+            with sandbox.active(), _without_collector():
+                if part in ("step", "general"):
+                    return trace(job, config, *kernels, general=part == "general").dump()
+                return packed(merge_and_save.trace(part, job, config, *kernels).dump())
+        except OurFault as fault:  # no answer: a search would take it for one
+            traced = {"part": part, "job": job.model_dump(mode="json"), "config": config, "kernels": kernels}
+            fault.report.setdefault("traced", traced)
+            raise Unanswered(fault) from fault
 
     def later(self, part: str, request: TraceRequest) -> None:
         """There is no later here."""

@@ -7,9 +7,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ..errors import PlanError
+from ..errors import OurFault, PlanError
 from ..schema import Failure
-from ..usecases import Unexpected, failure
+from ..usecases import failure
 from .trace_pool import Busy
 
 BODY_LIMIT = 4 << 20
@@ -39,7 +39,7 @@ def status_of(error: PlanError) -> tuple[int, dict[str, str]]:
         return 503, {"retry-after": str(RETRY_SECONDS)}
     if isinstance(error, Forbidden):
         return 403, {}
-    return (500 if isinstance(error, Unexpected) else 422), {}
+    return (500 if isinstance(error, OurFault) else 422), {}
 
 
 def refusal(status: int) -> JSONResponse:

@@ -10,10 +10,10 @@ import anyio
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from ..errors import OurFault
 from ..job import Job
 from ..resources import PACKAGE
 from ..schema import Failure, Probe
-from ..usecases import Unexpected
 from .bodies import JobBody
 from .failures import RESPONSES, Forbidden
 from .runner import runner_of
@@ -60,5 +60,5 @@ async def _probed(job: Job, yes: bool, layers: int | None) -> Response:
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        raise Unexpected(RuntimeError(f"the probe ended with {done.returncode}")) from None
+        raise OurFault(f"the probe ended with {done.returncode}") from None
     return JSONResponse(answer, 422 if "error" in answer else 200)

@@ -3,6 +3,7 @@ and work for a client that has left is stopped."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -16,12 +17,13 @@ import anyio.to_thread
 from starlette.requests import Request
 
 from ..catalog.models import find_model
-from ..errors import PlanError, Unanswered
+from ..errors import OurFault, PlanError, Unanswered
 from ..job import Job
 from ..planning.tracer import TraceRequest, tracer
 from ..usecases import plan
 from .trace_pool import QUEUE_LIMIT, Abandoned, Busy, RequestHandle, TracePool
 
+log = logging.getLogger("vramplan")
 THREADS = 8
 """Requests that are served at a time: more than there are cores, for most of them wait for a trace."""
 HANDLES = 1024
@@ -39,7 +41,7 @@ class PooledTracer:
     def trace(self, part: str, request: TraceRequest) -> bytes:
         try:
             return self.pool.trace(part, request, self.handle)
-        except (Abandoned, Busy) as error:
+        except (Abandoned, Busy, OurFault) as error:
             raise Unanswered(error) from None
 
     def later(self, part: str, request: TraceRequest) -> None:
@@ -96,6 +98,9 @@ class RequestRunner:
                     return use_case(job)
                 except Unanswered as given_up:
                     raise given_up.error from None
+                except OurFault as fault:
+                    log.error("%s (report %s)", fault.message, fault.name)
+                    raise
 
             return await anyio.to_thread.run_sync(served, limiter=self.threads)
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 
-from ..errors import PlanError
+from ..errors import OurFault, PlanError, Unanswered
 from ..job import point_of
+from ..planning import fault_reports
 from ..planning.fingerprint import NotTraced, can_trace
 from ..planning.profile_cache import store_trace
 from ..planning.tracer import InProcessTracer, TraceRequest
 from ..progress import listener
-from ..usecases import Unexpected
 
 SECONDS = 60.0
 """Seconds that one trace may take; the slowest of 264 published configs takes a tenth of it."""
@@ -170,7 +170,7 @@ class TracePool:
         except PlanError as error:
             in_flight.result = error
         except Exception as error:
-            in_flight.result = Unexpected(error)
+            in_flight.result = OurFault(error)
         finally:
             with self._lock:
                 self._in_flight.pop(name, None)
@@ -189,6 +189,8 @@ class TracePool:
             store_trace(in_flight.part, in_flight.request, self._run(in_flight, lambda: bool(self._in_flight)))
         except Abandoned:
             self._later.appendleft(in_flight)
+        except OurFault as fault:
+            fault_reports.write(fault)
         except PlanError as error:
             log.debug("%s cannot be traced ahead: %s", in_flight.part, error.message)
         finally:
@@ -270,7 +272,7 @@ class TracePool:
             if worker.pipe.poll(_TICK):
                 kind, said = worker.pipe.recv()
                 if kind != "doing":
-                    return said if kind == "done" else PlanError(**said)
+                    return said if kind == "done" else _error_of(kind, said)
                 in_flight.doing = said
         raise Abandoned
 
@@ -320,6 +322,18 @@ def _too_much(memory: int) -> PlanError:
     )
 
 
+def _sent(error: PlanError) -> tuple[str, dict]:
+    """An error as a worker sends it; of a fault of ours, its report goes along."""
+    if isinstance(error, OurFault):
+        return "fault", {"what": error.what, "report": error.report}
+    return "refused", error.as_dict()
+
+
+def _error_of(kind: str, sent: dict) -> PlanError:
+    """The error that a worker sent."""
+    return OurFault(**sent) if kind == "fault" else PlanError(**sent)
+
+
 _OUT = "DefaultCPUAllocator: can't allocate memory"
 """What PyTorch says where it finds no more (c10/core/impl/alloc_cpu.cpp), as a RuntimeError."""
 
@@ -340,5 +354,7 @@ def _work(pipe: Connection, memory: int) -> None:
                 pipe.send(("refused", (_too_much(memory) if out else error).as_dict()))
             except MemoryError:
                 pipe.send(("refused", _too_much(memory).as_dict()))
+            except Unanswered as given_up:
+                pipe.send(_sent(given_up.error))
             except Exception as error:
-                pipe.send(("refused", Unexpected(error).as_dict()))
+                pipe.send(_sent(OurFault(error)))

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ...errors import PlanError
 from ...job import Job
+from ..diagnose import raise_if_ours
 from ..sandbox import replaced
 from ..tracker import MemoryTracker, canonical_fqn
 from .model import empty_parameters
@@ -50,6 +51,7 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(model, config, low_cpu_mem_usage=device == "meta")
     except Exception as error:
+        raise_if_ours(error)
         saved = sorted({part for name, _ in linear for part in name.split(".")} & set(config.modules_to_save or ()))
         if job.quantization is not None and saved:  # quantised, and to be trained in full
             hint = f"leave what PEFT trains in full unquantised: quantization.skip_modules {saved}"

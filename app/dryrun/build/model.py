@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import build_glob_alternation
 
 from ...errors import PlanError
+from ..diagnose import raise_if_ours
 from ..sandbox import replaced
 from .model_config import AUTO, first_line, read_config, task_of
 
@@ -59,6 +60,7 @@ def build_base(config: transformers.PretrainedConfig, task: str, dtype: torch.dt
     except PlanError:
         raise
     except Exception as error:
+        raise_if_ours(error)
         raise PlanError(
             f"transformers cannot build this {config.model_type} model: {first_line(error)}",
             "check the sizes in the config",

@@ -14,6 +14,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import PlanError
+from ..diagnose import raise_if_ours
 from ..sandbox import replaced
 
 AUTO = {
@@ -44,6 +45,7 @@ def read_config(data: dict[str, Any], attention: str | None) -> transformers.Pre
             warnings.simplefilter("ignore")
             config = CONFIG_MAPPING[kind].from_dict(data)
     except Exception as error:
+        raise_if_ours(error)
         raise PlanError(
             f"transformers does not accept this {kind} config: {first_line(error)}", "check its fields", "config"
         ) from None

@@ -11,6 +11,7 @@ import torch
 from ..sandbox import locked, replaced
 from ..symbols import sym_predicate
 from .card_facts import Card
+from .refusals import BadValueOnCard, ErrorOnCard
 from .registry import kernel
 from .temporaries import record_library_workspace, run_and_record, tensor_bytes
 
@@ -98,7 +99,7 @@ def _optimizer_update(tracker, func, args, kwargs, fqn):
     Confirmed: H200, a head of 256000 × 12288 ends in "invalid argument".
     """
     if args[1].numel() >= 1 << 31:
-        raise RuntimeError(f"bitsandbytes' optimisers take tensors below 2^31 elements, not {args[1].numel()}")
+        raise ErrorOnCard(f"bitsandbytes' optimisers take tensors below 2^31 elements, not {args[1].numel()}")
     return func(*args, **kwargs)
 
 
@@ -134,7 +135,7 @@ def _int8_mm(tracker, func, args, kwargs, fqn):
     """
     a, weight = args[0], args[2]
     if a.dim() not in (2, 3):
-        raise ValueError("Only two or three dimensional matrices are supported for argument A")
+        raise BadValueOnCard("Only two or three dimensional matrices are supported for argument A")
     elements = a.numel() // a.shape[-1] * weight.shape[0]
     product = tracker.record_alloc(4 * elements, fqn, "dequantized_weights", "int8_linear_matmul")
     half = torch.empty(*a.shape[:-1], weight.shape[0], dtype=torch.float16, device="meta")

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .refusals import ErrorOnCard
 from .registry import kernel
 from .temporaries import run_and_record
 
@@ -37,7 +38,7 @@ def _fill(tracker, func, args, kwargs, fqn):
     value, dtype = args[-1], args[0].dtype
     if dtype.is_floating_point and isinstance(value, (int, float)) and math.isfinite(value):
         if abs(value) > torch.finfo(dtype).max:
-            raise RuntimeError(f"value cannot be converted to type {dtype} without overflow")
+            raise ErrorOnCard(f"value cannot be converted to type {dtype} without overflow")
     return run_and_record(tracker, func, args, kwargs, fqn)
 
 

@@ -21,6 +21,7 @@ from ..build.loading import MetaWeights, load
 from ..build.model import base_of
 from ..cuda.as_if_cuda import as_if_cuda
 from ..cuda.card_facts import Card
+from ..diagnose import raise_if_ours
 from ..repeat_layers import folded_log
 from ..symbols import Conditions, symbol
 from ..tracker import MemoryTracker
@@ -66,6 +67,7 @@ def merge_and_save_log(job: Job, config: dict, card: Card) -> TraceColumns:
     except PlanError:
         raise
     except Exception as error:
+        raise_if_ours(error)
         raise PlanError(
             f"merging and writing {type(base).__name__} cannot be planned: {type(error).__name__}: {str(error)[:200]}",
             "the step is planned all the same",

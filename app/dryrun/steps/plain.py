@@ -102,6 +102,7 @@ def run_generate(tracker: StepObserver, model, job: Job, task: str, *_) -> None:
     tracker.mark("load", 0, "inputs")
     batch = make_batch(tracker, model, job, task)
     tracker.length = job.sequence_length + job.new_tokens
+    tracker.forwards_left = job.new_tokens + 1
     tracker.mark("generate", 1, "activations")
     with torch.no_grad():
         out = model.generate(
