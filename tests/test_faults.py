@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from tiny import JOB, LLAMA
-from vramplan import cli
+from vramplan.cli import entry as cli
 from vramplan.dryrun import diagnose, repeat_layers
 from vramplan.dryrun.cuda import host_reads
 from vramplan.dryrun.cuda.host_reads import HOST_READS, HostRead

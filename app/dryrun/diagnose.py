@@ -3,7 +3,7 @@
 The traceback tells. What counts is the innermost frame that is neither PyTorch's nor Python's own library: an error that
 comes from the model's code, or from an operator that a rule of ours runs with the program's own arguments, is the
 stack's; one that is raised by our own lines is ours. A rule that refuses what a card refuses raises
-:class:`~vramplan.dryrun.cuda.refusals.AsOnCard`.
+:class:`~vramplan.dryrun.cuda.as_on_card.AsOnCard`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..errors import STRICT, OurFault, PlanError
 from ..job import Job
 from ..memory.repeat import NotRepeatable
 from .build.quantizers import packed_classes
-from .cuda.refusals import AsOnCard
+from .cuda.as_on_card import AsOnCard
 from .tracker import DataDependent, MemoryTracker, canonical_fqn
 
 log = logging.getLogger("vramplan")

@@ -11,7 +11,7 @@ import torch
 from ..sandbox import locked, replaced
 from ..symbols import sym_predicate
 from .card_facts import Card
-from .refusals import BadValueOnCard, ErrorOnCard
+from .as_on_card import BadValueOnCard, ErrorOnCard
 from .registry import kernel
 from .temporaries import record_library_workspace, run_and_record, tensor_bytes
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .refusals import ErrorOnCard
+from .as_on_card import ErrorOnCard
 from .registry import kernel
 from .temporaries import run_and_record
 
