@@ -1,6 +1,7 @@
-"""The Job: one schema for the form, the API, the command line, the documentation and the tests.
+"""The job: one schema for the form, the API, the command line, the documentation and the tests.
 
-Field names and values are the wire format; the defaults are what a user of that stack gets who says nothing.
+Field names and values are the wire format. A default is what a user gets who says nothing to that stack. The names of
+optimisers, trainers, quantisers and strategies are those of the tables in :mod:`vramplan.registry`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ Task = Literal[
     "speech-seq2seq",
     "zero-shot-image-classification",
 ]
+"""Which Auto class of transformers builds the model."""
 Dtype = Literal["bfloat16", "float16", "float32"]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
+"""Sequences, images or tokens."""
 Side = Annotated[int, Field(ge=1, le=8192)]
+"""Pixels."""
 
 
 class _Strict(BaseModel):
@@ -37,7 +41,7 @@ class _Strict(BaseModel):
 
 
 class Quantization(_Strict):
-    """The layout that bitsandbytes gives to the linear layers (``transformers.BitsAndBytesConfig``)."""
+    """How the linear layers are quantised while they are loaded, as ``transformers.BitsAndBytesConfig`` takes it."""
 
     type: QuantizerName = Field("nf4", description="Data type of the stored weights.")
     double_quant: bool = Field(True, description="Quantise the quantisation constants too (4-bit types).")
@@ -49,7 +53,7 @@ class Quantization(_Strict):
 
 
 class Lora(_Strict):
-    """Adapters as ``peft.LoraConfig`` takes them."""
+    """Low-rank adapters, as ``peft.LoraConfig`` takes them."""
 
     r: Annotated[int, Field(ge=1, le=65536)] = Field(16, description="Rank of the adapters.")
     alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scaling numerator; costs no memory.")
@@ -63,14 +67,15 @@ class Lora(_Strict):
 
     @field_validator("target_modules", mode="before")
     @classmethod
-    def _split(cls, value):
+    def _split(cls, value: Any) -> Any:
+        """A list of names may be written as one text, with commas."""
         if isinstance(value, str) and value != "all-linear":
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
 
 
 class OwnGpu(_Strict):
-    """A card that is not in the catalogue, or one whose memory is known better than the catalogue does."""
+    """A card that the catalogue does not have, or whose memory the user knows better."""
 
     name: str = Field("my card", max_length=200)
     memory_bytes: Annotated[int, Field(gt=0, le=1 << 50, description="What PyTorch can use of it.")]
@@ -78,7 +83,7 @@ class OwnGpu(_Strict):
 
 
 class Allocator(_Strict):
-    """``PYTORCH_ALLOC_CONF``."""
+    """Settings of PyTorch's caching allocator: the environment's ``PYTORCH_ALLOC_CONF``."""
 
     expandable_segments: bool = Field(False, description="Grow one range per pool instead of many segments.")
     max_split_size_mb: Annotated[int, Field(ge=21, le=1 << 20)] | None = Field(
@@ -87,7 +92,7 @@ class Allocator(_Strict):
 
 
 class Job(_Strict):
-    """One training step or one generation, as somebody would run it."""
+    """A training step or a generation, as somebody would run it on one card."""
 
     model: str | None = Field(None, max_length=400, description="Hub id, local folder or path of a config.json.")
     config: dict[str, Any] | None = Field(None, description="The config.json itself; instead of `model`.")
@@ -142,7 +147,8 @@ class Job(_Strict):
     allocator: Allocator = Allocator()
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _consistent(self) -> Job:
+        """Refuse fields that contradict each other."""
         if (self.model is None) == (self.config is None):
             raise ValueError("give exactly one of `model` and `config`")
         if self.quantization is not None and self.method == "full":
@@ -163,53 +169,66 @@ class Job(_Strict):
 
     @property
     def packed(self) -> bool:
-        """Whether it trains on packed sequences."""
+        """Whether it trains on packed sequences: one row, told apart by positions."""
         return self.attention_mask == "packed" and self.method != "inference"
 
     @property
     def batches_run(self) -> int:
-        """How many of a step's accumulated batches are run: a third is like the second."""
+        """How many of a step's accumulated batches a trace runs: two, for a third is like the second."""
         return min(self.gradient_accumulation_steps, 2)
 
     def resolved(self) -> Job:
         """The same job with every null replaced by what the stack would do."""
-        trainer, method = TRAINERS[self.trainer], self.method
-        training = method != "inference"
+        return self.model_copy(update={**self._resolved_method(), **self._resolved_step()})
+
+    def _resolved_method(self) -> dict[str, Any]:
+        """Defaults of the layout and of the adapters."""
         fill: dict[str, Any] = {}
-        if self.mixed_precision is None:
-            fill["mixed_precision"] = trainer.mixed_precision if training else "no"
-        if method == "qlora" and self.quantization is None:
+        is_quantized = self.quantization is not None or self.method == "qlora"
+        if is_quantized and self.quantization is None:
             fill["quantization"] = Quantization()
-        if method in ("lora", "qlora") and self.lora is None:
+        if self.method in ("lora", "qlora") and self.lora is None:
             fill["lora"] = Lora()
-        quantized = self.quantization is not None or method == "qlora"
         if self.prepare_for_kbit_training is None:
-            fill["prepare_for_kbit_training"] = training and quantized and trainer.prepares_for_kbit_training
+            prepares = TRAINERS[self.trainer].prepares_for_kbit_training
+            fill["prepare_for_kbit_training"] = self.method != "inference" and is_quantized and prepares
+        return fill
+
+    def _resolved_step(self) -> dict[str, Any]:
+        """Defaults of the step: those of the trainer, or of a generation."""
+        trainer, is_training = TRAINERS[self.trainer], self.method != "inference"
+        fill: dict[str, Any] = {"gradient_checkpointing": self._resolved_checkpointing()}
+        if self.mixed_precision is None:
+            fill["mixed_precision"] = trainer.mixed_precision if is_training else "no"
         if self.optimizer is None:
             fill["optimizer"] = trainer.optimizer
-        checkpointing = self.gradient_checkpointing
-        if not training:
-            fill["gradient_checkpointing"] = "off"
-        elif checkpointing is None:
-            checkpointing = method == "qlora" or trainer.checkpoints
-        if isinstance(checkpointing, bool) and training:
-            fill["gradient_checkpointing"] = "non_reentrant" if checkpointing else "off"
-        if not training and self.new_tokens is None:
+        if not is_training and self.new_tokens is None:
             fill["new_tokens"] = 64
-        return self.model_copy(update=fill)
+        return fill
+
+    def _resolved_checkpointing(self) -> str:
+        """``off``, ``reentrant`` or ``non_reentrant``."""
+        if self.method == "inference":
+            return "off"
+        chosen = self.gradient_checkpointing
+        if chosen is None:
+            chosen = self.method == "qlora" or TRAINERS[self.trainer].checkpoints
+        if isinstance(chosen, bool):
+            return "non_reentrant" if chosen else "off"
+        return chosen
 
 
 TARGETS = ("batch_size", "sequence_length", "r", "accumulation_free_batch", "gpu", "model")
-"""What of a job the solver seeks."""
+"""What :func:`vramplan.planning.solver.solve` can seek."""
 
 
 def point_of(job: Job) -> tuple[int, int]:
-    """The batch and the length of a job: sequences, and tokens of one (0 for a job that has no tokens)."""
+    """(batch, length) of a job: sequences, and tokens of one sequence. The length is 0 where there are no tokens."""
     return job.batch_size, job.sequence_length or 0
 
 
 def read_job(data: Any) -> Job:
-    """A Job from what a person sent. Raises :class:`PlanError` that says what is wrong and what to write instead."""
+    """The job that somebody sent as a JSON object. Raises :class:`PlanError`, which says what to write instead."""
     if isinstance(data, Job):
         return data
     if not isinstance(data, dict):
@@ -221,14 +240,12 @@ def read_job(data: Any) -> Job:
 
 
 def _plan_error(error: ValidationError, data: dict) -> PlanError:
+    """The first thing that is wrong with ``data``, and what to write instead."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1])
-        nearest = difflib.get_close_matches(path[-1], known, 1, 0.5)
-        hint = f"did you mean `{nearest[0]}`?" if nearest else f"the fields are {', '.join(sorted(known))}"
-        return PlanError(f"unknown field `{where}`", hint, where)
+        return _unknown_field(path)
     message = first["msg"].removeprefix("Value error, ")
     if not where:
         return PlanError(message, "see the job's fields in the documentation")
@@ -238,14 +255,26 @@ def _plan_error(error: ValidationError, data: dict) -> PlanError:
         where, message = "gpu", 'should be a name of the catalogue or {"name": …, "memory_bytes": …}'
     got = first.get("input")
     shown = repr(got) if len(repr(got)) < 60 else type(got).__name__
-    allowed = first.get("ctx", {}).get("expected")
-    nearest = difflib.get_close_matches(
-        str(got), [w.strip("' ") for w in (allowed or "").replace(" or ", ",").split(",")], 1
-    )
+    nearest = difflib.get_close_matches(str(got), _allowed(first), 1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"change `{where}`; it was {shown}"
     return PlanError(f"`{where}`: {message[0].lower()}{message[1:]} (got {shown})", hint, path[0])
 
 
+def _unknown_field(path: list[str]) -> PlanError:
+    """The error for a field that no job has, at this path."""
+    where, known = ".".join(path), _fields_at(path[:-1])
+    nearest = difflib.get_close_matches(path[-1], known, 1, 0.5)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"the fields are {', '.join(sorted(known))}"
+    return PlanError(f"unknown field `{where}`", hint, where)
+
+
+def _allowed(entry: Any) -> list[str]:
+    """The values that a field takes, by an entry of pydantic's errors."""
+    expected = entry.get("ctx", {}).get("expected") or ""
+    return [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
+
+
 def _fields_at(path: list[str]) -> list[str]:
+    """The fields of a job, or of the object in it at this path."""
     models = {"quantization": Quantization, "lora": Lora, "allocator": Allocator, "gpu": OwnGpu}
     return list(models.get(path[0], Job).model_fields if path else Job.model_fields)
