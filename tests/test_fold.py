@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vramplan.dryrun import repeat_layers as fold
 from vramplan.dryrun.build.model import bare
 from vramplan.dryrun.cuda.card_facts import Card
-from vramplan.dryrun.steps.plain import dry_run
+from vramplan.dryrun.steps.dry_run import dry_run
 from vramplan.dryrun.tracker import DataDependent
 from vramplan.errors import PlanError
 from vramplan.job import read_job

@@ -398,7 +398,7 @@ def test_values_that_are_followed_change_nothing_but_what_they_tell():
     """The engine's sums in place, too: a mode more holds every tensor once more."""
     from vramplan.dryrun.build.model import bare
     from vramplan.dryrun.known_values import KnownValues
-    from vramplan.dryrun.steps.plain import dry_run
+    from vramplan.dryrun.steps.dry_run import dry_run
 
     job = read_job({"config": LLAMA, "method": "full", "sequence_length": 64}).resolved()
 

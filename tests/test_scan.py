@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from vramplan.dryrun.build.model import bare
 from vramplan.dryrun.cuda.card_facts import Card
-from vramplan.dryrun.steps.plain import dry_run
+from vramplan.dryrun.steps.dry_run import dry_run
 from vramplan.dryrun.token_loops import TOKENS_RUN, repeat_tokens
 from vramplan.job import read_job
 from vramplan.memory.repeat import same

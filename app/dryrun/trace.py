@@ -27,7 +27,7 @@ from .diagnose import explain_stack_errors
 from .images import images_of
 from .known_values import Images, KnownValues
 from .repeat_layers import folded_log
-from .steps.plain import dry_run
+from .steps.dry_run import dry_run
 from .symbols import Conditions, symbol, symbol_guards
 from .token_loops import TOKENS_RUN
 from .tracker import FORWARD_OTHER_CHECKPOINTING, DataDependent

@@ -77,7 +77,7 @@ def _log_of_layers(job: Job, config: dict, task: str, gpu, layers: int) -> Trace
     from ..dryrun.cuda.card_facts import Card
     from ..dryrun.diagnose import explain_stack_errors
     from ..dryrun.images import images_of
-    from ..dryrun.steps.plain import dry_run
+    from ..dryrun.steps.dry_run import dry_run
     from ..dryrun.token_loops import repeat_tokens
     from ..dryrun.trace import with_values
     from .extrapolate import with_layers

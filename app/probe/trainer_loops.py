@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from ..dryrun.inputs import lengths, make_batch
-from ..dryrun.steps.plain import label_grads_and_state
+from ..dryrun.steps.phases import label_grads_and_state
 from ..errors import PlanError
 from ..job import Job
 from ..registry.optimizers import OPTIMIZERS

@@ -1,9 +1,11 @@
-"""What comes after the training, on the meta device: the adapter merged in 16 bit, the checkpoint written.
+"""What follows a training, on the meta device: the adapter merged into 16-bit weights, the checkpoint written.
 
-Both in a process of their own, with the functions that people call: ``PeftModel.from_pretrained`` and
-``merge_and_unload`` (peft/tuners/lora/layer.py ``Linear.merge``: the product of the factors and its scaled copy, in the
-adapter's dtype), then ``save_pretrained`` (transformers/modeling_utils.py: ``revert_weight_conversion``, which copies
-what a checkpoint holds apart and the model fused; safetensors then takes each tensor to the host).
+Each runs in a process of its own, by the functions that people call. ``PeftModel.from_pretrained`` and
+``merge_and_unload`` make the product of an adapter's factors and a scaled copy of it, in the adapter's dtype.
+``save_pretrained`` takes apart what a checkpoint holds apart and the model fused; then each tensor goes to the host.
+
+Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lora/layer.py#L952
+https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/core_model_loading.py#L1803
 """
 
 from __future__ import annotations
@@ -27,24 +29,30 @@ from ..symbols import Conditions, symbol
 from ..tracker import MemoryTracker
 
 MERGE, SAVE = "merge", "save"
+"""Names of the phases."""
 
 
 def trace(
     part: str, job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts
 ) -> TraceTemplate:
-    """The ``finish`` of a job, or the ``load`` of its model, on a card with these kernels and on those that do the same
-    with another number of multiprocessors. Raises :class:`PlanError`."""
+    """The trace of what follows a job (``part``: ``finish``), or of placing its model alone (``load``).
+
+    It holds for every card with these kernels that does the same, with any number of multiprocessors. Raises
+    :class:`PlanError`.
+    """
     conditions = Conditions()
     card = Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
     return TraceTemplate.of({"finish": merge_and_save_log, "load": load_log}[part](job, config, card), conditions)
 
 
 def merge_and_save_log(job: Job, config: dict, card: Card) -> TraceColumns:
-    """The books of loading what ``job`` (its base unquantised) trained, merging its adapter and writing it. Raises
-    :class:`PlanError`."""
+    """The log of loading what ``job`` trained (its base not quantised), merging its adapter, and writing the model.
+
+    Raises :class:`PlanError`.
+    """
     base, task = base_of(config, job.task, job.dtype, job.attention)
 
-    def run(model) -> TraceLog:
+    def run(model: torch.nn.Module) -> TraceLog:
         tracker = MemoryTracker(card)
         with as_if_cuda(card):
             model = load(model, job, task, tracker, MetaWeights())
@@ -75,10 +83,10 @@ def merge_and_save_log(job: Job, config: dict, card: Card) -> TraceColumns:
 
 
 def load_log(job: Job, config: dict, card: Card) -> TraceColumns:
-    """The books of placing the model of ``job`` (resolved) alone."""
+    """The log of placing the model of ``job`` (resolved) alone."""
     base, task = base_of(config, job.task, job.dtype, job.attention)
 
-    def run(model) -> TraceLog:
+    def run(model: torch.nn.Module) -> TraceLog:
         tracker = MemoryTracker(card)
         with as_if_cuda(card):
             load(model, job, task, tracker, MetaWeights())

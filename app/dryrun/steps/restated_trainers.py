@@ -24,14 +24,14 @@ from ..inputs import base_of, make_batch
 from ..observer import StepObserver
 from ..sandbox import replaced
 from ..symbols import sym_range
-from .plain import begin_forward, label_grads_and_state
+from .phases import begin_forward, label_grads_and_state
 
 MAX_GRAD_NORM = 1.0  # TrainingArguments.max_grad_norm
 
 
 def run_trainer(tracker: StepObserver, model, job: Job, task: str, steps: int, other: bool = False) -> None:
     """``trainer: transformers`` or ``trl``: batch to device, compute_loss, backward, clip, step, zero_grad; then, with
-    ``other``, :data:`~vramplan.dryrun.steps.plain.FORWARD_OTHER_CHECKPOINTING`."""
+    ``other``, :data:`~vramplan.dryrun.tracker.FORWARD_OTHER_CHECKPOINTING`."""
     fused = job.trainer == "trl"
     if fused:
         _refuse_ungenerating(model)

@@ -1,0 +1,86 @@
+"""A job's steps on the meta device, under a tracker: what :func:`vramplan.dryrun.trace.trace` runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import bitsandbytes as bnb
+import torch
+
+from ...job import Job
+from ...memory.events import TraceLog
+from ..autocast import Autocast
+from ..build.loading import MetaWeights, load
+from ..cuda.as_if_cuda import as_if_cuda
+from ..cuda.card_facts import Card
+from ..known_values import KnownValues
+from ..sandbox import replaced
+from ..token_loops import TOKENS_RUN, TokenLoops
+from ..tracker import MemoryTracker
+from . import loop_of
+
+
+def dry_run(
+    model: torch.nn.Module,
+    job: Job,
+    task: str,
+    card: Card,
+    steps: int = 2,
+    other: bool = False,
+    values: KnownValues | None = None,
+    tokens: int = TOKENS_RUN,
+) -> TraceLog:
+    """The log of placing the bare ``model`` on ``card`` and running ``steps`` steps of ``job`` (resolved).
+
+    ``other``: then one forward pass with checkpointing the other way round (``FORWARD_OTHER_CHECKPOINTING`` of
+    :mod:`vramplan.dryrun.tracker`). ``values``: the values that the job states, which are followed. ``tokens``: how
+    often a loop over tokens is run; :func:`~vramplan.dryrun.token_loops.repeat_tokens` repeats it.
+    """
+    tracker = _tracker(job, card)
+    with as_if_cuda(card), paged_states_elsewhere():
+        model = load(model, job, task, tracker, MetaWeights())
+        mode = tracker.autocast
+        scans = TokenLoops(tracker, tokens)
+        with (
+            scans.shortened(model),
+            tracker.watching(model),
+            mode or contextlib.nullcontext(),
+            mode.in_modules_of(model) if mode else contextlib.nullcontext(),
+            tracker.track_values(values) if values else contextlib.nullcontext(),
+        ):
+            loop_of(job)(tracker, model, job, task, steps, other)
+        return tracker.close()
+
+
+def _tracker(job: Job, card: Card) -> MemoryTracker:
+    """The tracker of a job, with its autocast."""
+    is_symbolic = isinstance(job.batch_size, torch.SymInt)
+    tracker = MemoryTracker(card, job.attention_mask, job.sequence_length or 0, is_symbolic)
+    if job.mixed_precision != "no":
+        tracker.autocast = Autocast(torch.bfloat16 if job.mixed_precision == "bf16" else torch.float16)
+    return tracker
+
+
+@contextlib.contextmanager
+def paged_states_elsewhere() -> Iterator[None]:
+    """Paged optimiser state takes nothing of the card's allocator: it is managed memory (``cget_managed_ptr``).
+
+    bitsandbytes makes a CPU tensor over that memory. Here it is one number, expanded to the shape.
+
+    Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py#L91
+    """
+
+    def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: object = None) -> torch.Tensor:
+        out = torch.zeros((), dtype=dtype).expand(shape)
+        out.is_paged = True
+        return out
+
+    with (
+        replaced(bnb.functional, "get_paged", get_paged),
+        replaced(bnb.functional, "prefetch_tensor", lambda *args, **kwargs: None),
+        replaced(bnb.functional, "fill", lambda *args, **kwargs: None),
+        replaced(bnb.functional, "is_on_gpu", lambda tensors: True),
+        replaced(torch.cuda, "synchronize", lambda *args: None),
+    ):
+        yield
