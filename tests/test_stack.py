@@ -13,7 +13,7 @@ import transformers
 from transformers.quantizers.quantizers_utils import should_convert_module
 from vramplan.dryrun.build.adapters import PEFT_TASKS
 from vramplan.dryrun.build.model_config import AUTO, read_config, task_of
-from vramplan.dryrun.build.quantizers import left_by
+from vramplan.dryrun.build.quantizers.bnb_linear import left_by
 from vramplan.errors import PlanError
 from vramplan.job import Job, read_job
 from vramplan.usecases import plan

@@ -1,10 +1,12 @@
-"""PEFT's adapters on a model: what is added, and what the card holds while it is."""
+"""PEFT's adapters on a model: how they are added, and what the card holds meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import peft
 import torch
@@ -13,7 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ...errors import PlanError
-from ...job import Job
+from ...job import Job, Lora
 from ..diagnose import raise_if_ours
 from ..sandbox import replaced
 from ..tracker import MemoryTracker, canonical_fqn
@@ -27,13 +29,35 @@ PEFT_TASKS = {
     "sequence-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
 }
+"""PEFT's ``task_type`` by the job's task. Other tasks have none: the generic ``PeftModel`` wraps them."""
+NAMES_SHOWN = 16
+"""Names of modules that a hint lists at most."""
 
 
 def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.Module:
-    """``peft.get_peft_model`` on ``device``, with PEFT's own refusal where it refuses."""
-    lora = job.lora
+    """The model with the adapters of ``job.lora``, as ``peft.get_peft_model`` adds them, on ``device``.
+
+    Raises :class:`PlanError` with PEFT's own words where it refuses.
+    """
+    config = _peft_config(job.lora, task)
+    on_meta = device == "meta"
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    head = model.get_output_embeddings()
+    try:
+        with warnings.catch_warnings(), _made_on_meta() if on_meta else contextlib.nullcontext():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    except Exception as error:
+        raise_if_ours(error)
+        hint = _hint(job, [name for name, _ in linear], {name for name, module in linear if module is head}, error)
+        raise PlanError(f"PEFT cannot adapt this model: {first_line(error)}", hint, "lora") from None
+    _move(model, device)
+    return model
+
+
+def _peft_config(lora: Lora, task: str) -> peft.LoraConfig:
     targets = lora.target_modules
-    config = peft.LoraConfig(
+    return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -44,37 +68,32 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
         use_rslora=lora.use_rslora,
         modules_to_save=list(lora.modules_to_save) or None,
     )
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    head = model.get_output_embeddings()
-    try:
-        with warnings.catch_warnings(), _made_on_meta() if device == "meta" else contextlib.nullcontext():
-            warnings.simplefilter("ignore")
-            model = peft.get_peft_model(model, config, low_cpu_mem_usage=device == "meta")
-    except Exception as error:
-        raise_if_ours(error)
-        saved = sorted({part for name, _ in linear for part in name.split(".")} & set(config.modules_to_save or ()))
-        if job.quantization is not None and saved:  # quantised, and to be trained in full
-            hint = f"leave what PEFT trains in full unquantised: quantization.skip_modules {saved}"
-        else:
-            refused = {*re.findall(r"'(\w+)'", str(error)), *(name for name, module in linear if module is head)}
-            names = {name.rpartition(".")[2] for name, _ in linear} - refused
-            some = f"some of {', '.join(sorted(name for name in names if not name.isdigit())[:16])}"
-            hint = f"set lora.target_modules to {some if targets else f'all-linear, or {some}'}"
-        raise PlanError(f"PEFT cannot adapt this model: {first_line(error)}", hint, "lora") from None
+
+
+def _hint(job: Job, linear: list[str], head: set[str], error: Exception) -> str:
+    """What to change so that PEFT takes the job. ``linear``: paths of the linear layers, ``head``: of the output."""
+    saved = sorted({part for name in linear for part in name.split(".")} & set(job.lora.modules_to_save))
+    if job.quantization is not None and saved:  # quantised, and to be trained in full
+        return f"leave what PEFT trains in full unquantised: quantization.skip_modules {saved}"
+    names = {name.rpartition(".")[2] for name in linear} - {*re.findall(r"'(\w+)'", str(error)), *head}
+    some = f"some of {', '.join(sorted(name for name in names if not name.isdigit())[:NAMES_SHOWN])}"
+    return f"set lora.target_modules to {some if job.lora.target_modules else f'all-linear, or {some}'}"
+
+
+def _move(model: torch.nn.Module, device: str) -> None:
+    """Move to ``device`` what PEFT made elsewhere."""
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None and tensor.device.type != device:
-                    moved = tensor.to(device)
-                    store[name] = (
-                        torch.nn.Parameter(moved, tensor.requires_grad) if store is module._parameters else moved
-                    )
-    return model
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != device:
+                module._parameters[name] = torch.nn.Parameter(parameter.to(device), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != device:
+                module._buffers[name] = buffer.to(device)
 
 
 @contextlib.contextmanager
-def _made_on_meta():
-    """What PEFT makes is made on the meta device, of this thread alone."""
+def _made_on_meta() -> Iterator[None]:
+    """What PEFT makes is made on the meta device, in this thread alone."""
     with (
         torch.device("meta"),
         replaced(peft.tuners.tuners_utils, "init_empty_weights", empty_parameters),
@@ -83,10 +102,14 @@ def _made_on_meta():
         yield
 
 
-def _moved_in(base: torch.nn.Module | torch.Tensor) -> torch.dtype:
-    """The dtype in which PEFT moves an adapter of ``base``, a layer or a parameter of experts, to the card: the
-    weight's, of a 4-bit one the dtype it computes in; an int8 one has none (``_move_adapter_to_device_of_base_layer``
-    in peft/tuners/tuners_utils.py and lora/layer.py)."""
+def _dtype_on_arrival(base: torch.nn.Module | torch.Tensor) -> torch.dtype:
+    """The dtype in which PEFT moves the adapter of ``base``, a layer or a parameter of experts, to the card.
+
+    It is the weight's; of a 4-bit weight, the dtype that it computes in. An int8 weight has none: the adapter's own,
+    float32.
+
+    Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/tuners_utils.py#L2168
+    """
     if isinstance(base, torch.Tensor):
         return base.dtype
     _, dtype = BaseTunerLayer._get_base_layer_device_and_dtype(None, base)
@@ -94,14 +117,20 @@ def _moved_in(base: torch.nn.Module | torch.Tensor) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def magnitudes_entered(model: torch.nn.Module, tracker: MemoryTracker):
-    """Enter what DoRA computes on the card while it adapts: each weight's norm, and cuBLAS's workspace, which stays
-    (peft/tuners/lora/dora.py ``DoraLinearLayer.update_layer``). Measured on an H100: 33554432 bytes more are placed."""
+def dora_norms_recorded(model: torch.nn.Module, tracker: MemoryTracker) -> Iterator[None]:
+    """While adapters are added: what DoRA computes on the card is recorded for the module that it adapts.
+
+    That is the norm of each weight, and cuBLAS's workspace, which stays: on an H100, 33554432 bytes more are placed.
+
+    Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lora/dora.py#L101
+    """
     paths = {id(module): name for name, module in model.named_modules()}
     original = DoraLinearLayer.update_layer
 
-    def update_layer(self, *, base_layer, lora_A, lora_B, **kwargs):
-        dtype = _moved_in(base_layer)
+    def update_layer(
+        self: DoraLinearLayer, *, base_layer: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, **kwargs: Any
+    ) -> None:
+        dtype = _dtype_on_arrival(base_layer)
         with tracker.on_behalf_of(paths.get(id(base_layer), "")):
             original(self, base_layer=base_layer, lora_A=lora_A.to(dtype), lora_B=lora_B.to(dtype), **kwargs)
 
@@ -109,25 +138,39 @@ def magnitudes_entered(model: torch.nn.Module, tracker: MemoryTracker):
         yield
 
 
-def own_adapters(model: torch.nn.Module, tracker: MemoryTracker) -> None:
-    """Enter the adapters: moved to the card, then cast to fp32 in a second pass (peft/tuners/tuners_utils.py
-    ``cast_adapter_dtype``; measured event for event)."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    moved_in = {}
-    for layer in layers:
-        dtype = _moved_in(layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer())
-        adapters = (getattr(layer, name) for name in layer.adapter_layer_names)
-        moved_in |= {id(parameter): dtype for adapter in adapters for parameter in adapter.parameters()}
-    added, moved = [], []
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad and tracker.key_of(parameter) is None:
-                added.append((parameter, canonical_fqn(path)))
-    for parameter, path in added:
-        dtype = moved_in.get(id(parameter), parameter.dtype)
-        cast = dtype.itemsize < parameter.dtype.itemsize
-        moved.append(tracker.record_alloc(parameter.numel() * dtype.itemsize, path, "adapters", "to") if cast else None)
-    for (parameter, path), key in zip(added, moved):
+def record_adapters(model: torch.nn.Module, tracker: MemoryTracker) -> None:
+    """Record the adapters: all are moved to the card, then all are cast to float32, one after the other.
+
+    Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/tuners_utils.py#L2705
+    Measured on an H100, event for event.
+    """
+    arrival = _dtypes_on_arrival(model)
+    arrived = []
+    for parameter, path in _unrecorded(model, tracker):
+        dtype = arrival.get(id(parameter), parameter.dtype)
+        size, is_cast = parameter.numel() * dtype.itemsize, dtype.itemsize < parameter.dtype.itemsize
+        arrived.append((parameter, path, tracker.record_alloc(size, path, "adapters", "to") if is_cast else None))
+    for parameter, path, before in arrived:
         tracker.register_existing(parameter, path, "adapters")
-        if key is not None:
-            tracker.record_free(key)
+        if before is not None:
+            tracker.record_free(before)
+
+
+def _dtypes_on_arrival(model: torch.nn.Module) -> dict[int, torch.dtype]:
+    """By the id of an adapter's parameter, the dtype in which it is moved to the card."""
+    found = {}
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        dtype = _dtype_on_arrival(layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer())
+        adapters = (getattr(layer, name) for name in layer.adapter_layer_names)
+        found |= {id(parameter): dtype for adapter in adapters for parameter in adapter.parameters()}
+    return found
+
+
+def _unrecorded(model: torch.nn.Module, tracker: MemoryTracker) -> list[tuple[torch.nn.Parameter, str]]:
+    """The parameters that are trained and not on the card yet, with their modules' names."""
+    return [
+        (parameter, canonical_fqn(path))
+        for path, module in model.named_modules()
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.requires_grad and tracker.key_of(parameter) is None
+    ]

@@ -1,7 +1,12 @@
-"""Placing a model on the card, in a training script's order: from_pretrained, quantised as it loads,
-prepare_model_for_kbit_training, get_peft_model."""
+"""Placing a model on the card and making it ready for its first step.
+
+The order is that of a training script: ``from_pretrained`` (quantised layers first),
+``prepare_model_for_kbit_training``, ``get_peft_model``, the trainer's own casts.
+"""
 
 from __future__ import annotations
+
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -11,77 +16,90 @@ from ...job import Job
 from ...registry.trainers import TRAINERS
 from ..observer import StepObserver
 from ..tracker import MemoryTracker
-from .adapters import adapt, magnitudes_entered, own_adapters
+from .adapters import adapt, dora_norms_recorded, record_adapters
 from .quantizers import Layout, quantize
 
 
-class MetaWeights:
-    """Weights on the meta device: entered in the tracker in the order in which a card would be asked for them.
+class Weights(Protocol):
+    """Where the weights of a model come to lie: on the meta device, or on a card (``app/probe/weights.py``).
 
-    The probe has another with the same methods (``app/probe/weights.py``), which makes them on a card.
+    ``observer`` is who observes a step there: a :class:`~vramplan.dryrun.observer.StepObserver` of that device.
     """
 
-    device = "meta"
+    def quantized(self, layout: Layout, linear: torch.nn.Module, job: Job, path: str, observer: Any) -> torch.nn.Module:
+        """The layer ``linear`` of the module ``path``, in a quantised layout."""
+
+    def allocate(self, model: torch.nn.Module, observer: Any) -> None:
+        """Place what is not quantised: parameters and buffers, module by module."""
+
+    def adapted(self, model: torch.nn.Module, job: Job, task: str, observer: Any) -> torch.nn.Module:
+        """The model with the job's adapters."""
+
+    def cast_adapters(self, model: torch.nn.Module, observer: Any) -> None:
+        """Cast adapters as a trainer does that casts them."""
+
+
+class MetaWeights:
+    """Weights on the meta device, recorded in the order in which a card is asked for them."""
 
     def quantized(
-        self, layout: Layout, linear: torch.nn.Module, job: Job, path: str, tracker: MemoryTracker
+        self, layout: Layout, linear: torch.nn.Module, job: Job, path: str, observer: MemoryTracker
     ) -> torch.nn.Module:
-        """``linear`` in a quantised layout."""
-        return layout.on_meta(linear, job, path, tracker)
+        """The layer in a quantised layout, without values."""
+        return layout.on_meta(linear, job, path, observer)
 
-    def allocate(self, model: torch.nn.Module, tracker: MemoryTracker) -> None:
-        """Everything else, module by module: parameters, then buffers."""
+    def allocate(self, model: torch.nn.Module, observer: MemoryTracker) -> None:
+        """Record every parameter and buffer that is not recorded yet."""
         for path, module in model.named_modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    tracker.register_existing(parameter, path, "weights")
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    tracker.register_existing(buffer, path, "buffers")
+            for store, kind in ((module._parameters, "weights"), (module._buffers, "buffers")):
+                for tensor in store.values():
+                    if tensor is not None:
+                        observer.register_existing(tensor, path, kind)
 
-    def adapted(self, model: torch.nn.Module, job: Job, task: str, tracker: MemoryTracker) -> torch.nn.Module:
-        with magnitudes_entered(model, tracker):
-            model = adapt(model, job, task, self.device)
-        own_adapters(model, tracker)
+    def adapted(self, model: torch.nn.Module, job: Job, task: str, observer: MemoryTracker) -> torch.nn.Module:
+        """The model with adapters, which are recorded."""
+        with dora_norms_recorded(model, observer):
+            model = adapt(model, job, task, "meta")
+        record_adapters(model, observer)
         return model
 
-    def cast_by_trl(self, model: torch.nn.Module, tracker: MemoryTracker) -> None:
-        """``SFTTrainer.__init__`` of a quantised model: adapters in bf16, after the QLoRA paper."""
-        tracker.mark("load", 0, "adapters")
-        with tracker.watching(model):
+    def cast_adapters(self, model: torch.nn.Module, observer: MemoryTracker) -> None:
+        """Cast adapters to bfloat16, all but DoRA's magnitudes.
+
+        Source: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L902
+        """
+        observer.mark("load", 0, "adapters")
+        with observer.watching(model):
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and "lora_magnitude_vector" not in name:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def load(model: torch.nn.Module, job: Job, task: str, tracker: StepObserver, weights: MetaWeights) -> torch.nn.Module:
-    """Place the ``weights`` and make the model ready: quantised layout, checkpointing, adapters, mode.
+def load(model: torch.nn.Module, job: Job, task: str, observer: StepObserver, weights: Weights) -> torch.nn.Module:
+    """The bare ``model`` placed and ready for the first step of ``job`` (resolved).
 
-    ``job`` is resolved. In the order in which a loader that fills the card module by module asks for memory:
-    what is quantised; then everything else; then what PEFT casts and adds. The cache is emptied before the first step.
+    Memory is asked for as by a loader that fills the card module by module: what is quantised, everything else, what
+    PEFT casts and adds. The cache is emptied before the first step. Raises :class:`PlanError`.
     """
-    tracker.mark("load", 0, "weights")
+    observer.mark("load", 0, "weights")
     if job.quantization is not None:
-        quantize(model, job, tracker, weights)
-    weights.allocate(model, tracker)
-    model = _prepare(model, job, task, tracker, weights)
-    tracker.empty_cache()
+        quantize(model, job, observer, weights)
+    weights.allocate(model, observer)
+    model = _prepared(model, job, task, observer, weights)
+    observer.empty_cache()
     if TRAINERS[job.trainer].casts_adapters and job.quantization is not None and job.method != "inference":
-        weights.cast_by_trl(model, tracker)
+        weights.cast_adapters(model, observer)
     return model
 
 
-def _prepare(
-    model: torch.nn.Module, job: Job, task: str, tracker: StepObserver, weights: MetaWeights
-) -> torch.nn.Module:
-    checkpointing = job.gradient_checkpointing != "off"
-    kwargs = {"use_reentrant": job.gradient_checkpointing == "reentrant"}
+def _prepared(model: torch.nn.Module, job: Job, task: str, observer: StepObserver, weights: Weights) -> torch.nn.Module:
+    """The model with the job's adapters, what is trained marked as such, checkpointing switched on, in its mode."""
     if job.method == "inference":
         model.requires_grad_(False)
-        if job.lora is not None:  # an adapter served beside its base
-            model = weights.adapted(model, job, task, tracker)
+        # An adapter may be served beside its base.
+        model = model if job.lora is None else weights.adapted(model, job, task, observer)
         return model.eval()
-    if checkpointing and not model.supports_gradient_checkpointing:
+    if job.gradient_checkpointing != "off" and not model.supports_gradient_checkpointing:
         raise PlanError(
             f"{type(model).__name__} does not support gradient checkpointing",
             "set gradient_checkpointing to off",
@@ -89,19 +107,35 @@ def _prepare(
         )
     if job.method == "full":
         model.requires_grad_(True)
-        if checkpointing:
-            model.gradient_checkpointing_enable(kwargs)
+        _enable_checkpointing(model, job)
+        return model.train()
+    if job.prepare_for_kbit_training:
+        model = _prepared_for_kbit_training(model, job, observer)
     else:
-        if job.prepare_for_kbit_training:
-            with tracker.watching(model):  # casts what is not quantised to fp32, one tensor at a time
-                model = peft.prepare_model_for_kbit_training(
-                    model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=kwargs
-                )
-            tracker.empty_cache()
-        else:
-            model.requires_grad_(False)
-            if checkpointing:
-                model.gradient_checkpointing_enable(kwargs)
-                model.enable_input_require_grads()
-        model = weights.adapted(model, job, task, tracker)
-    return model.train()
+        model.requires_grad_(False)
+        if _enable_checkpointing(model, job):
+            model.enable_input_require_grads()
+    return weights.adapted(model, job, task, observer).train()
+
+
+def _enable_checkpointing(model: torch.nn.Module, job: Job) -> bool:
+    """Switch gradient checkpointing on where the job has it on. Returns whether it does."""
+    if job.gradient_checkpointing == "off":
+        return False
+    model.gradient_checkpointing_enable({"use_reentrant": job.gradient_checkpointing == "reentrant"})
+    return True
+
+
+def _prepared_for_kbit_training(model: torch.nn.Module, job: Job, observer: StepObserver) -> torch.nn.Module:
+    """PEFT's preparation of a quantised model: what is not quantised is cast to float32, one tensor at a time.
+
+    Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/other.py#L158
+    """
+    with observer.watching(model):
+        model = peft.prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=job.gradient_checkpointing != "off",
+            gradient_checkpointing_kwargs={"use_reentrant": job.gradient_checkpointing == "reentrant"},
+        )
+    observer.empty_cache()
+    return model

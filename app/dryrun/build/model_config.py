@@ -28,17 +28,21 @@ AUTO = {
     "speech-seq2seq": transformers.AutoModelForSpeechSeq2Seq,
     "zero-shot-image-classification": transformers.AutoModelForZeroShotImageClassification,
 }
+"""The class that builds a model, by the job's task."""
 
 
 def read_config(data: dict[str, Any], attention: str | None) -> transformers.PretrainedConfig:
-    """A transformers config from config.json's object. Raises :class:`PlanError` where no class is known."""
-    kind = data.get("model_type")
-    if not isinstance(kind, str):
+    """A transformers config from config.json's object. ``attention``: its ``attn_implementation``, None: the default.
+
+    Raises :class:`PlanError` where transformers has no class for it, or its class does not accept it.
+    """
+    named = data.get("model_type")
+    if not isinstance(named, str):
         raise PlanError("the config has no `model_type`", "send the model's whole config.json", "config")
-    kind = equal_type(kind, data)
+    kind = equal_type(named, data)
     if kind is None:
-        raise _unknown(data["model_type"], data)
-    _check_given(kind, data)
+        raise _unknown_type(named, data)
+    _refuse_without_sizes(kind, data)
     data = {key: value for key, value in copy.deepcopy(data).items() if key != "model_type"}
     try:
         with warnings.catch_warnings(), replaced(sys, "stderr", io.StringIO()):
@@ -55,14 +59,18 @@ def read_config(data: dict[str, Any], attention: str | None) -> transformers.Pre
 
 
 def equal_type(kind: str, data: dict[str, Any]) -> str | None:
-    """The model_type that transformers has for a config: its own or, where the code lives in the repository, the one
-    under which transformers has the class of the same name (such code often renames a built-in architecture)."""
+    """The model_type under which transformers knows a config; None: it does not.
+
+    That is the config's own type. Where the model's code lives in its repository, it is the type of the built-in class
+    that has the name of the class there: such code often is a built-in architecture under another type.
+    """
     if kind in CONFIG_MAPPING:
         return kind
     return _type_of_class(data) if "auto_map" in data else None
 
 
 def _type_of_class(data: dict[str, Any]) -> str | None:
+    """The model_type of the first class that the config's ``architectures`` name and transformers has."""
     named = set(_names_in(data.get("architectures")))
     for auto in AUTO.values():
         for kind, classes in auto._model_mapping._model_mapping.items():
@@ -72,10 +80,12 @@ def _type_of_class(data: dict[str, Any]) -> str | None:
 
 
 def _names_in(architectures: Any) -> list[str]:
+    """The class names of a config's ``architectures``, whatever else a stranger's config may hold there."""
     return [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
 
 
-def _unknown(kind: str, data: dict[str, Any]) -> PlanError:
+def _unknown_type(kind: str, data: dict[str, Any]) -> PlanError:
+    """The error for a type that transformers does not have."""
     near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), 1, 0.75)
     like = _type_of_class(data)
     if "auto_map" in data or not (near or like):
@@ -90,9 +100,12 @@ def _unknown(kind: str, data: dict[str, Any]) -> PlanError:
     return PlanError(f"transformers {transformers.__version__} has no model_type {kind[:100]!r}", hint, "config")
 
 
-def _check_given(kind: str, data: dict[str, Any]) -> None:
-    """A config that states neither its width nor its depth, nor sizes of another making (a few integers beside token
-    ids), would be planned with its class's defaults: refuse it."""
+_SIZES_AT_LEAST = 2
+"""Integers beside token ids that a config must have where it states neither width nor depth by their usual names."""
+
+
+def _refuse_without_sizes(kind: str, data: dict[str, Any]) -> None:
+    """Raise :class:`PlanError` for a config that states no sizes: it would be planned with its class's defaults."""
     known = CONFIG_MAPPING[kind]
     if getattr(known, "sub_configs", None):
         return  # the parts state theirs
@@ -100,7 +113,7 @@ def _check_given(kind: str, data: dict[str, Any]) -> None:
     if names & data.keys() or {"hidden_size", "num_hidden_layers"} & data.keys():
         return
     sizes = [key for key, value in data.items() if isinstance(value, (int, list)) and not isinstance(value, bool)]
-    if sum(not key.endswith(("_id", "_ids")) and key != "architectures" for key in sizes) < 2:
+    if sum(not key.endswith(("_id", "_ids")) and key != "architectures" for key in sizes) < _SIZES_AT_LEAST:
         raise PlanError(
             f"this {kind} config states no sizes: neither {' nor '.join(sorted(names))}",
             "send the model's whole config.json",
@@ -117,22 +130,24 @@ _SUFFIXES = {
     "ForMaskedLM": "masked-lm",
     "ForSpeechSeq2Seq": "speech-seq2seq",
 }
+"""Tasks by the end of a class's name, where the name decides."""
+_TASKS_TRIED = (
+    "image-text-to-text",
+    "zero-shot-image-classification",
+    "speech-seq2seq",
+    "seq2seq-lm",
+    "masked-lm",
+    "causal-lm",
+    "image-classification",
+)
+"""Otherwise: the first of these tasks in which transformers has a class for the config."""
 
 
 def task_of(config: transformers.PretrainedConfig) -> str:
-    """The task that the config's own architecture was made for."""
+    """The task that the config's own architecture was made for. Raises :class:`PlanError` where it is none of them."""
     names = _names_in(config.architectures)
     named = [task for name in names for end, task in _SUFFIXES.items() if name.endswith(end)]
-    for task in (
-        *named,
-        "image-text-to-text",
-        "zero-shot-image-classification",
-        "speech-seq2seq",
-        "seq2seq-lm",
-        "masked-lm",
-        "causal-lm",
-        "image-classification",
-    ):
+    for task in (*named, *_TASKS_TRIED):
         if type(config) in AUTO[task]._model_mapping:
             return task
     raise PlanError(
@@ -144,10 +159,13 @@ def task_of(config: transformers.PretrainedConfig) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line, and what is under it where it ends in a colon (huggingface_hub's validation errors)."""
+    """The first line of an error's text, or its first two where the first ends in a colon (huggingface_hub's errors).
+
+    Of an error that Python raised itself, with the function that raised it. 300 characters at most.
+    """
     lines = [line.strip() for line in str(error).strip().splitlines()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__
-    if isinstance(error, (KeyError, AttributeError, TypeError)):  # of Python's own words: say whose
+    if isinstance(error, (KeyError, AttributeError, TypeError)):
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         text = f"{'it lacks ' if isinstance(error, KeyError) else ''}{text} (in {frame.f_code.co_name})"
     return text[:300]
