@@ -2,7 +2,7 @@
 
 Names are those of transformers' ``TrainingArguments.optim`` where it has one; then the class and its arguments are
 those that transformers passes:
-https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/trainer_optimizer.py#L195
+https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/trainer_optimizer.py#L195 ``_get_adafactor``.
 ``tests/test_registry.py`` holds both against the installed function. How to add one: ``docs/add-an-optimizer.md``.
 """
 
@@ -54,7 +54,7 @@ def _override_state_bits(optimizer: Any, keep_32_bits: Iterable[Any]) -> None:
     """Make an 8-bit optimiser of bitsandbytes keep the state of these parameters in 32 bits.
 
     transformers does so for embeddings:
-    https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/trainer.py#L1286
+    https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/trainer.py#L1289 ``GlobalOptimManager``.
     """
     for parameter in keep_32_bits:
         optimizer.mng.pid2config[id(parameter)] = {"optim_bits": 32}

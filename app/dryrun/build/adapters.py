@@ -109,6 +109,7 @@ def _dtype_on_arrival(base: torch.nn.Module | torch.Tensor) -> torch.dtype:
     float32.
 
     Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/tuners_utils.py#L2168
+    ``_move_adapter_to_device_of_base_layer``.
     """
     if isinstance(base, torch.Tensor):
         return base.dtype
@@ -122,7 +123,7 @@ def dora_norms_recorded(model: torch.nn.Module, tracker: MemoryTracker) -> Itera
 
     That is the norm of each weight, and cuBLAS's workspace, which stays: on an H100, 33554432 bytes more are placed.
 
-    Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lora/dora.py#L101
+    Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lora/dora.py#L101 ``update_layer``.
     """
     paths = {id(module): name for name, module in model.named_modules()}
     original = DoraLinearLayer.update_layer
@@ -142,6 +143,7 @@ def record_adapters(model: torch.nn.Module, tracker: MemoryTracker) -> None:
     """Record the adapters: all are moved to the card, then all are cast to float32, one after the other.
 
     Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/tuners_utils.py#L2705
+    ``cast_adapter_dtype``.
     Measured on an H100, event for event.
     """
     arrival = _dtypes_on_arrival(model)

@@ -66,7 +66,7 @@ class MetaWeights:
     def cast_adapters(self, model: torch.nn.Module, observer: MemoryTracker) -> None:
         """Cast adapters to bfloat16, all but DoRA's magnitudes.
 
-        Source: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L902
+        Source: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L911 ``torch.bfloat16``.
         """
         observer.mark("load", 0, "adapters")
         with observer.watching(model):
@@ -130,6 +130,7 @@ def _prepared_for_kbit_training(model: torch.nn.Module, job: Job, observer: Step
     """PEFT's preparation of a quantised model: what is not quantised is cast to float32, one tensor at a time.
 
     Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/other.py#L158
+    ``prepare_model_for_kbit_training``.
     """
     with observer.watching(model):
         model = peft.prepare_model_for_kbit_training(

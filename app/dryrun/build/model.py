@@ -118,6 +118,7 @@ def empty_parameters() -> Iterator[None]:
     """A parameter is on the meta device as soon as a module has it: ``init_empty_weights``, for this thread alone.
 
     Source: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/big_modeling.py#L98
+    ``init_on_device``.
     """
     register = torch.nn.Module.register_parameter
 
@@ -175,6 +176,7 @@ def _keep_in_fp32(model: transformers.PreTrainedModel, dtype: torch.dtype) -> No
     """Cast to float32 what ``from_pretrained`` loads in float32 whatever the dtype.
 
     Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/modeling_utils.py#L3760
+    ``_get_dtype_plan``.
     """
     plan = model._get_dtype_plan(dtype)
     if not plan:

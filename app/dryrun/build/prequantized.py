@@ -4,7 +4,9 @@ A method that transformers can dequantise while it loads is planned so. Layers o
 quantisation. The rest is refused, with transformers' reason.
 
 Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/quantizers/auto.py#L338
+``get_hf_quantizer``.
 https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/trainer_utils.py#L102
+``validate_quantization_for_training``.
 """
 
 from __future__ import annotations

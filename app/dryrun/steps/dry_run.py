@@ -69,6 +69,7 @@ def paged_states_elsewhere() -> Iterator[None]:
     bitsandbytes makes a CPU tensor over that memory. Here it is one number, expanded to the shape.
 
     Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py#L91
+    ``get_paged``.
     """
 
     def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: object = None) -> torch.Tensor:

@@ -4,8 +4,9 @@ Each runs in a process of its own, by the functions that people call. ``PeftMode
 ``merge_and_unload`` make the product of an adapter's factors and a scaled copy of it, in the adapter's dtype.
 ``save_pretrained`` takes apart what a checkpoint holds apart and the model fused; then each tensor goes to the host.
 
-Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lora/layer.py#L952
+Source: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lora/layer.py#L952 ``merge``.
 https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/core_model_loading.py#L1803
+``revert_weight_conversion``.
 """
 
 from __future__ import annotations

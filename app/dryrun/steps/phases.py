@@ -35,6 +35,7 @@ def _remove_input_hooks(base: torch.nn.Module) -> None:
     PEFT registers it once more than transformers, whose ``disable_input_require_grads`` knows the last one only.
 
     Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/modeling_utils.py#L2134
+    ``enable_input_require_grads``.
     """
     for module in base.modules():
         for number, hook in [*module._forward_hooks.items()]:

@@ -23,6 +23,7 @@ class FourBit(BitsAndBytes):
     """``Linear4bit`` with the tensors that ``quantize_4bit`` makes.
 
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py#L884
+    ``quantize_4bit``.
     Measured on an H100, event for event.
     """
 

@@ -20,7 +20,9 @@ def quantizable(model: transformers.PreTrainedModel, skip: Iterable[str] = ()) -
     Left as they are: ``skip`` (``llm_int8_skip_modules``) or, without, the output head and what is tied to it; and what
     the class keeps in float32.
     https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/integrations/bitsandbytes.py#L162
-    https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/quantizers/quantizer_bnb_4bit.py#L117
+    ``replace_with_bnb_linear``.
+    https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/quantizers/quantizer_bnb_4bit.py#L121
+    ``_process_model_before_weight_loading``.
     """
     kept = HfQuantizer.get_modules_to_not_convert(model, list(skip) or None, model._keep_in_fp32_modules)
     leave = left_by(kept)
@@ -35,6 +37,7 @@ def left_by(patterns: list[str]) -> Callable[[str], bool]:
     The same as ``should_convert_module``, compiled once. That function tries each pattern on each path, which takes ten
     seconds for a model with 600 tied layers. ``tests/test_stack.py`` compares the two.
     https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/quantizers/quantizers_utils.py#L26
+    ``should_convert_module``.
     """
     begins, ends = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).match, tuple(patterns)
     return lambda path: bool(ends) and (begins(path) is not None or path.endswith(ends))
