@@ -57,6 +57,7 @@ class Recorder:
         self.in_backward = False
         self.images = self.values = None
         self.length = self.shifted = self.labelled = 0
+        self.forwards_left: int | None = None
         self.phases: list[Figures] = []
         self.marks: list[tuple[int, str, int]] = []
         self.places: list[tuple[int, str]] = []
