@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from vramplan.job import read_job
-from vramplan.memory.fit import LEAST, measured_of
+from vramplan.memory.fit import MIN_MARGIN, measured_of
 from vramplan.planning.planned_job import kind_of
 from vramplan.render.accuracy import DATA, error, summary
 
@@ -107,7 +107,7 @@ def within_what_its_kind_states(row: dict, answer: dict) -> None:
     for figure in ("allocated", "reserved"):
         found, truth = answer["peak"][figure], row["measured"].get(f"peak_{figure}")
         if truth:
-            below, above = (max(share * found, LEAST) for share in (known.below, known.above))
+            below, above = (max(share * found, MIN_MARGIN) for share in (known.below, known.above))
             assert -below <= truth - found <= above, (row["id"], figure, truth - found)
 
 

@@ -17,7 +17,7 @@ from vramplan.errors import PlanError
 from vramplan.job import OwnGpu, read_job
 from vramplan.memory.allocator.caching import replay
 from vramplan.memory.budget import MIB, MemoryBudget, context
-from vramplan.memory.fit import ENOUGH, LEAST, MEASURED, fits_under_limit, measured_of, verdict_for
+from vramplan.memory.fit import MEASURED, MIN_MARGIN, MIN_ROWS, fits_under_limit, measured_of, verdict_for
 from vramplan.planning import cards
 from vramplan.planning.advice import advise
 from vramplan.planning.comparison import compare
@@ -111,7 +111,7 @@ def test_the_errors_by_kind_count_the_measured_rows():
 
 def test_a_kind_that_few_measured_takes_the_worst_of_all():
     known, said = measured_of("qlora")
-    assert known.rows >= ENOUGH and str(known.rows) in said and "qlora" in said
+    assert known.rows >= MIN_ROWS and str(known.rows) in said and "qlora" in said
     for kind in ("int8", "a kind of tomorrow"):
         widest, said = measured_of(kind)
         assert widest.above == max(m.above for m in MEASURED.values()) and "worst of all" in said
@@ -122,7 +122,7 @@ def test_the_interval_says_fits_tight_and_does_not_fit():
     needed = planned.summary.reserved
     far = verdict_under(planned, needed + 300 * MIB)
     assert far.verdict == "fits" and far.headroom == 300 * MIB
-    assert far.interval[0] == far.headroom - far.margin and far.margin >= LEAST
+    assert far.interval[0] == far.headroom - far.margin and far.margin >= MIN_MARGIN
     assert "40 measured" not in far.margin_source and "lora" in far.margin_source and "a cap" in far.margin_source
     assert verdict_under(planned, needed + 300 * MIB, unknown=290 * MIB).verdict == "tight"
     assert verdict_under(planned, needed).verdict == "tight"
@@ -342,7 +342,7 @@ def test_the_largest_model_rules_out_every_larger_one(monkeypatch):
     needs = {
         n: plan_job(read_job({"config": sizes[n].config, "method": "full", "sequence_length": 128})) for n in (2, 3)
     }
-    limit = needs[3].summary.reserved - LEAST
+    limit = needs[3].summary.reserved - MIN_MARGIN
     assert limit > needs[2].summary.reserved
     job = {"method": "full", "sequence_length": 128, "gpu": {**base, "memory_bytes": limit + OUTSIDE}}
     answer = solve(job, "model")

@@ -204,7 +204,7 @@ def test_no_more_of_a_kind_are_in_memory_than_are_kept(store, monkeypatch):
     assert len(parts) > 3
     (here,) = profile_cache._profiles._kinds.values()
     assert len(here) == len(store.get(kind)) == 3
-    assert sum(profile.general for profile in here.values()) == min(parts.count("general"), 3)
+    assert sum(profile.covers_other_batches for profile in here.values()) == min(parts.count("general"), 3)
 
 
 def test_profiles_and_readings_are_bytes_and_back(store, monkeypatch):

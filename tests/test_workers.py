@@ -185,7 +185,7 @@ def test_what_can_wait_is_run_when_nobody_waits(pool, monkeypatch):
         gate.set()
         asked.result()
     until(lambda: kept)
-    assert kept[job.key].general
+    assert kept[job.key].covers_other_batches
 
 
 def test_a_search_whose_client_leaves_finds_nothing():

@@ -36,7 +36,7 @@ from ..memory.repeat import (
     same,
     shorten,
 )
-from ..memory.sizes import Number, whole
+from ..memory.sizes import Number, with_int_coefficients
 from ..progress import say
 from .diagnose import survive
 from .token_loops import repeat_tokens
@@ -233,7 +233,7 @@ class _Fold:
                 total[key] += factor * size
         if any(size.denominator != 1 for size in total.values()):
             raise NotRepeatable("memory grows by parts of bytes")
-        return {key: whole(size) for key, size in total.items()}
+        return {key: with_int_coefficients(size) for key, size in total.items()}
 
     def _size(self, depth: Sequence[Sequence[int]]) -> int:
         """The modules of a run."""

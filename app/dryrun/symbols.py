@@ -413,7 +413,7 @@ def called(name: str, *numbers: int | torch.SymInt) -> int | torch.SymInt:
     whatever it asks on its way."""
     nodes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
     value = FUNCTIONS[name](*(number.node.value if isinstance(number, torch.SymInt) else number for number in numbers))
-    form = sizes.called(name, *map(size_of, numbers))
+    form = sizes.call_of(name, *map(size_of, numbers))
     return torch.SymInt(nodes[0]._of(value, form)) if nodes else value
 
 

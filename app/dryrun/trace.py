@@ -119,7 +119,7 @@ def trace(
         warnings.append(_ROUTED[job.expert_routing])
     warnings += _kernel_warnings(job, task, facts["attention"], trace_log)
     table = Table.of(with_costs(rows, trace_log, FORWARD_OTHER_CHECKPOINTING, job.gradient_checkpointing != "off"))
-    trace_log = trace_log.until(FORWARD_OTHER_CHECKPOINTING)
+    trace_log = trace_log.before_phase(FORWARD_OTHER_CHECKPOINTING)
     facts["trainable_parameters"] = _trainable(trace_log, job)
     facts["optimizer_state"] = _state_bytes(trace_log)
     if not symbols or values is not None:
@@ -211,8 +211,8 @@ def _trainable(trace_log: TraceColumns, job: Job) -> int:
     if job.method == "inference":
         return 0
     if job.method == "full":
-        return trace_log.total(trace_log.which("weights", "place")) // getattr(torch, job.dtype).itemsize
-    return trace_log.total(trace_log.which("adapters", "place")) // 4
+        return trace_log.total_size(trace_log.keys_of("weights", "place")) // getattr(torch, job.dtype).itemsize
+    return trace_log.total_size(trace_log.keys_of("adapters", "place")) // 4
 
 
 def _state_bytes(trace_log: TraceColumns) -> int:
@@ -221,10 +221,10 @@ def _state_bytes(trace_log: TraceColumns) -> int:
     bitsandbytes (optim/optimizer.py ``init_state``) gives every 8-bit state, beside an absmax of its own
     (``torch.zeros``), one code book of 1024 bytes that all parameters share: it counts once for each.
     """
-    scales = trace_log.which("optimizer_state", "zeros.default").size
-    copies = trace_log.size[trace_log.which("optimizer_state", "_to_copy.default")].tolist()
+    scales = trace_log.keys_of("optimizer_state", "zeros.default").size
+    copies = trace_log.size[trace_log.keys_of("optimizer_state", "_to_copy.default")].tolist()
     shared = sum(trace_log.sizes[number] == 1024 for number in copies)
-    return trace_log.total(trace_log.which("optimizer_state")) + 1024 * max(scales - shared, 0)
+    return trace_log.total_size(trace_log.keys_of("optimizer_state")) + 1024 * max(scales - shared, 0)
 
 
 def _kernel_warnings(job: Job, task: str, attention: str, trace_log: TraceColumns) -> list[str]:

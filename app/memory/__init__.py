@@ -1,1 +1,4 @@
-"""The books: integers in, integers out. No torch, no files, no network, no clock."""
+"""A training step as a list of allocations and frees, and all that is read off it.
+
+Integers in, integers out: no torch, no files, no network, no clock. Every size is an int of bytes.
+"""

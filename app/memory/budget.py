@@ -1,8 +1,10 @@
-"""What a process holds on a card outside the caching allocator: CUDA context, modules, library handles. Bytes.
+"""What a process holds on a card outside the caching allocator, and what is left to the allocator. Bytes.
 
-Measured on an H200 with driver 580 and torch 2.11.0+cu130, read after a training step: 766.8 MiB. Reports for other
-cards lie between 287047680 B (lazy loading, PyTorch PR #86509) and 430 MiB after a start (RTX 6000 Ada, unsloth-zoo
-#1053), growing by 50 to 200 MiB as kernels are first used. So for cards that nobody measured it is an interval.
+Outside are the CUDA context, loaded modules and the handles of libraries. Measured on an H200 with driver 580 and torch
+2.11.0+cu130, after a training step: 766.8 MiB. Reports for other cards lie between 287047680 bytes (lazy loading,
+https://github.com/pytorch/pytorch/pull/86509) and 430 MiB after a start (RTX 6000 Ada,
+https://github.com/unslothai/unsloth-zoo/issues/1053), and grow by 50 to 200 MiB as kernels are first used. So for cards
+that nobody measured it is an interval.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 1 << 20
-HOPPER_CONTEXT = 804_048_077  # 766.8 MiB
+HOPPER_CONTEXT = 804_048_077
+"""766.8 MiB, see above."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Bytes outside the allocator: the expected value and the interval it lies in, with where they come from."""
+    """Bytes outside the allocator: the expected value, the interval that it lies in, and where both come from."""
 
     expected: int
     low: int
@@ -32,8 +35,10 @@ def context(capability: tuple[int, int] | None) -> Context:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What the allocator may reserve on a card: ``limit`` bytes, of which up to ``slack_low`` may be missing and up to
-    ``slack_high`` more may be there; ``source`` says why."""
+    """What the allocator may reserve on a card: ``limit`` bytes.
+
+    Up to ``slack_low`` of them may be missing, and up to ``slack_high`` may be there beside them; ``source`` says why.
+    """
 
     limit: int
     slack_low: int

@@ -1,7 +1,16 @@
-"""A training step as a list of events: memory taken and memory given back.
+"""A training step as a list of events: memory allocated and memory freed.
 
-Writers are the dry run on the meta device and the probe on a real card; readers are the allocator replay,
-the breakdown, the timeline and the comparison. They meet only here.
+Writers are the dry run on the meta device and the probe on a real card; readers are the allocator's replay, the
+summary, the timeline and the comparison. They meet only here.
+
+Note [Streams and ranks]
+    An event belongs to one CUDA stream of one rank. Today both are implied: the default stream, a single rank. Where
+    they will stand: a ``stream`` is a column of the allocations, as ``op`` is (:class:`Allocation`,
+    :class:`TraceColumns`, the bytes of :class:`~vramplan.memory.template.TraceTemplate`), since PyTorch frees a block
+    into the pool of the stream that it was allocated on; the allocator's side is Note [Streams] in
+    ``allocator/caching.py``. A ``rank`` is no column: ranks share no memory, so each class of ranks that allocate alike
+    has a log, a profile and a verdict of its own. Neither is written before a job needs it, since every profile that is
+    kept would change.
 """
 
 from __future__ import annotations
@@ -11,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from .sizes import Number
 
@@ -37,12 +47,13 @@ KINDS = (
 class Allocation(NamedTuple):
     """One request to the allocator.
 
-    ``size`` is the bytes asked for (before any rounding), ``module`` the dotted path of the module on whose
-    behalf it was made (``""``: the model itself or the training loop), ``kind`` one of :data:`KINDS`,
-    ``phase`` the phase in which it was made and ``op`` the operator that made it.
+    ``size`` is the bytes asked for, before any rounding. ``fqn`` is the dotted name of the module on whose behalf it
+    was made (``""``: the model itself or the training loop), as ``named_modules`` has it; ``kind`` is one of
+    :data:`KINDS`, ``phase`` the phase in which it was made and ``op`` the operator that made it. A ``stream`` would
+    stand here, too (Note [Streams and ranks]).
     """
 
-    size: int
+    size: Number
     fqn: str
     kind: str
     phase: str
@@ -50,9 +61,10 @@ class Allocation(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A place in the stream: everything from event ``at`` on belongs to phase ``name`` of step ``step``.
+    """The beginning of a phase: everything from event ``at`` on belongs to phase ``name`` of step ``step`` (0: the
+    load).
 
-    A mark named ``empty_cache`` is the call of that name: the allocator gives back what it holds unused.
+    A mark named :data:`EMPTY_CACHE` begins none. It is a call of ``torch.cuda.empty_cache`` before event ``at``.
     """
 
     at: int
@@ -61,14 +73,15 @@ class Mark(NamedTuple):
 
 
 EMPTY_CACHE = "empty_cache"
+"""The name of a mark at which the allocator gives back what it holds unused."""
 
 
 @dataclass
 class TraceLog:
-    """The events of one run, in order.
+    """The events of one run, in order, entry by entry.
 
-    ``events[i]`` is ``k`` where ``allocations[k]`` is taken and ``~k`` where it is given back.
-    ``sites[i]`` is the module path during which event ``i`` happened: for a release, where it was released.
+    ``events[i]`` is ``k`` where ``allocations[k]`` is allocated and ``~k`` where it is freed. ``event_fqns[i]`` is the
+    module in which event ``i`` happened: for a free not always the one that allocated.
     """
 
     allocations: list[Allocation] = field(default_factory=list)
@@ -77,55 +90,65 @@ class TraceLog:
     marks: list[Mark] = field(default_factory=list)
 
     def columns(self) -> TraceColumns:
-        sizes, fqns, kinds, _, ops = zip(*self.allocations) if self.allocations else ((),) * 5
-        kind = np.fromiter(map(KINDS.index, kinds), np.int8, len(kinds))
-        (size, sizes), (fqn, fqns), (op, ops) = map(numbered, (sizes, fqns, ops))
+        """The same as arrays, without ``event_fqns``."""
+        entries = self.allocations
+        size, sizes = numbered([entry.size for entry in entries])
+        fqn, fqns = numbered([entry.fqn for entry in entries])
+        op, ops = numbered([entry.op for entry in entries])
+        kind = np.fromiter((KINDS.index(entry.kind) for entry in entries), np.int8, len(entries))
         return TraceColumns(np.array(self.events, np.int32), size, fqn, kind, op, sizes, fqns, ops, list(self.marks))
 
 
 @dataclass(frozen=True, eq=False)
 class TraceColumns:
-    """TraceLog as arrays, without their sites: of each allocation ``size``, ``module``, ``kind`` and ``op`` are numbers of
-    an entry in ``sizes`` (bytes), ``modules``, ``KINDS`` and ``ops``."""
+    """A :class:`TraceLog` as arrays.
 
-    events: np.ndarray
-    size: np.ndarray
-    fqn: np.ndarray
-    kind: np.ndarray
-    op: np.ndarray
+    ``events`` (int32) are the log's. ``size``, ``fqn``, ``op`` (int32) and ``kind`` (int8) have one entry for each
+    allocation: its index in ``sizes`` (bytes), ``fqns``, ``ops`` and :data:`KINDS`.
+    """
+
+    events: npt.NDArray[np.int32]
+    size: npt.NDArray[np.int32]
+    fqn: npt.NDArray[np.int32]
+    kind: npt.NDArray[np.int8]
+    op: npt.NDArray[np.int32]
     sizes: Sequence[Number]
     fqns: Sequence[str]
     ops: Sequence[str]
     marks: Sequence[Mark]
 
-    def which(self, kind: str, op: str | None = None) -> np.ndarray:
-        """The allocations of a kind, made by an operator."""
+    def keys_of(self, kind: str, op: str | None = None) -> npt.NDArray[np.int_]:
+        """The allocations of a kind, in ascending order; with ``op`` those that this operator made."""
         found = self.kind == KINDS.index(kind)
         if op is not None:
             found &= self.op == (self.ops.index(op) if op in self.ops else -1)
         return np.flatnonzero(found)
 
-    def total(self, which: np.ndarray) -> Number:
+    def total_size(self, keys: npt.NDArray[np.int_]) -> Number:
         """Bytes of these allocations together."""
-        counts = np.bincount(self.size[which], minlength=len(self.sizes)).tolist()
-        return sum(count * size for count, size in zip(counts, self.sizes) if count)
+        counts = np.bincount(self.size[keys], minlength=len(self.sizes)).tolist()
+        total: Number = 0
+        for count, size in zip(counts, self.sizes):
+            if count:
+                total = total + count * size
+        return total
 
-    def until(self, phase: str) -> TraceColumns:
-        """The books before a phase; all of them where there is none."""
+    def before_phase(self, phase: str) -> TraceColumns:
+        """What happened before the first phase of this name; everything where there is none."""
         end = next((number for number, mark in enumerate(self.marks) if mark.name == phase), None)
         if end is None:
             return self
         events = self.events[: self.marks[end].at]
-        taken = np.count_nonzero(events >= 0)
-        columns = {name: vars(self)[name][:taken] for name in ("size", "fqn", "kind", "op")}
+        count = np.count_nonzero(events >= 0)
+        columns = {name: vars(self)[name][:count] for name in ("size", "fqn", "kind", "op")}
         return replace(self, events=events, marks=self.marks[:end], **columns)
 
 
 Value = TypeVar("Value", bound=Hashable)
 
 
-def numbered(values: Sequence[Value]) -> tuple[np.ndarray, list[Value]]:
-    """Each value as the number of its first like, and those (int32)."""
+def numbered(values: Sequence[Value]) -> tuple[npt.NDArray[np.int32], list[Value]]:
+    """Each value as an index (int32) into the distinct values, and these, in the order of their first appearance."""
     index: dict[Value, int] = {}
     for value in values:
         if value not in index:

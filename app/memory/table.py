@@ -1,4 +1,4 @@
-"""The per-layer table: what each module weighs in each layout, and what it costs to train. Bytes."""
+"""The table of modules: the bytes of each one's weights in every layout, and what it costs to train."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from .events import KINDS, TraceColumns
 from .sizes import Number, ShapePoint, compiled, text_of
 
-_KINDS = ("adapters", "gradients", "optimizer_state")
+_HELD = ("adapters", "gradients", "optimizer_state")
 
 
 class Layer(NamedTuple):
-    """One module with weights, or ``count`` alike. Bytes of one of them; ``parameters`` is a number."""
+    """One module with weights, or ``count`` alike: the bytes of one of them.
+
+    ``path`` is its fqn, ``parameters`` a number. ``base`` are its weights as they are loaded, ``nf4`` and
+    ``nf4_double_quant`` what they would take quantised. The other fields are what training adds.
+    """
 
     path: str
     type: str
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method, which nobody calls here; profiles have this name
     parameters: int
     base: int
     nf4: int
@@ -36,25 +41,24 @@ _COSTS = ("adapters", "gradients", "optimizer_state", "activations", "activation
 
 
 def with_costs(rows: list[Layer], trace_log: TraceColumns, other: str, checkpointed: bool) -> list[Layer]:
-    """``rows`` with what the books of the job hold for each module, and the activations of the phase ``other``: a
-    forward pass with checkpointing the other way round (not there where the model cannot).
+    """``rows`` with what a job's run holds for each module. Modules that hold nothing are left out.
 
-    A cost belongs to the module itself or, for what PEFT added, to the one it wraps. Modules that hold nothing are
-    left out.
+    ``other`` is a phase with the forward pass run again, with checkpointing where the job (``checkpointed``) has none
+    and without where it has it: the table tells the activations of both. It is not there where the model has no
+    checkpointing. A cost belongs to the module itself or, for what PEFT added, to the module that it wraps.
     """
-    here, there = saved(trace_log, "forward"), saved(trace_log, other)
-    plain, packed = (there, here) if checkpointed else (here, there)
+    own, others = saved_activations(trace_log, "forward"), saved_activations(trace_log, other)
+    plain, packed = (others, own) if checkpointed else (own, others)
     table: dict[str, dict[str, Any]] = {row.path: {} for row in rows}
     steps = max((mark.step for mark in trace_log.marks), default=1)
     made = np.array([op not in ("to", "load") for op in trace_log.ops], bool)
-    costs = {
-        kind: by_module(trace_log, which[made[trace_log.op[which]]])
-        for kind in _KINDS
-        for which in [trace_log.which(kind)]
-    }
-    for field, found in {**costs, "activations": plain, "activations_checkpointed": packed}.items():
-        for path, size in found.items():
-            cells = table[_owner(path, table)]
+    costs: dict[str, dict[str, Number]] = {}
+    for kind in _HELD:
+        keys = trace_log.keys_of(kind)
+        costs[kind] = sizes_by_fqn(trace_log, keys[made[trace_log.op[keys]]])
+    for field, sizes in {**costs, "activations": plain, "activations_checkpointed": packed}.items():
+        for fqn, size in sizes.items():
+            cells = table[_row_of(fqn, table)]
             cells[field] = cells.get(field, 0) + size
     for cells in table.values():
         if "gradients" in cells:
@@ -62,21 +66,23 @@ def with_costs(rows: list[Layer], trace_log: TraceColumns, other: str, checkpoin
     return [row._replace(**table[row.path]) for row in rows if row.base or table[row.path]]
 
 
-def by_module(trace_log: TraceColumns, which: np.ndarray) -> dict[str, Number]:
-    """Bytes of the allocations ``which``, by module path."""
-    cells = trace_log.fqn[which].astype(np.int64) * len(trace_log.sizes) + trace_log.size[which]
+def sizes_by_fqn(trace_log: TraceColumns, keys: npt.NDArray[np.int_]) -> dict[str, Number]:
+    """Bytes of these allocations, by module."""
+    cells = trace_log.fqn[keys].astype(np.int64) * len(trace_log.sizes) + trace_log.size[keys]
     cells, counts = np.unique(cells, return_counts=True)
     out: dict[str, Number] = {}
     for cell, count in zip(cells.tolist(), counts.tolist()):
         module, size = divmod(cell, len(trace_log.sizes))
-        path = trace_log.fqns[module]
-        out[path] = out.get(path, 0) + count * trace_log.sizes[size]
+        fqn = trace_log.fqns[module]
+        out[fqn] = out.get(fqn, 0) + count * trace_log.sizes[size]
     return out
 
 
-def saved(trace_log: TraceColumns, phase: str) -> dict[str, Number]:
-    """Bytes of activations alive at the end of the last phase of that name, by module path: the first forward pass also
-    makes what stays."""
+def saved_activations(trace_log: TraceColumns, phase: str) -> dict[str, Number]:
+    """Bytes of activations made in the last phase of that name and alive at its end, by module.
+
+    It is the last one because the first forward pass also makes what stays for all steps. Empty where there is none.
+    """
     last = next((mark for mark in reversed(trace_log.marks) if mark.name == phase), None)
     if last is None:
         return {}
@@ -85,31 +91,35 @@ def saved(trace_log: TraceColumns, phase: str) -> dict[str, Number]:
     alive = np.zeros(trace_log.size.size, bool)
     alive[events[events >= 0]] = True
     alive[~events[events < 0]] = False
-    return by_module(trace_log, np.flatnonzero(alive & (trace_log.kind == KINDS.index("activations"))))
+    return sizes_by_fqn(trace_log, np.flatnonzero(alive & (trace_log.kind == KINDS.index("activations"))))
 
 
-def _owner(path: str, paths: Container[str]) -> str:
-    """The row that a module path belongs to: its own or its nearest ancestor's."""
-    while path and path not in paths:
-        path = path.rpartition(".")[0]
-    return path
+def _row_of(fqn: str, rows: Container[str]) -> str:
+    """The row that a module belongs to: its own or its nearest ancestor's."""
+    while fqn and fqn not in rows:
+        fqn = fqn.rpartition(".")[0]
+    return fqn
 
 
 NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
-"""A module's number in its list, within its path."""
+"""A module's index in its list, within its fqn."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows, those together that differ in a layer's index only: of each group one row, and the place and path of
-    each of its members. Costs are texts of b, s and m."""
+    """The rows of a model as they are kept: those that differ in a layer's index only are one.
+
+    ``rows`` has one dict for each such group (:class:`Layer`, with costs as texts of b, s and m), ``members`` the place
+    among all rows and the path of each of its modules.
+    """
 
     rows: list[dict[str, Any]]
     members: list[list[tuple[int, str]]]
 
     @staticmethod
     def of(layers: Iterable[Layer]) -> Table:
-        groups: dict[tuple, tuple[Layer, list[tuple[int, str]]]] = {}
+        """The table of these modules, in the model's order."""
+        groups: dict[tuple[Any, ...], tuple[Layer, list[tuple[int, str]]]] = {}
         for place, layer in enumerate(layers):
             key = (NUMBER.sub(".#", layer.path), *layer[1:])
             groups.setdefault(key, (layer, []))[1].append((place, layer.path))
@@ -122,7 +132,7 @@ class Table:
         return Table(rows, [members for _, members in groups.values()])
 
     def at(self, point: ShapePoint, every: bool = False) -> list[Layer]:
-        """The table at one point; ``every``: each layer by itself, in the model's order."""
+        """The table at one point, costs in bytes; ``every``: each module by itself, in the model's order."""
         costs = iter(compiled(row[name] for row in self.rows for name in _COSTS)(point))
         groups = [Layer(**{**row, **{name: next(costs) for name in _COSTS}}) for row in self.rows]
         if not every:

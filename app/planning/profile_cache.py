@@ -113,7 +113,9 @@ class ProfileCache:
     def _drop_oldest(self, traces: dict[bytes, Trace]) -> None:
         """Keep the limits: of one kind, traces that hold for one point go first; of all kinds, the oldest."""
         while len(traces) > TRACES_PER_KIND:
-            single = (digest for digest, one in traces.items() if isinstance(one, Profile) and not one.general)
+            single = (
+                digest for digest, one in traces.items() if isinstance(one, Profile) and not one.covers_other_batches
+            )
             self._events -= _event_count(traces.pop(next(single, next(iter(traces)))))
         while self._events > KEPT_EVENTS and len(self._kinds) > 1:
             _, dropped = self._kinds.popitem(last=False)
@@ -165,7 +167,7 @@ def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
 
 
 def _general_is_due(profiles: list[Profile]) -> bool:
-    general = [profile for profile in profiles if profile.general]
+    general = [profile for profile in profiles if profile.covers_other_batches]
     narrow = sum(not profile.covers_many_points for profile in general)
     return len(profiles) - len(general) >= POINT_PROFILES_BEFORE_GENERAL and narrow < NARROW_GENERALS_TOLERATED
 
@@ -173,7 +175,7 @@ def _general_is_due(profiles: list[Profile]) -> bool:
 def trace_general_later(job: Job, config: dict, card: Gpu | OwnGpu) -> None:
     """Have a general profile of a resolved job traced when there is time: who asked once may ask for another point."""
     request = request_of(job, config, card)
-    if not any(profile.general for profile in _profiles.in_memory(request.key)):
+    if not any(profile.covers_other_batches for profile in _profiles.in_memory(request.key)):
         tracer.get().later("general", request)
 
 

@@ -6,7 +6,7 @@ The allocator itself is compiled, and takes 0.3 s to import. Whoever only reads 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,8 @@ class RepeatedStep(NamedTuple):
     """
 
     start: int
-    freed_from_previous: npt.NDArray[np.int_]
-    carried_over: npt.NDArray[np.int_]
+    freed_from_previous: npt.NDArray[np.signedinteger[Any]]
+    carried_over: npt.NDArray[np.signedinteger[Any]]
 
 
 class ReplayInput(NamedTuple):
