@@ -107,8 +107,8 @@ def verdict_for(
 ) -> Verdict:
     """The verdict on a job of this ``kind`` (a key of :data:`MEASURED`) on a card with ``budget``.
 
-    ``summary`` is that of ``concrete``, replayed without a limit. Whether the run passes under the limit (``passes``) is
-    asked only where that limit lies between the allocated and the reserved peak: elsewhere the summary says enough.
+    ``summary`` is that of ``concrete``, replayed without a limit. Whether the run passes under the limit (``passes``)
+    is asked only where that limit lies between the allocated and the reserved peak: elsewhere the summary says enough.
     """
     load, limit = summary.phases[0], budget.limit
     allocated, needed = max(summary.peak.peak, load.peak), max(summary.reserved, load.reserved)
