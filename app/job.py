@@ -30,6 +30,7 @@ Task = Literal[
 ]
 """Which Auto class of transformers builds the model."""
 Dtype = Literal["bfloat16", "float16", "float32"]
+"""A floating-point type, by its name in torch."""
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 """Sequences, images or tokens."""
 Side = Annotated[int, Field(ge=1, le=8192)]

@@ -187,6 +187,7 @@ class FourBitLayout(NamedTuple):
 
 
 Stored = StorageLayout | FourBitLayout
+"""How one weight is stored: what both can tell is its bytes."""
 
 
 def stored_weights(model: transformers.PreTrainedModel, settings: Settings) -> dict[str, Any]:
