@@ -1,7 +1,7 @@
-"""What a vision-language model is shown: pixel inputs as its own image processor makes them of a blank image.
+"""The images of a vision-language model: the inputs that its own image processor makes of a blank image.
 
-The processor is the class that transformers names for the config's type, with its defaults and the sizes that the
-config states; the number of tokens is what the model's own ``get_image_features`` returns for them.
+The processor is the class that transformers names for the config's type, with its defaults and the sizes in the config.
+The number of tokens of an image is the number of rows that the model's own ``get_image_features`` returns.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .known_values import LIMIT, Images, KnownValues
 from .tracker import MemoryTracker
 
 SIDE = 448
-"""Pixels of a side of the image that a job does not size."""
+"""Pixels of each side of an image whose size the job does not state."""
 PIXELS = 1 << 24
-"""Most pixels of one sequence's images: they are made, and processed, on the host."""
+"""The most pixels of the images of one sequence. They are made and processed on the host."""
 
 
 def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
-    """The images of a job's sequences, and a sentence that says what is taken for granted.
+    """The images of a job's sequences, and a sentence that says what is assumed. No images: planned on text alone.
 
-    Raises :class:`PlanError` where the job asks for images that the model cannot be shown.
+    Raises :class:`PlanError` where the job states images that cannot be planned.
     """
     if task != "image-text-to-text":
         return None, None
@@ -59,13 +59,13 @@ def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
             raise PlanError(reason, "set images to 0 to plan it on text alone", "images") from None
         return None, f"{reason}. Planned on text alone: the vision tower is loaded, not run"
     needed = count * (tokens + 1) + 1
-    said = (
+    sentence = (
         f"{count} image{'s' * (count > 1)} of {height} × {width} pixels in every sequence, {tokens} of its tokens each"
     )
     if needed > (job.sequence_length or 0):
         if job.images or job.image_size:
             raise PlanError(
-                f"{said}: more than the {job.sequence_length} tokens of a sequence",
+                f"{sentence}: more than the {job.sequence_length} tokens of a sequence",
                 f"set sequence_length to at least {needed}, or images or image_size to less",
                 "sequence_length",
             )
@@ -73,11 +73,14 @@ def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
             f"planned on text alone: an image of {height} × {width} pixels takes {tokens} tokens, more than "
             f"sequence_length leaves; {needed} hold one"
         )
-    return Images(count, tokens, _token(model.config), inputs), f"{said} (job fields images and image_size)"
+    return Images(count, tokens, _token(model.config), inputs), f"{sentence} (job fields images and image_size)"
 
 
 def _processed(model, count: int, height: int, width: int) -> dict[str, torch.Tensor]:
-    """What the processor makes of one sequence's images, as far as the model's forward takes it."""
+    """The tensors that the processor makes of one sequence's images and the model's forward accepts.
+
+    Floating-point tensors are on the meta device: their values do not matter.
+    """
     from PIL import Image
 
     config = model.config
@@ -89,23 +92,23 @@ def _processed(model, count: int, height: int, width: int) -> dict[str, torch.Te
     _size(processor, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = processor(images=[[Image.new("RGB", (width, height))] * count], return_tensors="pt")
-    taken = inspect.signature(type(model).forward).parameters
+        outputs = processor(images=[[Image.new("RGB", (width, height))] * count], return_tensors="pt")
+    accepted = inspect.signature(type(model).forward).parameters
     return {
         name: value.to("meta") if value.is_floating_point() else value
-        for name, value in made.items()
-        if name in taken and isinstance(value, torch.Tensor)
+        for name, value in outputs.items()
+        if name in accepted and isinstance(value, torch.Tensor)
     }
 
 
 def _processor_names(kind: str) -> dict[str, str]:
-    """The image processors of a type or, where transformers names none, of a type with the same processor."""
+    """The image processors that transformers names for a model type, or for a type with the same processor."""
     same = [kind, *(k for k, name in PROCESSOR_MAPPING_NAMES.items() if name == PROCESSOR_MAPPING_NAMES.get(kind))]
     return next((IMAGE_PROCESSOR_MAPPING_NAMES[k] for k in same if k in IMAGE_PROCESSOR_MAPPING_NAMES), {})
 
 
 def _size(processor, config) -> None:
-    """Set the processor to the sizes that the vision tower's config states, as a checkpoint's own settings would."""
+    """Give the processor the sizes in the vision tower's config, which a checkpoint's own settings would state."""
     vision = getattr(config, "vision_config", config)
     patch = getattr(vision, "patch_size", None)
     merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
@@ -128,32 +131,32 @@ def _size(processor, config) -> None:
 
 
 def _tokens(model, inputs: dict[str, torch.Tensor], job: Job) -> int:
-    """How many tokens one sequence's images take: the rows of features that the model puts in their place.
+    """The number of tokens of one sequence's images: the rows of features that the model inserts for them.
 
-    0 where they are read by cross-attention: one token marks each image.
+    A model without ``get_image_features`` reads images by cross-attention: then it is 1 for the sequence.
     """
     features = getattr(model, "get_image_features", None)
     if features is None:
         return len(next(iter(inputs.values())))
     values = KnownValues(job.expert_routing)
-    taken = inspect.signature(features).parameters
-    any_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    accepted = inspect.signature(features).parameters
+    accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     tracker = MemoryTracker(Card())
     with torch.no_grad(), tracker, tracker.track_values(values):
-        told = {}
+        arguments = {}
         for name, tensor in inputs.items():
-            if name in taken or any_more:
-                told[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            if name in accepted or accepts_all:
+                arguments[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 if tensor.is_floating_point():
-                    told[name] = told[name].to(model.dtype)
+                    arguments[name] = arguments[name].to(model.dtype)
                 else:
-                    values.set_values(told[name], tensor)
-        out = features(**told, return_dict=True)
+                    values.set_values(arguments[name], tensor)
+        out = features(**arguments, return_dict=True)
     rows = getattr(out, "pooler_output", out)
     rows = rows if isinstance(rows, (list, tuple)) else [rows]
     return sum(part.shape[:-1].numel() for part in rows)
 
 
 def _token(config) -> int:
-    """The token that stands where an image is."""
+    """The id of the token that stands for a part of an image."""
     return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None) or 0

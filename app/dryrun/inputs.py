@@ -15,56 +15,31 @@ from .observer import StepObserver
 
 
 def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, torch.Tensor]:
-    """The batch on the card: what the model's main input is, labels to train on, and the mask that the job asks for.
+    """The batch on the device of ``tracker``: the model's inputs, labels if it is trained, and the job's mask.
 
-    Token ids and labels are int64, but for a model that is fitted to numbers (:func:`_targets`). Packed sequences are
-    one row of all tokens, as transformers' ``DataCollatorWithFlattening`` and TRL's own collator make it; TRL's adds
-    where each sequence begins. An image is ``config.image_size`` large, in the dtype of the weights, or what the
-    model's image processor makes of it; a recording is the whole window of the speech encoder: ``num_mel_bins`` by
-    twice ``max_source_positions`` frames.
+    Token ids and labels are int64 [B, S], B sequences of S tokens. Packed sequences are one row of all tokens, as the
+    collators make it: transformers' ``DataCollatorWithFlattening``, and TRL's, which adds where each sequence begins.
+
+    Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/data/data_collator.py#L1366
+    ``DataCollatorWithFlattening``; https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L87
+    ``DataCollatorForLanguageModeling``.
     """
-    config, b, s = model.config, job.batch_size, job.sequence_length
+    b, s = job.batch_size, job.sequence_length
     if s is None and task != "image-classification":
         raise PlanError("this task needs a `sequence_length`", "set sequence_length", "sequence_length")
-    dtype = getattr(torch, job.dtype)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device=tracker.device)
-
-    def pixels() -> torch.Tensor:
-        vision = getattr(config, "vision_config", config)
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return empty(b, vision.num_channels, height, width, dtype=dtype)
-
-    if task == "image-classification":
-        batch = {"pixel_values": pixels(), "labels": _targets(config, b, dtype, tracker.device)}
-    elif task == "zero-shot-image-classification":
-        batch = {"pixel_values": pixels(), "input_ids": empty(b, s)}
-    elif task == "speech-seq2seq":
-        features = empty(b, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
-        batch = {"input_features": features, "labels": empty(b, job.target_length or s)}
-    else:
-        tokens = (1, b * s) if job.packed else (b, s)
-        batch = {"input_ids": empty(*tokens)}
-        if task == "sequence-classification" and job.method != "inference":
-            batch["labels"] = _targets(config, b, dtype, tracker.device)
-        elif job.method != "inference":
-            batch["labels"] = empty(b, job.target_length or s) if task == "seq2seq-lm" else empty(*tokens)
-    masked = job.attention_mask != "absent" or job.method == "inference" or TRAINERS[job.trainer].masks_always
+    batch = _main_inputs(model.config, job, task, tracker.device)
     if job.packed:
         _refuse_packed(model, tracker, batch)
-        batch["position_ids"] = empty(1, b * s)
-        if TRAINERS[job.trainer].packs_with_bounds:
-            tracker.shifted, tracker.labelled = b * s - 1, b * s - PACKED * b
-            batch |= {name: empty(PACKED * b + 1, dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
-            batch["seq_idx"] = empty(1, b * s, dtype=torch.int32)
-    elif "input_ids" in batch and masked:
-        batch["attention_mask"] = empty(b, s)
+        batch |= _packed_inputs(tracker, job)
+    elif "input_ids" in batch and (
+        job.attention_mask != "absent" or job.method == "inference" or TRAINERS[job.trainer].masks_always
+    ):
+        batch["attention_mask"] = _empty(tracker.device, b, s)
     stated = {} if tracker.images is None and tracker.values is None else _stated(model, job, tracker.images)
     for name, value in stated.items():
         if name not in ("input_ids", "attention_mask", "position_ids"):
-            batch[name] = empty(*value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
+            dtype = getattr(torch, job.dtype) if value.is_floating_point() else value.dtype
+            batch[name] = _empty(tracker.device, *value.shape, dtype=dtype)
     tracker.register_batch(batch, {name: value for name, value in stated.items() if not value.is_floating_point()})
     if job.packed and tracker.device != "meta":
         batch["position_ids"].copy_(_positions(b, s))
@@ -75,10 +50,60 @@ def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, t
     return batch
 
 
+def _empty(device: str, *shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=device)
+
+
+def _main_inputs(config, job: Job, task: str, device: str) -> dict[str, torch.Tensor]:
+    """The model's main inputs, and labels.
+
+    A recording is the whole window of the speech encoder: [B, ``num_mel_bins``, 2 × ``max_source_positions`` frames].
+    """
+    b, s, dtype = job.batch_size, job.sequence_length, getattr(torch, job.dtype)
+    if task == "image-classification":
+        return {"pixel_values": _pixels(config, b, dtype, device), "labels": _targets(config, b, dtype, device)}
+    if task == "zero-shot-image-classification":
+        return {"pixel_values": _pixels(config, b, dtype, device), "input_ids": _empty(device, b, s)}
+    if task == "speech-seq2seq":
+        features = _empty(device, b, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
+        return {"input_features": features, "labels": _empty(device, b, job.target_length or s)}
+    tokens = (1, b * s) if job.packed else (b, s)
+    batch = {"input_ids": _empty(device, *tokens)}
+    if task == "sequence-classification" and job.method != "inference":
+        batch["labels"] = _targets(config, b, dtype, device)
+    elif job.method != "inference":
+        batch["labels"] = _empty(device, *((b, job.target_length or s) if task == "seq2seq-lm" else tokens))
+    return batch
+
+
+def _packed_inputs(tracker: StepObserver, job: Job) -> dict[str, torch.Tensor]:
+    """The inputs that tell packed sequences apart, and TRL's labels: the first of each sequence is ignored."""
+    b, s = job.batch_size, job.sequence_length
+    batch = {"position_ids": _empty(tracker.device, 1, b * s)}
+    if TRAINERS[job.trainer].packs_with_bounds:
+        tracker.shifted, tracker.labelled = b * s - 1, b * s - PACKED * b
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            batch[name] = _empty(tracker.device, PACKED * b + 1, dtype=torch.int32)
+        batch["seq_idx"] = _empty(tracker.device, 1, b * s, dtype=torch.int32)
+    return batch
+
+
+def _pixels(config, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Images [B, channels, height, width] of ``config.image_size``, in the dtype of the weights."""
+    vision = getattr(config, "vision_config", config)
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return _empty(device, batch, vision.num_channels, height, width, dtype=dtype)
+
+
 def _targets(config, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """The labels of whole sequences or images: their classes; numbers in the dtype of the weights, as the loss of a
-    regression and of several labels at once needs them (transformers/loss/loss_utils.py
-    ``ForSequenceClassificationLoss``)."""
+    """The labels of whole sequences or images: int64 classes, or numbers in the dtype of the weights.
+
+    A regression and a classification with several labels at once need numbers.
+
+    Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/loss/loss_utils.py#L94
+    ``ForSequenceClassificationLoss``.
+    """
     kind = getattr(config, "problem_type", None) or ("regression" if config.num_labels == 1 else None)
     if kind not in ("regression", "multi_label_classification"):
         return torch.empty(batch, dtype=torch.long, device=device)
@@ -87,7 +112,7 @@ def _targets(config, batch: int, dtype: torch.dtype, device: str) -> torch.Tenso
 
 
 def _refuse_packed(model, tracker: StepObserver, batch: dict) -> None:
-    """Sequences are packed by their positions, as TRL's and transformers' collators without padding do."""
+    """Raise :class:`PlanError` where the model cannot take packed sequences, which are told apart by positions."""
     base = base_of(model)
     if "input_ids" not in batch or "position_ids" not in inspect.signature(type(base).forward).parameters:
         reason = "takes no position_ids"
@@ -105,27 +130,30 @@ def _refuse_packed(model, tracker: StepObserver, batch: dict) -> None:
 
 
 PACKED = 2
-"""Sequences that are packed into as many tokens as the job's ``sequence_length``."""
+"""The number of packed sequences in each ``sequence_length`` tokens of the job."""
 
 
 def lengths(length: int) -> list[int]:
-    """How long they are."""
+    """The lengths of the packed sequences in ``length`` tokens: halves, the longer one first."""
     longest = -(-length // PACKED)
     return [min(longest, length - start) for start in range(0, length, longest)]
 
 
 def _positions(batch: int, length: int) -> torch.Tensor:
-    """Of each token in its sequence, one row."""
-    return torch.cat([torch.arange(own) for own in lengths(length)] * batch)[None]
+    """The position of each token in its packed sequence. [1, batch × length]"""
+    return torch.cat([torch.arange(tokens) for tokens in lengths(length)] * batch)[None]
 
 
 def base_of(model):
-    """The model itself, without PEFT's around it."""
+    """The model without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _stated(model, job: Job, images: Images | None) -> dict[str, torch.Tensor]:
-    """What the job says of its batch: the ids with the images' tokens, what the processor makes of them, the mask."""
+    """The values that the job states of its batch, on the CPU, by the name of the model's argument.
+
+    These are the mask, and positions of packed sequences or the inputs of images. Without images all ids are 1.
+    """
     b, s = job.batch_size, job.sequence_length or 1
     if b * s > LIMIT:
         return {}
@@ -138,11 +166,11 @@ def _stated(model, job: Job, images: Images | None) -> dict[str, torch.Tensor]:
         return {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(b, s)}
     ids = images.ids(s).expand(b, s)
     stated = {"input_ids": ids, "attention_mask": mask, **images.of(b)}
-    taken = inspect.signature(type(base).forward).parameters
+    accepted = inspect.signature(type(base).forward).parameters
     for name in ("mm_token_type_ids", "token_type_ids"):  # 1 where an image is
-        if name in taken:
+        if name in accepted:
             stated[name] = (ids == images.token).long()
-    if "cross_attention_mask" in taken:  # of every token, image and tile
+    if "cross_attention_mask" in accepted:  # [B, S, images, tiles]
         tiles = next(tensor.shape[2] for tensor in images.inputs.values() if tensor.dim() > 2)
         stated["cross_attention_mask"] = torch.ones(b, s, images.count, tiles, dtype=torch.long)
     return stated

@@ -1,4 +1,4 @@
-"""What each module of a model weighs, in each layout. Bytes."""
+"""Bytes of the weights of each module, as loaded and quantised."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from ..registry.quantizers import WEIGHT_COLUMNS
 
 
 def weights_table(model: torch.nn.Module, linear: Container[str]) -> list[Layer]:
-    """Every module of the bare model with the parameters that are its own, in order; a tied weight counts once.
-    ``linear``: the paths of those that are packed when the model is quantised."""
+    """One row for each module of the bare model, in order, with the parameters that it holds itself.
+
+    A tied weight counts once, where it comes first. ``linear``: the fqns of the modules that quantisation packs.
+    """
     rows, seen = [], set()
     for path, module in model.named_modules():
         parameters = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
         seen.update(map(id, parameters))
         counts = [p.numel() for p in parameters]
-        count, base = sum(counts), sum(n * p.element_size() for n, p in zip(counts, parameters))
+        count, base = sum(counts), sum(n * p.element_size() for n, p in zip(counts, parameters, strict=True))
         stored = dict.fromkeys(WEIGHT_COLUMNS, base)
         if path in linear:
             weight = module.weight

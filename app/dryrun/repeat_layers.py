@@ -1,8 +1,11 @@
-"""Run a few layers instead of all: find the repeated layers of a bare model, run it short, repeat what they did.
+"""A trace of the whole model from runs with few layers.
 
-What a layer does is taken to depend on what it is made of and on its neighbours, not on its number. Every job puts that
-to the test: the short run is repeated to the depth of a second, deeper run, and only if it then equals that run event
-for event is it repeated to the whole depth. In every other case the whole model is run.
+This file finds the repeated layers of a bare model and makes copies with few layers. The trace log of the short run is
+then repeated to the whole depth (:mod:`vramplan.memory.repeat`).
+
+The assumption is that a layer's events depend on its modules and on its neighbours, not on its number. Every job tests
+it: a second, deeper run must equal the short run repeated to that depth, event for event. Otherwise the whole model
+runs.
 """
 
 from __future__ import annotations
@@ -45,20 +48,23 @@ from .tracker import DataDependent
 log = logging.getLogger(__name__)
 
 LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
+"""The classes of a list of layers."""
 ENOUGH = 0.75
-"""Folding is tried where both short runs together have at most this part of the modules."""
+"""The part of the model's modules that both short runs together may have. With more, the whole model runs."""
 GENERAL_EVENTS = 30000
-"""Runs of more events are not repeated with symbols, half a millisecond each."""
+"""The most events of a run with symbols. An event takes half a millisecond there."""
 APART = 3
-"""Layers at the beginning that a model may treat otherwise by their number."""
+"""The number of first layers that a model may treat differently by their number."""
 WORTH = 0.05
-"""Lists are shortened where that leaves out at least this part of the model's modules."""
+"""The least part of the model's modules that a shortened list must leave out."""
 
 
 class Layers(NamedTuple):
-    """Layers that run one after another: the paths of their lists, the type of every layer and how many modules it has.
+    """Layers that run one after another.
 
-    ``numbers`` are the integers that are merely a layer's own number: (list path, path within the layer, attribute).
+    ``paths``: the fqns of their lists; lists of one parent and one length go together. ``types``: the type of each
+    layer, layers of one type being alike. ``sizes``: how many modules each layer has. ``numbers``: the attributes that
+    hold a layer's own number, as (list fqn, path within the layer, attribute).
     """
 
     paths: tuple[str, ...]
@@ -68,17 +74,19 @@ class Layers(NamedTuple):
 
 
 Trace = Callable[[torch.nn.Module], TraceLog]
+"""A function that runs a job on a copy of the bare model."""
 
 
 def folded_log(
     model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None
 ) -> TraceLog | Expansion:
-    """The books of ``trace(model)``, without running more layers than it takes to know them.
+    """The trace log of ``trace(model)``, from as few layers as possible.
 
-    ``trace`` may change the model it is given: it is always a copy, ``model`` itself stays as it is. ``names`` are the
-    module names that the job spells out: one with a layer's number in it makes that layer unlike the others.
-    ``general`` runs the same with sizes that are functions: then the books are its. Loops of which few tokens were run
-    are repeated last; raises :class:`NotRepeatable` where they cannot be.
+    ``trace`` gets a copy of the model, which it may change. ``names``: the module names in the job; a name with a
+    layer's number makes that layer unlike the others. ``general``: the same run with symbols for sizes; the result then
+    has its sizes. Loops over tokens are repeated last (:func:`~vramplan.dryrun.token_loops.repeat_tokens`).
+
+    Raises :class:`NotRepeatable` where such a loop cannot be repeated.
     """
     return repeat_tokens(_folded_log(model, trace, names, general))
 
@@ -93,28 +101,30 @@ def _folded_log(model, trace: Trace, names: Iterable[str], general: Trace | None
 
 
 def _generalised(trace_log: TraceLog, general: Trace, model: torch.nn.Module) -> TraceLog:
-    """``books`` with the sizes that ``general(model)`` gives. Raises :class:`NotRepeatable` where it does something else,
-    and where it would take minutes.
+    """``trace_log`` with the sizes of ``general(model)``, which are functions of batch and length.
 
-    Which operator multiplies is not compared: ``should_fold`` (native/LinearAlgebra.cpp) asks strides that symbols do
-    not tell.
+    The names of operators are not compared: with symbols, ``should_fold`` may choose another product.
+
+    Raises :class:`NotRepeatable` where the two runs differ, and where ``general`` would take minutes.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/LinearAlgebra.cpp ``should_fold``.
     """
     if len(trace_log.events) > GENERAL_EVENTS:
         raise NotRepeatable(f"{len(trace_log.events)} events are too many to be run with symbols")
-    theirs = general(model)
-    if trace_log.events != theirs.events or trace_log.marks != theirs.marks:
-        raise NotRepeatable("with sizes that are functions the events are others")
-    pairs = list(zip(trace_log.allocations, theirs.allocations))
-    if any(mine[1:4] != other[1:4] for mine, other in pairs):
-        raise NotRepeatable("with sizes that are functions the entries are others")
-    return replace(trace_log, allocations=[mine._replace(size=other.size) for mine, other in pairs])
+    symbolic = general(model)
+    if trace_log.events != symbolic.events or trace_log.marks != symbolic.marks:
+        raise NotRepeatable("with symbols for sizes the events are others")
+    pairs = list(zip(trace_log.allocations, symbolic.allocations, strict=True))
+    if any(numeric[1:4] != other[1:4] for numeric, other in pairs):
+        raise NotRepeatable("with symbols for sizes the allocations are others")
+    return replace(trace_log, allocations=[numeric._replace(size=other.size) for numeric, other in pairs])
 
 
 def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None) -> Expansion:
-    """The books of ``trace(model)`` from two shorter runs. Raises :class:`NotRepeatable` where they do not prove it.
+    """The trace log of ``trace(model)`` from two shorter runs. Raises :class:`NotRepeatable` where they disagree.
 
-    Tried are the :data:`WAYS`, first the one in which this model was folded before. With ``general``, which is slow,
-    the proof is ``trace``'s as long as no allocation grows with the depth.
+    The :data:`WAYS` are tried in turn, first the one that worked for this model before. ``general`` is slow: unless an
+    allocation grows with the depth, it runs for the short model only, and ``trace`` for the deeper one.
     """
     for name in names:
         if re.search(r"(^|\.)\d+(\.|$)", name):
@@ -139,31 +149,37 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
 
 
 WAYS = ((0, 1), (APART, 1), (0, 2))
-"""How layers are told to be alike: how many at the beginning are like no other, and how many neighbours on either side
-are to be alike too."""
+"""The ways to decide which layers are alike: (how many first layers are unlike all others, how many neighbours on each
+side must be alike too)."""
 
 
 def _ways(model: torch.nn.Module) -> Sequence[tuple[int, int]]:
-    """The :data:`WAYS`, of them those with layers apart where beside the layers there is a list of modules with one for
-    each that a config names: features are taken there, and added by number elsewhere."""
-    counted = any(
+    """The :data:`WAYS` for this model.
+
+    Only those with layers apart, where the layers' parent has another list of modules, with one for each layer that a
+    config names: the model takes features at these layers, and uses them elsewhere by their number.
+    """
+    takes_features = any(
         isinstance(child, LISTS) and len(child) == len(value) < len(group.types)
         for group in repeated(model)
         for child in model.get_submodule(group.paths[0].rpartition(".")[0]).children()
         for holder in _holders(model, group.paths[0])
-        for name, value in _open(holder)
+        for name, value in _public(holder)
         if _selects(name, value, len(group.types))
     )
-    return [way for way in WAYS if way[0]] if counted else WAYS
+    return [way for way in WAYS if way[0]] if takes_features else WAYS
 
 
 _way: WeakKeyDictionary[torch.nn.Module, tuple[int, int]] = WeakKeyDictionary()
-"""In which of them a bare model was folded: the next run of it is of the same layers."""
+"""The way that worked for a bare model. Its next run has the same layers."""
 
 
 class _Fold:
-    """One model's short runs. A depth is, for each group, the layers that are kept; ``base`` the one that is repeated.
-    ``runs`` are those made so far."""
+    """The short runs of one model.
+
+    A depth lists, for each group of layers, the numbers of the layers that are kept. ``base`` is the depth whose run is
+    repeated, ``whole`` that of the whole model. ``runs`` are the trace logs so far, by depth.
+    """
 
     def __init__(self, model, groups: list[Layers], trace: Trace, radius: int, general: Trace | None, runs: dict):
         self.model, self.groups, self.trace, self.radius, self.general = model, groups, trace, radius, general
@@ -173,62 +189,70 @@ class _Fold:
         self.modules = _modules(model)
 
     def trace_log(self) -> Expansion:
-        once, twice = self.base, self._depth(2)
-        if not self.groups or self._size(once) + self._size(twice) > ENOUGH * self._size(self.whole):
+        """The trace log of the whole model."""
+        shortest, deeper = self.base, self._depth(2)
+        if not self.groups or self._size(shortest) + self._size(deeper) > ENOUGH * self._size(self.whole):
             raise NotRepeatable("too few layers repeat")
         try:
-            expand(self._run(once), self._stacks(twice))  # says at once what cannot be repeated
-            growth = growth_of(self._run(once), self._stacks(twice), self._run(twice))
+            expand(self._run(shortest), self._stacks(deeper))  # raises before the deeper run
+            growth = growth_of(self._run(shortest), self._stacks(deeper), self._run(deeper))
         except NotRepeatable as error:
             log.info("the shortest run is not repeated: %s", error)
-            growth = self._deepened(once, twice)
+            growth = self._repeat_deeper(shortest, deeper)
         short = self._run(self.base)
         if growth and self.general is not None:
             return _Fold(self.model, self.groups, self.general, self.radius, None, {}).trace_log()
         if growth:
-            growth = self._growth(short, twice, growth)
+            growth = self._growth(short, deeper, growth)
         if self.general is not None:
             short = _generalised(short, self.general, shortened(self.model, self.groups, self.base))
         return expand(short, self._stacks(self.whole), growth)
 
-    def _deepened(self, once: list[list[int]], twice: list[list[int]]) -> dict[int, Number]:
-        """Repeat the deeper run instead, where a layer need not be the first, the last and all others of its type at
-        once: what is alike in it must be equal, and the shortest run what is left of it without some of its layers."""
-        self.base = twice
-        for depth in (twice, once):
-            if not same(expand(self._run(twice), self._stacks(depth)).trace_log(), self._run(depth)):
+    def _repeat_deeper(self, shortest: list[list[int]], deeper: list[list[int]]) -> dict[int, Number]:
+        """Make the deeper run the one that is repeated. It has a first, an inner and a last layer of each type.
+
+        The test is then: the deeper run equals itself when its layers are repeated, and the shortest run equals the
+        deeper one without some of its layers. Nothing may grow with the depth.
+        """
+        self.base = deeper
+        for depth in (deeper, shortest):
+            if not same(expand(self._run(deeper), self._stacks(depth)).trace_log(), self._run(depth)):
                 raise NotRepeatable("neither run is the other one with more layers or fewer")
         return {}
 
-    def _growth(self, short: TraceLog, twice: list, growth: dict[int, Number]) -> dict[int, Number]:
-        """By how many bytes allocations are larger in the whole, if that is a linear function of the numbers of layers
-        of each type: observed in as many directions as it takes, and then foretold for one more run."""
-        seen = [(self._counts(twice), growth)]
+    def _growth(self, short: TraceLog, deeper: list, growth: dict[int, Number]) -> dict[int, Number]:
+        """By how many bytes allocations are larger in the whole model than in the short one, by key.
+
+        The growth must be a linear function of the number of layers of each type. It is observed in as many runs as
+        the whole model's numbers need to be a combination of theirs, and then predicted for one more run as a test.
+        """
+        observed = [(self._counts(deeper), growth)]
         target = self._counts(self.whole)
         more: list[set[tuple]] = [set() for _ in self.groups]
         for number, group in enumerate(self.groups):
             for window in inner_windows(group.types, self.radius):
-                if combination(target, [counts for counts, _ in seen]) is not None:
+                if combination(target, [counts for counts, _ in observed]) is not None:
                     break
                 added = [{window} if n == number else set() for n in range(len(self.groups))]
                 depth = self._depth(1, added)
                 counts = self._counts(depth)
-                if combination(counts, [known for known, _ in seen]) is None:
-                    seen.append((counts, growth_of(short, self._stacks(depth), self._run(depth))))
+                if combination(counts, [earlier for earlier, _ in observed]) is None:
+                    observed.append((counts, growth_of(short, self._stacks(depth), self._run(depth))))
                     more[number].add(window)
-        check = self._depth(3) if len(seen) == 1 else self._depth(2, more)
+        check = self._depth(3) if len(observed) == 1 else self._depth(2, more)
         if self._size(check) > ENOUGH * self._size(self.whole):
             raise NotRepeatable("too few layers repeat to foresee how memory grows with depth")
-        if not same(expand(short, self._stacks(check), self._scaled(seen, check)).trace_log(), self._run(check)):
+        if not same(expand(short, self._stacks(check), self._scaled(observed, check)).trace_log(), self._run(check)):
             raise NotRepeatable("memory does not grow in proportion to depth")
-        return self._scaled(seen, self.whole)
+        return self._scaled(observed, self.whole)
 
-    def _scaled(self, seen: list[tuple[list[int], dict[int, Number]]], depth) -> dict[int, Number]:
-        factors = combination(self._counts(depth), [counts for counts, _ in seen])
+    def _scaled(self, observed: list[tuple[list[int], dict[int, Number]]], depth) -> dict[int, Number]:
+        """The growth at ``depth``, as a combination of the observed ones."""
+        factors = combination(self._counts(depth), [counts for counts, _ in observed])
         if factors is None:
             raise NotRepeatable("memory grows with the depths of several types of layers")
         total: dict[int, Number | Fraction] = defaultdict(Fraction)
-        for factor, (_, growth) in zip(factors, seen):
+        for factor, (_, growth) in zip(factors, observed, strict=True):
             for key, size in growth.items():
                 total[key] += factor * size
         if any(size.denominator != 1 for size in total.values()):
@@ -236,16 +260,20 @@ class _Fold:
         return {key: with_int_coefficients(size) for key, size in total.items()}
 
     def _size(self, depth: Sequence[Sequence[int]]) -> int:
-        """The modules of a run."""
-        left_out = ((g.sizes, set(range(len(g.sizes))).difference(kept)) for g, kept in zip(self.groups, depth))
-        return self.modules - sum(sizes[index] for sizes, gone in left_out for index in gone)
+        """How many modules a run at ``depth`` has."""
+        pairs = zip(self.groups, depth, strict=True)
+        left_out = ((g.sizes, set(range(len(g.sizes))).difference(kept)) for g, kept in pairs)
+        return self.modules - sum(sizes[index] for sizes, indices in left_out for index in indices)
 
     def _depth(self, repeats: int, more: Sequence[set[tuple]] | None = None) -> list[list[int]]:
+        """The least depth in which each window of types occurs ``repeats`` times, and those of ``more`` once more."""
         extra = more or [set()] * len(self.groups)
-        return [shorten(group.types, repeats, self.radius, own) for group, own in zip(self.groups, extra)]
+        pairs = zip(self.groups, extra, strict=True)
+        return [shorten(group.types, repeats, self.radius, windows) for group, windows in pairs]
 
     def _run(self, depth: Sequence[Sequence[int]]) -> TraceLog:
-        key = tuple((group.paths, *kept) for group, kept in zip(self.groups, depth))
+        """The trace log of the model at ``depth``."""
+        key = tuple((group.paths, *kept) for group, kept in zip(self.groups, depth, strict=True))
         if key not in self.runs:
             say(f"running the step with {sum(map(len, depth))} of {sum(map(len, self.whole))} layers")
             self.runs[key] = self.trace(shortened(self.model, self.groups, depth))
@@ -257,14 +285,14 @@ class _Fold:
 
         return [
             Stack(group.paths, types(group, a), types(group, b), self.radius)
-            for group, a, b in zip(self.groups, self.base, depth)
+            for group, a, b in zip(self.groups, self.base, depth, strict=True)
         ]
 
     def _counts(self, depth: Sequence[Sequence[int]]) -> list[int]:
-        """How many layers of each type there are more than in the shortest run."""
+        """How many more layers of each type there are at ``depth`` than in the run that is repeated."""
         counts: Counter = Counter({(n, kind): 0 for n, group in enumerate(self.groups) for kind in group.types})
         for sign, layers in ((1, depth), (-1, self.base)):
-            for n, (group, kept) in enumerate(zip(self.groups, layers)):
+            for n, (group, kept) in enumerate(zip(self.groups, layers, strict=True)):
                 for index in kept:
                     counts[n, group.types[index]] += sign
         return list(counts.values())
@@ -277,20 +305,20 @@ _repeated: WeakKeyDictionary[torch.nn.Module, dict[int, list[Layers]]] = WeakKey
 
 
 def repeated(model: torch.nn.Module, apart: int = 0) -> list[Layers]:
-    """:func:`_look` for a bare model, which stays as it is: it is asked of each way in which the model is run."""
-    known = _repeated.setdefault(model, {})
-    if apart not in known:
-        known[apart] = _look(model, apart)
-    return known[apart]
+    """The layers of a bare model of which some can be left out; see :func:`_find_layers`. The answer is cached."""
+    cached = _repeated.setdefault(model, {})
+    if apart not in cached:
+        cached[apart] = _find_layers(model, apart)
+    return cached[apart]
 
 
-def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
-    """The outermost lists of layers of which some can be left out; lists of one parent and one length go together.
+def _find_layers(model: torch.nn.Module, apart: int) -> list[Layers]:
+    """The outermost lists of layers of which some can be left out.
 
-    With ``apart`` that many layers at the beginning are like no other; of a list of which a config names some by number
-    it is those that are.
+    ``apart``: how many first layers are unlike all others. Where a config names some layers of a list by their number,
+    these are unlike all others instead.
     """
-    found: list[Layers] = []
+    groups: list[Layers] = []
     least = WORTH * _modules(model)
 
     def look(parent: torch.nn.Module, path: str) -> None:
@@ -303,14 +331,14 @@ def _look(model: torch.nn.Module, apart: int) -> list[Layers]:
             group = _layers(model, tuple(paths), apart)
             left_out = set(range(len(group.types))).difference(shorten(group.types, 2))
             if sum(group.sizes[index] for index in left_out) > least:
-                found.append(group)
+                groups.append(group)
                 taken.update(paths)
         for name, child in parent.named_children():
             if f"{path}{name}" not in taken:
                 look(child, f"{path}{name}.")
 
     look(model, "")
-    return found
+    return groups
 
 
 _counted: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
@@ -323,53 +351,78 @@ def _modules(model: torch.nn.Module) -> int:
     return _counted[model]
 
 
+Facts = dict[Any, Any]
+"""What a layer is made of: everything that can change what it allocates, by where it is written."""
+
+
 def _layers(model: torch.nn.Module, paths: tuple[str, ...], apart: int) -> Layers:
-    """Tell the layers' types apart by all that can change what they allocate: :func:`_add_facts`."""
+    """The layers of these lists, with a type for each: layers of equal facts are of one type."""
     lists = [model.get_submodule(path) for path in paths]
     depth = len(lists[0])
-    facts: list[dict[Any, Any]] = [{} for _ in range(depth)]
-    for path, entries in zip(paths, lists):
+    facts: list[Facts] = [{} for _ in range(depth)]
+    for path, entries in zip(paths, lists, strict=True):
         for index, layer in enumerate(entries):
             _add_facts(facts[index], path, layer)
-    sizes = tuple(sum(not name for _, _, name in known) for known in facts)
-    offsets = defaultdict(list)
-    for index, known in enumerate(facts):
-        for key, value in known.items():
-            if type(value) is int:
-                offsets[key].append(value - index)
-    numbers = [key for key, values in offsets.items() if len(values) > 1 and len(set(values)) == 1]
-    for known in facts:
+    sizes = tuple(sum(not name for _, _, name in layer) for layer in facts)
+    numbers = _own_numbers(facts)
+    for layer in facts:
         for key in numbers:
-            known.pop(key, None)
-    said = [entry for holder in _holders(model, paths[0]) for entry in _open(holder)]
-    for name, value in said:
-        for index, known in enumerate(facts):
-            if _selects(name, value, depth):
-                known[name] = (index if index in value else None) if apart else index in value
-            elif _lists(value, depth):
-                known[name] = _plain(value[index])
-    if not any(value and _selects(name, value, depth) for name, value in said):
-        for index, known in enumerate(facts[:apart]):
-            known["apart"] = index
-    types = _number(facts)
-    for name, period in said:
-        if type(period) is int and 1 < period < depth and _PERIODIC.search(name):
-            # Where the layers themselves alternate so, that is what it is for; else their parent may go by it.
-            if len(set(types)) == 1 or types[period:] != types[:-period]:
-                for index, known in enumerate(facts):
-                    known[name] = index % period
+            layer.pop(key, None)
+    attributes = [entry for holder in _holders(model, paths[0]) for entry in _public(holder)]
+    _add_listed(facts, attributes, apart)
+    _add_periods(facts, attributes)
     return Layers(paths, _number(facts), sizes, tuple(numbers))
 
 
-def _number(facts: list[dict[Any, Any]]) -> tuple[int, ...]:
-    """Equal facts get equal numbers, in the order of their first appearance."""
-    seen: dict[frozenset, int] = {}
-    return tuple(seen.setdefault(frozenset(known.items()), len(seen)) for known in facts)
+def _own_numbers(facts: list[Facts]) -> list:
+    """The keys of integers that only count the layers: value minus the layer's number is the same for all layers."""
+    offsets = defaultdict(list)
+    for index, layer in enumerate(facts):
+        for key, value in layer.items():
+            if type(value) is int:
+                offsets[key].append(value - index)
+    return [key for key, values in offsets.items() if len(values) > 1 and len(set(values)) == 1]
+
+
+def _add_listed(facts: list[Facts], attributes: list[tuple[str, Any]], apart: int) -> None:
+    """Add what lists in the config and in parents say of each layer: an entry, or whether its number is listed."""
+    depth = len(facts)
+    for name, value in attributes:
+        for index, layer in enumerate(facts):
+            if _selects(name, value, depth):
+                layer[name] = (index if index in value else None) if apart else index in value
+            elif _has_entry_per_layer(value, depth):
+                layer[name] = _plain(value[index])
+    if not any(value and _selects(name, value, depth) for name, value in attributes):
+        for index, layer in enumerate(facts[:apart]):
+            layer["apart"] = index
+
+
+def _add_periods(facts: list[Facts], attributes: list[tuple[str, Any]]) -> None:
+    """Add each layer's position in a period that the config names.
+
+    Where the layers themselves alternate with that period, their facts say so already. Otherwise their parent may
+    treat them differently.
+    """
+    types = _number(facts)
+    for name, period in attributes:
+        if type(period) is int and 1 < period < len(facts) and _PERIODIC.search(name):
+            if len(set(types)) == 1 or types[period:] != types[:-period]:
+                for index, layer in enumerate(facts):
+                    layer[name] = index % period
+
+
+def _number(facts: list[Facts]) -> tuple[int, ...]:
+    """A number for each layer: equal facts get equal numbers, in the order of their first appearance."""
+    numbers: dict[frozenset, int] = {}
+    return tuple(numbers.setdefault(frozenset(layer.items()), len(numbers)) for layer in facts)
 
 
 def _holders(model: torch.nn.Module, path: str) -> list[dict[str, Any]]:
-    """Where the depth of the list at ``path`` may be written: the nearest config, and the parents up to the last that
-    has it."""
+    """The attributes of the objects that may hold the depth of the list at ``path``.
+
+    These are its parents, up to the last one that has the nearest config, and that config.
+    """
     holders: list[dict[str, Any]] = []
     nearest = None
     while path:
@@ -384,17 +437,18 @@ def _holders(model: torch.nn.Module, path: str) -> list[dict[str, Any]]:
     return holders if nearest is None else [*holders, vars(nearest)]
 
 
-def _open(holder: dict[str, Any]) -> list[tuple[str, Any]]:
+def _public(holder: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The attributes without a leading underscore."""
     return [(name, value) for name, value in holder.items() if not name.startswith("_")]
 
 
-def _lists(value: Any, depth: int) -> bool:
-    """Whether ``value`` has one entry a layer."""
+def _has_entry_per_layer(value: Any, depth: int) -> bool:
+    """Whether ``value`` is a list with one entry for each layer."""
     return isinstance(value, (list, tuple)) and len(value) == depth
 
 
 def _selects(name: str, value: Any, depth: int) -> bool:
-    """Whether ``value`` is a list of some layers' numbers."""
+    """Whether ``value`` is a list of layer numbers."""
     return (
         isinstance(value, (list, tuple))
         and all(type(number) is int and 0 <= number < depth for number in value)
@@ -407,32 +461,33 @@ _SPEAKS_OF_LAYERS = re.compile("layer|block|depth|ind(ex|ices)|idx")
 _PERIODIC = re.compile("(interval|period|pattern|every|freq|sparse_step|layer_step)")
 
 
-def _add_facts(facts: dict[Any, Any], whose: str, layer: torch.nn.Module) -> None:
-    """What a layer is made of: classes, shapes, dtypes and plain attributes, by the path of its list, path and name."""
+def _add_facts(facts: Facts, fqn: str, layer: torch.nn.Module) -> None:
+    """Add classes, shapes, dtypes and plain attributes of a layer of the list ``fqn``, by (fqn, path, name)."""
     for path, module in layer.named_modules():
-        facts[whose, path, ""] = type(module)
+        facts[fqn, path, ""] = type(module)
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                facts[whose, path, name] = _plain(tensor)
+                facts[fqn, path, name] = _plain(tensor)
         attributes = vars(module)
         for name in attributes.keys() - _MACHINERY:
             value = attributes[name]
-            # A probability of 0 or 1 changes what is run, any other (of DropPath: one a layer) does not.
-            some = "drop" in name and isinstance(value, float) and 0 < value < 1
-            facts[whose, path, name] = "some" if some else _plain(value)
+            # A probability of 0 or 1 changes what runs. Others do not: DropPath has another one for each layer.
+            drops = "drop" in name and isinstance(value, float) and 0 < value < 1
+            facts[fqn, path, name] = "drops" if drops else _plain(value)
 
 
 _MACHINERY = vars(torch.nn.Module()).keys()
+"""The attributes that every module has."""
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as far as it can matter to a run without values; objects of unknown make are told apart by identity."""
-    return _plainly(type(value))(value)
+    """A hashable form of ``value``, without what cannot matter on the meta device. Unknown objects equal themselves."""
+    return _plain_form(type(value))(value)
 
 
 @functools.cache
-def _plainly(kind: type) -> Callable[[Any], Any]:
-    """:func:`_plain` of what is of one type. The type is asked: a config looks up its class in itself every time."""
+def _plain_form(kind: type) -> Callable[[Any], Any]:
+    """:func:`_plain` for values of one type. It goes by type because ``isinstance`` of a config is slow."""
     plain: dict[tuple[type, ...], Callable[[Any], Any]] = {
         (bool, int, float, str, torch.dtype, torch.device, enum.Enum, type, type(None)): lambda value: value,
         (torch.Tensor,): lambda value: (tuple(value.shape), value.dtype, value.requires_grad, kind),
@@ -443,7 +498,7 @@ def _plainly(kind: type) -> Callable[[Any], Any]:
         (python.MethodType,): lambda value: value.__func__,
     }
     unknown = lambda value: ("object", kind, id(value))  # noqa: E731
-    return next((how for kinds, how in plain.items() if issubclass(kind, kinds)), unknown)
+    return next((form for kinds, form in plain.items() if issubclass(kind, kinds)), unknown)
 
 
 # --- shortening ---------------------------------------------------------------------------------------------
@@ -451,20 +506,24 @@ def _plainly(kind: type) -> Callable[[Any], Any]:
 
 def shortened(model: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[Sequence[int]]) -> torch.nn.Module:
     """A copy of the bare ``model`` with only the ``kept`` layers of each group, renumbered; its config agrees."""
-    lists = [(model.get_submodule(path), indices) for group, indices in zip(groups, kept) for path in group.paths]
+    lists = [
+        (model.get_submodule(path), indices)
+        for group, indices in zip(groups, kept, strict=True)
+        for path in group.paths
+    ]
     saved = [entries._modules for entries, _ in lists]
     try:
-        for (entries, indices), modules in zip(lists, saved):
+        for (entries, indices), modules in zip(lists, saved, strict=True):
             entries._modules = {str(new): modules[str(old)] for new, old in enumerate(indices)}
         memo: dict[int, Any] = {}
         _copy_tensors(model, memo)
         short = copy.deepcopy(model, memo)
     finally:
-        for (entries, _), modules in zip(lists, saved):
+        for (entries, _), modules in zip(lists, saved, strict=True):
             entries._modules = modules
-    for group, indices in zip(groups, kept):
+    for group, indices in zip(groups, kept, strict=True):
         for path, within, attribute in group.numbers:
-            for new, (old, layer) in enumerate(zip(indices, short.get_submodule(path))):
+            for new, (old, layer) in enumerate(zip(indices, short.get_submodule(path), strict=True)):
                 module = _submodule(layer, within)
                 if module is not None and attribute in vars(module):
                     vars(module)[attribute] += new - old
@@ -480,7 +539,7 @@ def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
 
 
 def _copy_tensors(model: torch.nn.Module, memo: dict[int, Any]) -> None:
-    """Copies of the tensors for :func:`copy.deepcopy`, storages shared as they are shared in ``model``."""
+    """Put copies of the tensors into the memo of :func:`copy.deepcopy`. Tensors that share a storage go on to do so."""
     storages: dict[int, torch.UntypedStorage] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -498,24 +557,25 @@ def _copy_tensors(model: torch.nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _shorten_depths(short: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[Sequence[int]]) -> None:
-    """Depths, lists with one entry a layer and lists of layers' numbers, in the list's parent and its config.
+    """Shorten what the parents of the lists and their configs say of the depth.
 
-    A depth is an integer equal to the number of layers whose name speaks of layers, blocks or depth. Where two groups
-    of one config and one depth are shortened differently, nobody knows whose it is: it stays.
+    That is: the depth itself, an integer equal to the number of layers, with a name like layers, blocks or depth; lists
+    with one entry for each layer; lists of layer numbers. Where two groups of one config have the same depth and keep
+    different layers, it cannot be told to which group an entry belongs, and it stays.
     """
     wanted: dict[tuple[int, int], tuple[dict[str, Any], set[tuple[int, ...]]]] = {}
-    for group, indices in zip(groups, kept):
+    for group, indices in zip(groups, kept, strict=True):
         for holder in _holders(short, group.paths[0]):
             wanted.setdefault((id(holder), len(group.types)), (holder, set()))[1].add(tuple(indices))
     for (_, depth), (holder, choices) in wanted.items():
         if len(choices) > 1:
             continue
         (indices,) = choices
-        for name, value in _open(holder):
+        for name, value in _public(holder):
             if type(value) is int:
                 if value == depth and _SPEAKS_OF_LAYERS.search(name):
                     holder[name] = len(indices)
             elif _selects(name, value, depth):
                 holder[name] = type(value)(new for new, old in enumerate(indices) if old in value)
-            elif _lists(value, depth):
+            elif _has_entry_per_layer(value, depth):
                 holder[name] = type(value)(value[index] for index in indices)

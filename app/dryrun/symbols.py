@@ -1,10 +1,15 @@
-"""Integers that remember what they were computed from: one run for every batch and length of its kind.
+"""Integers that remember what they were computed from, so that one run holds for many batches and lengths.
 
-PyTorch asks a ``SymInt`` for its arithmetic through its ``node`` (torch/csrc/utils/python_symnode.h); torch.compile
-puts sympy there, which takes minutes for a training step. Here a node is a value and a
-:class:`~vramplan.memory.sizes.Size`. The program runs as it does with the value; wherever it looks at one (a comparison,
-``int()``), what it saw becomes a condition, unless it is so for every batch and length. Where the conditions hold, the
-program does the same again.
+A :class:`torch.SymInt` does its arithmetic through its ``node``. In torch.compile a node holds a sympy expression,
+which takes minutes for a training step. Here a node (:class:`Node`) holds a value and a
+:class:`~vramplan.memory.sizes.Size`, a polynomial of the batch, the length and the number of multiprocessors.
+
+The program runs as it does with the value. Where it looks at a value, by a comparison or ``int()``, the answer becomes
+a condition (:class:`Conditions`), unless it is the same for every batch and length. For every batch and length for
+which the conditions hold, the program does the same.
+
+Source: https://github.com/pytorch/pytorch/blob/v2.11.0/torch/csrc/utils/python_symnode.h ``PythonSymNodeImpl``: the
+methods of a node that PyTorch calls.
 """
 
 from __future__ import annotations
@@ -32,60 +37,70 @@ _PYTHON = {
     ">=": operator.ge,
 }
 _STAND_IN = sympy.Symbol("s0")
+"""What PyTorch finds where it asks a node for a sympy expression."""
 
 
 class Conditions(dict[str, None]):
-    """What holds where the program does again what it did, as text."""
+    """What must hold of batch, length and multiprocessors for the program to do the same: a set of texts, in order.
+
+    ``answers`` keeps the answers of :func:`sym_predicate`.
+    """
 
     def __init__(self):
         super().__init__()
         self.answers: dict[tuple, bool] = {}
 
-    def see(self, comparison: str, left: Number | str, right: Number | str) -> None:
+    def add(self, comparison: str, left: Number | str, right: Number | str) -> None:
+        """Add the condition ``left comparison right``."""
         self[f"{_text(left)} {comparison} {_text(right)}"] = None
 
     def decide(self, value: bool, comparison: str, left: Number | str, right: Number | str) -> bool:
-        """What a program is told that asks, and the answer is ``value``."""
-        self.see(comparison if value else OPPOSITE[comparison], left, right)
+        """The answer to a program that asks whether ``left comparison right``, which is ``value`` in this run."""
+        self.add(comparison if value else OPPOSITE[comparison], left, right)
         return value
 
 
-class _Way(Conditions):
-    """One way through a question: at every turn that what is known leaves open, it is told its ``turns``, and when they
-    are at an end, what is so. ``taken``: what it was told."""
+class _Path(Conditions):
+    """One path through the branches of a predicate (:func:`sym_predicate`).
 
-    def __init__(self, turns: list[bool]):
+    At a branch that earlier answers leave open, the predicate gets the next of the ``preset`` answers. When they are
+    used up it gets the true answer. ``taken``: all the answers that it got.
+    """
+
+    def __init__(self, preset: list[bool]):
         super().__init__()
-        self.turns = turns
+        self.preset = preset
         self.taken: list[bool] = []
-        self._between: dict[Size, list[float]] = {}
+        self._bounds: dict[Size, list[float]] = {}
 
     def decide(self, value: bool, comparison: str, left: Number | str, right: Number | str) -> bool:
-        asked = _threshold(comparison, left) if right == 0 and isinstance(left, Size) else None
-        if asked is not None:
-            what, least, up = asked
-            bounds = self._between.setdefault(what, [-inf, inf])
+        threshold = _threshold(comparison, left) if right == 0 and isinstance(left, Size) else None
+        if threshold is not None:
+            size, least, positive = threshold
+            bounds = self._bounds.setdefault(size, [-inf, inf])
             if bounds[0] >= least or bounds[1] < least:
-                return (bounds[0] >= least) == up
-        if len(self.taken) < len(self.turns):
-            value = self.turns[len(self.taken)]
+                return (bounds[0] >= least) == positive
+        if len(self.taken) < len(self.preset):
+            value = self.preset[len(self.taken)]
         self.taken.append(value)
-        if asked is None:
+        if threshold is None:
             return super().decide(value, comparison, left, right)
-        bounds[value != up] = least if value == up else least - 1
+        bounds[value != positive] = least if value == positive else least - 1
         return value
 
     def __str__(self) -> str:
-        between = []
-        for what, (low, high) in self._between.items():
+        ranges = []
+        for size, (low, high) in self._bounds.items():
             least, most = "" if low == -inf else f"{low} <= ", "" if high == inf else f" <= {high}"
-            between.append(f"{least}{text_of(what)}{most}")
-        return " and ".join([*between, *self])
+            ranges.append(f"{least}{text_of(size)}{most}")
+        return " and ".join([*ranges, *self])
 
 
 def _threshold(comparison: str, difference: Size) -> tuple[Size, int, bool] | None:
-    """``difference comparison 0`` as a question whether a size is at least a number, and whether that is the answer, or
-    its opposite; None: it is no such question."""
+    """``difference comparison 0`` as ``size >= least``: (size, least, whether the two are equal or opposite).
+
+    None where the comparison has no such form.
+    """
     terms = {atoms: value for atoms, value in difference.terms.items() if atoms}
     constant, by = difference.terms.get((), 0), terms[min(terms)]
     if comparison in ("==", "!=") or any(value % by for value in terms.values()):
@@ -96,22 +111,24 @@ def _threshold(comparison: str, difference: Size) -> tuple[Size, int, bool] | No
 
 
 class Node:
-    """What a ``SymInt``, ``SymFloat`` or ``SymBool`` is made of.
+    """The node of a ``SymInt``, ``SymFloat`` or ``SymBool``.
 
-    ``value`` is the number of this run; ``form`` where it is from: a :data:`~vramplan.memory.sizes.Number` for integers,
-    text otherwise (of a bool: (comparison, left, right), or its value alone where it is so everywhere). ``seen``
-    are the conditions.
+    ``value``: the number in this run. ``form``: what it is computed from. That is a
+    :data:`~vramplan.memory.sizes.Number` for an integer, and text for a float. For a bool it is (comparison, left,
+    right), or the value alone where it holds for every batch and length. ``conditions``: where answers are noted.
+
+    The methods without a docstring are those of PyTorch's protocol, with its names.
     """
 
-    __slots__ = ("value", "form", "seen")
-    shape_env = None  # "xla symnode path" of symbolic_shapes._guard_or: it asks the node
-    expr = _STAND_IN  # what asks for free symbols finds one, and none that is unbacked
+    __slots__ = ("value", "form", "conditions")
+    shape_env = None  # symbolic_shapes._guard_or then asks the node itself ("xla symnode path")
+    expr = _STAND_IN  # it has free symbols, and none that is unbacked
 
-    def __init__(self, value, form, seen: Conditions):
-        self.value, self.form, self.seen = value, form, seen
+    def __init__(self, value, form, conditions: Conditions):
+        self.value, self.form, self.conditions = value, form, conditions
 
     def _of(self, value, form) -> Node:
-        return Node(value, form, self.seen)
+        return Node(value, form, self.conditions)
 
     @property
     def pytype(self) -> type:
@@ -179,20 +196,20 @@ class Node:
     def wrap_bool(self, value: bool) -> Node:
         return self._of(value, value)
 
-    # --- what the program sees --------------------------------------------------------------------------------
+    # --- what the program looks at -----------------------------------------------------------------------------
 
     def guard_int(self, file: str = "", line: int = 0) -> int:
         if type(self.form) is not int:
-            self.seen.see("==", self.form, self.value)
+            self.conditions.add("==", self.form, self.value)
         return self.value
 
     def guard_float(self, file: str = "", line: int = 0) -> float:
-        self.seen.see("==", self.form, repr(self.value))
+        self.conditions.add("==", self.form, repr(self.value))
         return self.value
 
     def guard_bool(self, file: str = "", line: int = 0) -> bool:
         if type(self.form) is not bool:
-            self.form = self.value = self.seen.decide(self.value, *self.form)
+            self.form = self.value = self.conditions.decide(self.value, *self.form)
         return self.value
 
     guard_size_oblivious = guard_or_false = guard_or_true = expect_true = statically_known_true = guard_bool
@@ -278,9 +295,10 @@ class Node:
     def _rounded(self, how: Callable[[float], int]) -> Node:
         value = how(self.value)
         if isinstance(self.form, _Quotient):
-            above, below = self.form.above, self.form.below
-            return self._of(value, floordiv(above, below) if how is floor else 0 - floordiv(0 - above, below))
-        self.seen.see("==", f"{how.__name__}({self.form})", value)
+            numerator, divisor = self.form.numerator, self.form.divisor
+            rounded = floordiv(numerator, divisor) if how is floor else 0 - floordiv(0 - numerator, divisor)
+            return self._of(value, rounded)
+        self.conditions.add("==", f"{how.__name__}({self.form})", value)
         return self.wrap_int(value)
 
     # --- comparison -------------------------------------------------------------------------------------------
@@ -327,7 +345,7 @@ class Node:
     def sym_ite(self, yes: Node, no: Node) -> Node:
         return yes if self.guard_bool() else no
 
-    # --- shapes (torch/fx/experimental/sym_node.py sizes_strides_methods) -------------------------------------
+    # --- shapes (sizes_strides_methods of torch/fx/experimental/sym_node.py) ----------------------------------
 
     def is_contiguous(self, sizes, strides) -> Node:
         return self.wrap_bool(_follows(sizes, strides, range(len(sizes) - 1, -1, -1)))
@@ -346,18 +364,20 @@ class Node:
 
     def is_non_overlapping_and_dense(self, sizes, strides) -> Node:
         smaller = functools.cmp_to_key(
-            lambda a, b: 0 if _is(strides[a], strides[b]) else -1 if _below(strides[a], strides[b]) else 1
+            lambda a, b: 0 if _equal(strides[a], strides[b]) else -1 if _less(strides[a], strides[b]) else 1
         )
         return self.wrap_bool(_follows(sizes, strides, sorted(range(len(sizes)), key=smaller)))
 
 
 class _Quotient(str):
-    """The text of one integer divided by another, as a float: rounded, it is an integer function of both (as long as
-    they are below 2**53)."""
+    """The text of one integer divided by another as a float. Rounded, it is an integer function of both.
 
-    def __new__(cls, text: str, above: Number, below: Number):
+    That is exact as long as both are below 2**53.
+    """
+
+    def __new__(cls, text: str, numerator: Number, divisor: Number):
         self = super().__new__(cls, text)
-        self.above, self.below = above, below
+        self.numerator, self.divisor = numerator, divisor
         return self
 
 
@@ -365,52 +385,57 @@ def _text(form: Number | str) -> str:
     return form if isinstance(form, str) else text_of(form)
 
 
-def _is(first: Node, second: Node | int) -> bool:
+def _equal(first: Node, second: Node | int) -> bool:
     return first.eq(second if isinstance(second, Node) else first.wrap_int(second)).guard_bool()
 
 
-def _below(first: Node, second: Node) -> bool:
+def _less(first: Node, second: Node) -> bool:
     return first.lt(second).guard_bool()
 
 
 def _follows(sizes: list[Node], strides: list[Node], order) -> bool:
-    """Whether the dimensions lie one within the other in ``order``, the innermost first, without gaps."""
+    """Whether a tensor is dense: its dimensions are nested in ``order``, the innermost first, without gaps."""
     if len(sizes) != len(order):
         return False
-    if any(_is(size, 0) for size in sizes):
+    if any(_equal(size, 0) for size in sizes):
         return True
     expected = sizes[0].wrap_int(1) if sizes else None
     for n in order:
-        if _is(sizes[n], 1):
+        if _equal(sizes[n], 1):
             continue
-        if not _is(strides[n], expected):
+        if not _equal(strides[n], expected):
             return False
         expected = expected.mul(sizes[n])
     return True
 
 
 def _descends(sizes: list[Node], strides: list[Node], order) -> bool:
-    """``_eval_is_channels_last_strides``: strides grow in ``order``, and tell it from the usual one."""
-    if len(sizes) != len(order) or _is(strides[1], 0):
+    """Whether strides grow in ``order``, and the tensor is not contiguous in the usual order as well.
+
+    Restates ``_eval_is_channels_last_strides`` of torch/fx/experimental/sym_node.py.
+    """
+    if len(sizes) != len(order) or _equal(strides[1], 0):
         return False
     low = sizes[0].wrap_int(0)
     for n in order:
-        if _is(sizes[n], 0) or _below(strides[n], low):
+        if _equal(sizes[n], 0) or _less(strides[n], low):
             return False
-        if n == 0 and _is(low, strides[1]):
+        if n == 0 and _equal(low, strides[1]):
             return False
-        low = strides[n].mul(sizes[n]) if not _is(sizes[n], 1) else strides[n]
+        low = strides[n].mul(sizes[n]) if not _equal(sizes[n], 1) else strides[n]
     return True
 
 
-def symbol(name: str, value: int, seen: Conditions) -> torch.SymInt:
-    """An integer of this ``value`` that stands for all; ``seen`` collects what holds for this one alone."""
-    return torch.SymInt(Node(value, Size.symbol(name), seen))
+def symbol(name: str, value: int, conditions: Conditions) -> torch.SymInt:
+    """An integer that is ``value`` in this run and stands for any; ``conditions`` collects what is assumed of it."""
+    return torch.SymInt(Node(value, Size.symbol(name), conditions))
 
 
-def called(name: str, *numbers: int | torch.SymInt) -> int | torch.SymInt:
-    """The function of this ``name`` in :data:`~vramplan.memory.sizes.FUNCTIONS` of these numbers: a size like any other,
-    whatever it asks on its way."""
+def sym_function(name: str, *numbers: int | torch.SymInt) -> int | torch.SymInt:
+    """A function of :data:`~vramplan.memory.sizes.FUNCTIONS`, called with these numbers.
+
+    The result is a size like any other. What the function compares on its way becomes no condition.
+    """
     nodes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
     value = FUNCTIONS[name](*(number.node.value if isinstance(number, torch.SymInt) else number for number in numbers))
     form = sizes.call_of(name, *map(size_of, numbers))
@@ -418,44 +443,52 @@ def called(name: str, *numbers: int | torch.SymInt) -> int | torch.SymInt:
 
 
 def sym_predicate(about: tuple, question: Callable[..., bool], *numbers: int | torch.SymInt) -> bool:
-    """``question(*numbers)``, where the answer becomes a condition, not how it was found: every way through the
-    question is walked. ``about`` tells the question from others."""
+    """``question(*numbers)``, whose answer becomes a condition.
+
+    Every path through the question's branches is walked, so that the condition is that of the answer, not that of
+    one path. ``about`` identifies the question: it is asked once for the same numbers.
+    """
     nodes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
     if not nodes:
         return question(*numbers)
-    seen, key = nodes[0].seen, (*about, *map(size_of, numbers))
-    if key not in seen.answers:
-        seen.answers[key], condition = _explored(question, numbers)
+    conditions, key = nodes[0].conditions, (*about, *map(size_of, numbers))
+    if key not in conditions.answers:
+        conditions.answers[key], condition = _explored(question, numbers)
         if condition:
-            seen[condition] = None
-    return seen.answers[key]
+            conditions[condition] = None
+    return conditions.answers[key]
 
 
 def _explored(question: Callable[..., bool], numbers: tuple) -> tuple[bool, str]:
-    """What is true, and the ways that lead there, as one condition; none where every way does."""
-    ways: list[tuple[bool, str]] = []
-    ahead: list[list[bool]] = [[]]
-    while ahead:
-        way = _Way(ahead.pop())
-        mine = (
-            torch.SymInt(Node(number.node.value, number.node.form, way)) if isinstance(number, torch.SymInt) else number
+    """The answer in this run, and the paths that lead to the same answer, as one condition.
+
+    The condition is empty where every path leads there. The first path is that of this run.
+    """
+    results: list[tuple[bool, str]] = []
+    unexplored: list[list[bool]] = [[]]
+    while unexplored:
+        path = _Path(unexplored.pop())
+        arguments = (
+            torch.SymInt(Node(number.node.value, number.node.form, path))
+            if isinstance(number, torch.SymInt)
+            else number
             for number in numbers
         )
-        ways.append((bool(question(*mine)), str(way)))
-        ahead += [[*way.taken[:n], not way.taken[n]] for n in range(len(way.turns), len(way.taken))]
-    answer = ways[0][0]
-    if all(said == answer for said, _ in ways):
+        results.append((bool(question(*arguments)), str(path)))
+        unexplored += [[*path.taken[:n], not path.taken[n]] for n in range(len(path.preset), len(path.taken))]
+    answer = results[0][0]
+    if all(result == answer for result, _ in results):
         return answer, ""
-    return answer, " or ".join(f"({how})" for said, how in ways if said == answer)
+    return answer, " or ".join(f"({condition})" for result, condition in results if result == answer)
 
 
 def size_of(number: int | torch.SymInt) -> Number:
-    """What ``number`` is computed from."""
+    """What ``number`` is computed from: a polynomial, or an integer as it is."""
     return number.node.form if isinstance(number, torch.SymInt) else number
 
 
 def sym_range(start, stop=None, step=1):
-    """``range`` that looks at how many steps there are, not at where the last one ends."""
+    """``range`` for symbols. The number of steps becomes a condition, the bounds do not."""
     start, stop = (0, start) if stop is None else (start, stop)
     if not any(isinstance(number, torch.SymInt) for number in (start, stop, step)):
         return range(start, stop, step)
@@ -464,11 +497,11 @@ def sym_range(start, stop=None, step=1):
 
 @contextmanager
 def symbol_guards() -> Iterator[None]:
-    """Let PyTorch's shape functions in Python, which are those that take symbols, ask these nodes."""
+    """PyTorch's shape functions in Python, which take symbols, ask these nodes while the context lasts."""
     original = symbolic_shapes._static_eval_sym_bool
 
-    def answered(answer):
+    def guarded(answer):
         return answer.node.guard_bool() if type(answer.node) is Node else original(answer)
 
-    with replaced(symbolic_shapes, "_static_eval_sym_bool", answered):
+    with replaced(symbolic_shapes, "_static_eval_sym_bool", guarded):
         yield

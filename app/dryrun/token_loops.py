@@ -1,9 +1,8 @@
-"""Loops over tokens, run for a few of them: the recurrent scan that transformers runs where no kernel is installed.
+"""Loops over tokens, of which a few iterations run: the recurrent scan of transformers without a kernel for it.
 
-The iterations that run are taken for layers of a stack (a path of their own each, below the module's, which tells how
-many there are), and the books are repeated to all tokens as they are over layers (:func:`unrolled`): once, when they
-are those of the whole model. What the loop collected is filled up with its last entry, so that what follows has its
-shape.
+Each iteration that runs gets an fqn of its own below the module's, which also tells how many iterations there are.
+:func:`repeat_tokens` repeats them to all tokens, as layers of a stack are repeated. That is done once, on the trace log
+of the whole model. A list that the loop filled gets copies of its last entry, so that it has the right length.
 """
 
 from __future__ import annotations
@@ -21,22 +20,24 @@ from .sandbox import is_tracing, replaced
 from .tracker import MemoryTracker
 
 SCAN_FUNCTIONS = frozenset({"mamba_selective_scan"})
-"""Functions of transformers whose loop over ``range(seq_len)`` does the same for every token (models/mamba/
-modeling_mamba.py, and where it is copied): it multiplies, adds and collects."""
+"""Functions of transformers whose loop over ``range(seq_len)`` does the same for every token.
+
+Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/models/mamba/modeling_mamba.py#L174
+``mamba_selective_scan``, which other models copy: it multiplies, adds and collects."""
 TOKENS_RUN = 8
-"""Iterations that run: more than the three that differ (the first, the last, those between)."""
+"""Iterations that run. Three of them may differ: the first, the last, and all between."""
 _LOOP = re.compile(r"(.*\.<(\d+) of (\d+) tokens>)\.\d+")
 
 
 class TokenLoops:
-    """The loops of one run, of which ``few`` tokens are run."""
+    """The scans of one run, of which ``few`` iterations run."""
 
     def __init__(self, tracker: MemoryTracker, few: int = TOKENS_RUN):
         self.tracker, self.few = tracker, few
 
     @contextmanager
     def shortened(self, model):
-        """While ``model`` runs, its scans run for a few tokens only."""
+        """The scans of ``model`` run for a few tokens only, while the context lasts."""
         names = {type(module).__module__ for module in model.modules()}
         modules = [m for m in map(sys.modules.get, names) if any(hasattr(m, scan) for scan in SCAN_FUNCTIONS)]
         with ExitStack() as undo:
@@ -52,20 +53,21 @@ class TokenLoops:
         return self._few(int(bounds[0]), frame)
 
     def _few(self, length: int, frame: FrameType) -> Iterator[int]:
-        path = f"{self.tracker.current_fqn}.<{self.few} of {length} tokens>"
+        fqn = f"{self.tracker.current_fqn}.<{self.few} of {length} tokens>"
         for index in builtins.range(self.few):
-            with self.tracker.attributed_to(f"{path}.{index}"):
+            with self.tracker.attributed_to(f"{fqn}.{index}"):
                 yield index
         for value in frame.f_locals.values():
             if isinstance(value, list) and len(value) == self.few:
                 value.extend([value[-1].detach()] * (length - self.few))
 
 
-def repeat_tokens(found: TraceLog | Expansion) -> TraceLog | Expansion:
-    """The books of all tokens. Raises :class:`~vramplan.memory.repeat.NotRepeatable`."""
-    short = found.short_log if isinstance(found, Expansion) else found
+def repeat_tokens(log: TraceLog | Expansion) -> TraceLog | Expansion:
+    """The trace log with its loops repeated to all tokens. Raises :class:`~vramplan.memory.repeat.NotRepeatable`."""
+    short = log.short_log if isinstance(log, Expansion) else log
     if not any(map(_LOOP.fullmatch, {*short.event_fqns})):
-        return found
-    trace_log = found.trace_log() if isinstance(found, Expansion) else found
+        return log
+    trace_log = log.trace_log() if isinstance(log, Expansion) else log
     loops = sorted({loop.groups() for loop in map(_LOOP.fullmatch, {*trace_log.event_fqns}) if loop})
-    return expand(trace_log, [Stack((path,), (0,) * int(few), (0,) * int(all), loop=True) for path, few, all in loops])
+    stacks = [Stack((fqn,), (0,) * int(few), (0,) * int(total), loop=True) for fqn, few, total in loops]
+    return expand(trace_log, stacks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..symbols import called
+from ..symbols import sym_function
 from .card_facts import Card
 from .registry import kernel
 from .temporaries import run_and_record, tensor_bytes
@@ -24,7 +24,7 @@ def reduction_scratch(source, dims: list[int], card: Card, unrolled: int, sum_by
     order = [d for d in range(source.dim()) if d not in dims] + dims
     sizes_and_strides = [number for d in order for number in (source.shape[d], source.stride(d))]
     kept = source.dim() - len(dims)
-    return called("scratch", card.multiprocessors, unrolled, sum_bytes, kept, *sizes_and_strides)
+    return sym_function("scratch", card.multiprocessors, unrolled, sum_bytes, kept, *sizes_and_strides)
 
 
 def record_reduction(tracker, source, dims: list[int] | None, unrolled: int, sum_bytes: int, fqn: str) -> None:
