@@ -1,4 +1,7 @@
-"""Job and config in, books out: the whole dry run, with the facts and the table that come from the same model."""
+"""The trace of a job: job and config in, a profile out.
+
+A profile is the trace template, with the facts of the model and the table of its layers (:class:`Profile`).
+"""
 
 from __future__ import annotations
 
@@ -34,21 +37,24 @@ from .tracker import FORWARD_OTHER_CHECKPOINTING, DataDependent
 
 
 def _base(job: Job, config: dict):
-    """The job that is run, the bare model, its task, and what is to be said of how it came to be."""
+    """The job that runs, the bare model, its task, and warnings about how the model was built.
+
+    The job differs from the given one where the checkpoint is quantised already.
+    """
     say("building the model")
     base, task = base_of(config, job.task, job.dtype, job.attention)
-    said = list(_planned_as(config, base))
+    warnings = list(_class_warnings(config, base))
     settings = stored.quantization_config_of(config)
     with with_weight_facts(base):
         _check_length(job, base.config, task)
         if settings is not None:
             job, how = stored.as_loaded(job, settings, base)
-            said.append(how)
-    return job, base, task, said
+            warnings.append(how)
+    return job, base, task, warnings
 
 
-def _planned_as(config: dict, base) -> Iterator[str]:
-    """Where the class that is planned is not the one that the config names."""
+def _class_warnings(config: dict, base) -> Iterator[str]:
+    """A warning where the class that is planned is not the one that the config names."""
     kind, named = config["model_type"], config.get("architectures")
     if base.config.model_type != kind and equal_type(kind, config) != kind:
         yield (
@@ -64,7 +70,7 @@ def _planned_as(config: dict, base) -> Iterator[str]:
 
 @contextmanager
 def with_weight_facts(base):
-    """A refusal of a model that could be built says what its weights are."""
+    """A :class:`PlanError` that is raised in the context gets the number and bytes of the model's weights."""
     try:
         yield
     except PlanError as error:
@@ -86,29 +92,24 @@ def trace(
     measured: KernelFacts = KernelFacts(),
     general: bool = False,
 ) -> Profile:
-    """Run ``job`` (resolved) on the meta device as a card with these kernels would, and describe the model.
+    """The profile of a resolved ``job``, from a run on the meta device as a card of this kind would run it.
 
-    The profile holds for the job's own batch and length on all cards with these kernels that do the same, however many
-    multiprocessors they have; ``general``: for all batches and lengths for which the software does the same, which
-    takes a few times as long. Raises :class:`PlanError`.
+    The profile holds for the job's batch and length, and for any number of multiprocessors with which the program does
+    the same. ``general``: also for all other batches and lengths with which it does the same. That takes a few times
+    as long.
+
+    Raises :class:`PlanError`.
     """
     conditions = Conditions()
     card = Card(capability, symbol(SYMBOLS[2], multiprocessors, conditions), measured)
-    job, base, task, said = _base(job, config)
+    job, base, task, warnings = _base(job, config)
     with with_weight_facts(base):
-        images, shown = images_of(base, job, task)
+        images, image_warning = images_of(base, job, task)
     skip = job.quantization.skip_modules if job.quantization else ()
     linear = dict(quantizable(base, skip))
     rows = layers.weights_table(base, linear)
-    facts = {
-        "task": task,
-        "class": type(base).__name__,
-        "model_type": base.config.model_type,
-        "parameters": sum(row.parameters for row in rows),
-        "supports_checkpointing": bool(base.supports_gradient_checkpointing),
-        "attention": base.config._attn_implementation or "eager",
-    }
-    warnings = [*said, *([shown] if shown else []), *_weight_warnings(job, facts["parameters"], linear)]
+    facts = _facts(base, task, sum(row.parameters for row in rows))
+    warnings += [*([image_warning] if image_warning else []), *_weight_warnings(job, facts["parameters"], linear)]
     symbols = _symbols(job, conditions) if general and images is None else {}
     if symbols:
         _check_length(job.model_copy(update=symbols), base.config, task)
@@ -123,14 +124,30 @@ def trace(
     facts["trainable_parameters"] = _trainable(trace_log, job)
     facts["optimizer_state"] = _state_bytes(trace_log)
     if not symbols or values is not None:
-        conditions |= {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job))}
+        conditions |= {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job), strict=False)}
     return Profile(TraceTemplate.of(trace_log, conditions), facts, table, warnings, (*point_of(job), multiprocessors))
+
+
+def _facts(base, task: str, parameters: int) -> dict:
+    """The facts of the bare model that an answer shows, before the run adds its own."""
+    return {
+        "task": task,
+        "class": type(base).__name__,
+        "model_type": base.config.model_type,
+        "parameters": parameters,
+        "supports_checkpointing": bool(base.supports_gradient_checkpointing),
+        "attention": base.config._attn_implementation or "eager",
+    }
 
 
 def with_values(
     run: Callable[[KnownValues | None], TraceLog | TraceColumns | Expansion], job: Job, images: Images | None
 ) -> tuple[TraceLog | TraceColumns | Expansion, KnownValues | None]:
-    """``run`` with the values that the job states where it shows images or asks for some, else with none; and those."""
+    """The result of ``run``, and the known values that it took, if any.
+
+    With images it takes known values. Otherwise it runs without them first, and again with them where the program reads
+    a value. That way most jobs do not pay for the twins of :class:`KnownValues`.
+    """
     if images is None:
         try:
             return run(None), None
@@ -141,7 +158,7 @@ def with_values(
 
 
 def _symbols(job: Job, conditions: Conditions) -> dict[str, torch.SymInt]:
-    """The job's batch and length as symbols; what generates asks transformers, which wants the length as a number."""
+    """The job's batch and length as symbols. In generation, transformers needs the length as a number."""
     named = {"batch_size": job.batch_size, "sequence_length": job.sequence_length}
     if job.method == "inference" or job.sequence_length is None:
         named.pop("sequence_length")
@@ -165,9 +182,14 @@ def _trace_log(
     symbols: dict,
     values: KnownValues | None,
 ) -> TraceColumns:
-    """The books of ``job`` on the bare ``model``, folded, with ``symbols`` for fields of the job if there are any, and
-    of :data:`FORWARD_OTHER_CHECKPOINTING` where the model can; what the stack itself refuses is told as such. Raises :class:`DataDependent`
-    where it takes ``values``."""
+    """The trace log of ``job`` on the bare ``model``, from few layers where they repeat.
+
+    ``symbols``: fields of the job that are symbols. The log has the phase :data:`FORWARD_OTHER_CHECKPOINTING` as well,
+    where the model can checkpoint.
+
+    Raises :class:`DataDependent` where the program reads a value, and there are no ``values``; :class:`PlanError` where
+    the software refuses the job.
+    """
     names = (
         *(job.lora.target_modules or () if job.lora and job.lora.target_modules != "all-linear" else ()),
         *(job.lora.modules_to_save if job.lora else ()),
@@ -177,8 +199,8 @@ def _trace_log(
     other = job.method != "inference" and model.supports_gradient_checkpointing
 
     def trace_log(tokens: int) -> TraceColumns:
-        def run(what: Job) -> Callable[[torch.nn.Module], TraceLog]:
-            return lambda short: dry_run(short, what, task, card, 2, other, values, tokens)
+        def run(variant: Job) -> Callable[[torch.nn.Module], TraceLog]:
+            return lambda short: dry_run(short, variant, task, card, 2, other, values, tokens)
 
         general = run(job.model_copy(update=symbols)) if symbols else None
         return folded_log(model, run(job), names, general).columns()
@@ -191,6 +213,7 @@ def _trace_log(
 
 
 def _check_length(job: Job, configuration, task: str) -> None:
+    """Raise :class:`PlanError` where a sequence is longer than the model's positions."""
     text = configuration.get_text_config()
     speech = task == "speech-seq2seq"
     limit = getattr(text, "max_target_positions" if speech else "max_position_embeddings", None)
@@ -206,8 +229,10 @@ def _check_length(job: Job, configuration, task: str) -> None:
 
 
 def _trainable(trace_log: TraceColumns, job: Job) -> int:
-    """How many parameters are trained: the gradients' elements, each of its parameter's dtype (fp32 for adapters
-    unless the trainer casts them)."""
+    """How many parameters are trained, by the bytes of their tensors at load.
+
+    In full training these are the weights. Otherwise they are the adapters, in fp32 when they are loaded.
+    """
     if job.method == "inference":
         return 0
     if job.method == "full":
@@ -216,10 +241,13 @@ def _trainable(trace_log: TraceColumns, job: Job) -> int:
 
 
 def _state_bytes(trace_log: TraceColumns) -> int:
-    """The bytes of the tensors in ``optimizer.state`` on the card, summed as a script would sum them.
+    """Bytes of the tensors in ``optimizer.state`` on the card, as a script that sums them would count.
 
-    bitsandbytes (optim/optimizer.py ``init_state``) gives every 8-bit state, beside an absmax of its own
-    (``torch.zeros``), one code book of 1024 bytes that all parameters share: it counts once for each.
+    With bitsandbytes every 8-bit state has an absmax of its own (``torch.zeros``) and refers to one code book of 1024
+    bytes. All parameters share the code books, so they count once for each.
+
+    Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/optim/optimizer.py#L492
+    ``init_state``.
     """
     scales = trace_log.keys_of("optimizer_state", "zeros.default").size
     copies = trace_log.size[trace_log.keys_of("optimizer_state", "_to_copy.default")].tolist()
@@ -228,51 +256,53 @@ def _state_bytes(trace_log: TraceColumns) -> int:
 
 
 def _kernel_warnings(job: Job, task: str, attention: str, trace_log: TraceColumns) -> list[str]:
-    """What the kernels of this job do that a user may not expect, or that the number cannot know."""
-    out = []
+    """Warnings about kernels: what a user may not expect, and what the plan cannot know."""
+    warnings = []
     ops = set(trace_log.ops)
     if attention == "eager" and job.attention is None:
-        out.append(
+        warnings.append(
             "this model's class has no sdpa attention: transformers runs eager attention, which keeps its scores"
         )
     if job.packed:
-        out.append(
+        warnings.append(
             "the batch is taken to be one row of all its tokens, each length two sequences, told apart by positions "
             "that start over: where attention is not flash_attention_2, transformers makes a mask of tokens × tokens "
             "of them"
         )
     if attention == "sdpa" and "_safe_softmax.default" in ops:
-        out.append(
+        warnings.append(
             "scaled_dot_product_attention falls back to PyTorch's math kernel, which keeps length × length scores: "
             "the fused kernels refuse these queries (float32 with grouped heads, bfloat16 or grouped heads on a card "
             "before sm80, or a strided mask). Autocast or activations in 16 bit avoid it from sm80 on"
         )
     if "run_conv_plan" in ops:
-        out.append(
+        warnings.append(
             "convolutions: cuDNN's workspace is that of its channels-last kernels; other choices take other amounts"
         )
     if job.quantizer is not None and job.quantizer.caveat is not None:
-        out.append(job.quantizer.caveat)
-    return out
+        warnings.append(job.quantizer.caveat)
+    return warnings
 
 
 def _weight_warnings(job: Job, total: int, linear: dict[str, torch.nn.Module]) -> list[str]:
-    """What a quantised job of so many parameters would not expect: modules that bitsandbytes leaves as they are, all
-    but the ``linear`` ones, and what is cast."""
-    out = []
+    """Warnings about a quantised model of ``total`` parameters: what is not quantised, and what is cast to fp32.
+
+    ``linear``: the modules that are quantised, by fqn.
+    """
+    warnings = []
     if job.quantizer is not None:
         itemsize = getattr(torch, job.dtype).itemsize
         quantized = sum(module.weight.numel() for module in linear.values())
         left = (total - quantized) * itemsize
         if total and quantized / total < 0.5:
-            out.append(
+            warnings.append(
                 f"{job.quantizer.library} quantises {100 * quantized / total:.1f} % of this model's parameters only: "
                 f"{left / 2**30:.1f} GiB stay in {job.dtype} (fused experts and layers that are no nn.Linear). "
                 "Budget for them in 16 bit, or choose a dense model"
             )
         if job.prepare_for_kbit_training and job.dtype != "float32":
-            out.append(
+            warnings.append(
                 f"prepare_model_for_kbit_training casts what is not quantised to float32: "
                 f"{2 * left / 2**30:.1f} GiB instead of {left / 2**30:.1f} GiB"
             )
-    return out
+    return warnings
