@@ -39,7 +39,9 @@ class Phase:
 
 
 class TimelineSample(NamedTuple):
-    """The highest moment of an interval of events: after ``event``, in the module ``fqn``.
+    """The highest moment of an interval of events: after ``event``, in ``module`` (its fqn).
+
+    The fields' names are those of an answer's timeline.
 
     Bytes: ``allocated`` then, the most ``reserved`` in the interval, and ``kinds``, what each kind has allocated, in
     the order of :data:`KINDS`.
@@ -50,7 +52,7 @@ class TimelineSample(NamedTuple):
     step: int
     allocated: int
     reserved: int
-    fqn: str
+    module: str
     kinds: tuple[int, ...]
 
 
