@@ -2,7 +2,8 @@
 ``app/catalog/accuracy.json``, which the page of accuracy shows row by row.
 
 ``VRAMPLAN_WRITE=1 pytest tests/test_accuracy.py`` rewrites both; without it what has drifted fails.
-The rows are in ``shared/measured`` (one H200) beside the repository and in ``tests/measured`` (one H100).
+The rows are in ``tests/measured``, each with its job and, where the catalogue lacks the model, with its config (of the
+published one, shortened to the ``layers`` that were measured).
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from vramplan.planning.planned_job import kind_of
 from vramplan.render.accuracy import DATA, error, summary
 
 ROOT = Path(__file__).parent.parent
-SHARED = Path(os.environ.get("VRAMPLAN_SHARED", ROOT.parent / "shared")) / "measured"
-OWN = Path(__file__).parent / "measured" / "h100-steps.jsonl"
+MEASURED = Path(__file__).parent / "measured"
 PHASES = {
     "after_forward": ("forward", "allocated_end"),
     "peak_forward": ("forward", "peak_allocated"),
@@ -32,7 +32,6 @@ PHASES = {
     "peak_optim": ("optimizer", "peak_allocated"),
     "end_alloc": ("end", "allocated_end"),
 }
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the measured rows are not beside the repository")
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -165,9 +164,8 @@ def check_readme(name: str, lines: list[str], file: str = "README.md") -> None:
     assert written == text or os.environ.get("VRAMPLAN_WRITE"), f"the table {name} in {file} has drifted"
 
 
-@needs_shared
-def test_the_shared_rows():
-    rows = rows_of(SHARED / "h200-steps.jsonl")
+def test_the_h200_rows():
+    rows = rows_of(MEASURED / "h200-steps.jsonl")
     errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
     bounds = {
         "peak_allocated": (0.1, 1, 1),
@@ -185,7 +183,7 @@ def test_the_shared_rows():
 
 
 def test_our_own_rows():
-    rows = rows_of(OWN)
+    rows = rows_of(MEASURED / "h100-steps.jsonl")
     errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
     check("h100", f"one H100, {len(rows)} jobs", errors)
     median, most, worst = limits_of(errors, "peak_allocated")
@@ -193,7 +191,7 @@ def test_our_own_rows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(OWN.parent.glob("*-probe.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(MEASURED.glob("*-probe.jsonl")), ids=lambda path: path.stem)
 def test_probed_rows(path):
     """Rows that ``vramplan probe --report`` wrote on a card, of whole models: at least 30, each within the bounds."""
     rows = [row for row in rows_of(path) if row["layers"] is None]
@@ -219,60 +217,27 @@ def test_probed_rows(path):
         assert median <= limits[0] and worst <= limits[1], (figure, max(errors[figure]))
 
 
-DEPTHS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-)
-PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_type_list", "hybrid_layer_ids")
-
-
-def shortened(config: dict, layers: int) -> dict:
-    """A published config with fewer layers, as it was measured."""
-    out = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    for part in (out, out.get("text_config")):
-        if isinstance(part, dict):
-            part.update({key: min(part[key], layers) for key in DEPTHS if isinstance(part.get(key), int)})
-            part.update({key: part[key][:layers] for key in PER_LAYER if isinstance(part.get(key), list)})
-    return out
-
-
-def job_of(row: dict) -> dict:
-    """A row's job, its config among the published ones where it is none of the catalogue's."""
-    if "config_file" not in row:
-        return row["job"]
-    config = json.loads((SHARED.parent / "configs" / row["config_file"]).read_text())
-    return {**row["job"], "config": config if row["layers"] is None else shortened(config, row["layers"])}
-
-
-@needs_shared
 def test_settings_drawn_at_random():
     """Methods, trainers, optimisers, masks, dtypes, accumulation, routing of published configs: rows that nobody chose
     (Python's ``random`` did), those left out that the stack refuses and LLM.int8's, which depend on the values."""
-    rows = rows_of(OWN.with_name("h200-settings.jsonl"))
-    errors = compare(rows, ask([*map(job_of, rows)], "estimate"))
+    rows = rows_of(MEASURED / "h200-settings.jsonl")
+    errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
     check("settings", f"one H200, {len(rows)} jobs drawn at random", errors)
     median, most, worst = limits_of(errors, "peak_allocated")
     assert median <= 0.001 and most <= 0.1 and worst <= 0.5, max(errors["peak_allocated"])
 
 
-@needs_shared
-def test_architectures_that_the_shared_rows_lack():
+def test_architectures_that_the_h200_rows_lack():
     """Hybrids, state-space and MoE models, MLA, vision-language, speech: published configs, shortened where needed."""
-    rows = rows_of(OWN.with_name("h100-architectures.jsonl"))
-    errors = compare(rows, ask([*map(job_of, rows)], "estimate"))
+    rows = rows_of(MEASURED / "h100-architectures.jsonl")
+    errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
     check("architectures", f"one H100, {len(rows)} other architectures", errors)
     median, _, worst = limits_of(errors, "peak_allocated")
     assert median <= 0.1 and worst <= 1, max(errors["peak_allocated"])
 
 
-@needs_shared
 def test_frontiers():
-    rows = rows_of(SHARED / "h200-frontiers.jsonl")
+    rows = rows_of(MEASURED / "h200-frontiers.jsonl")
     lines = [{**row["job"], "memory_limit_bytes": row["cap_bytes"]} for row in rows]
     found = [answer["batch_size"] for answer in ask(lines, "solve", "--for", "batch_size")]
     truth = [row["max_batch_size"] for row in rows]
