@@ -73,6 +73,7 @@ def published_file(id):
 # --- models
 
 
+@pytest.mark.traces
 @needs_shared
 @pytest.mark.parametrize("id", PUBLISHED)
 def test_facts_give_the_published_architecture(id):
@@ -88,6 +89,7 @@ def test_facts_give_the_published_architecture(id):
     assert sum(p.numel() for p in ours.parameters()) == model.parameters
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("id", UNPUBLISHED)
 def test_facts_give_the_parameters_told(id):
     model = find_model(id)

@@ -44,6 +44,7 @@ def job_file(tmp_path, job):
     return path
 
 
+@pytest.mark.traces
 def test_a_job_that_fits_its_card_exits_with_0_and_says_so_first(vramplan, config):
     code, out, err = vramplan("estimate", "--config", config, "-m", "lora", "-s", 64, "--gpu", "a100-80gb")
     assert code == 0 and err == ""
@@ -54,16 +55,19 @@ def test_a_job_that_fits_its_card_exits_with_0_and_says_so_first(vramplan, confi
     assert "\x1b" not in out
 
 
+@pytest.mark.traces
 def test_a_job_that_does_not_fit_exits_with_1(vramplan, config):
     code, out, _ = vramplan("estimate", "--config", config, "-m", "lora", "-s", 64, "--gpu", "500MiB")
     assert code == 1 and out.startswith("Does not fit a card of 500 MiB")
 
 
+@pytest.mark.traces
 def test_a_job_without_a_card_exits_with_0_and_names_the_smallest(vramplan, config):
     code, out, _ = vramplan("estimate", "--config", config, "-m", "lora", "-s", 64)
     assert code == 0 and out.startswith("Needs ") and "GeForce RTX 2060" in out
 
 
+@pytest.mark.traces
 def test_json_is_one_answer_on_one_line(vramplan, config):
     code, out, _ = vramplan("estimate", "--config", config, "--method", "lora", "--sequence-length", 64, "--json")
     answer = json.loads(out)
@@ -71,6 +75,7 @@ def test_json_is_one_answer_on_one_line(vramplan, config):
     assert sum(answer["parts"].values()) == answer["peak"]["allocated"]
 
 
+@pytest.mark.traces
 def test_repeated_layers_are_one_line_until_layers_are_asked_for(vramplan, config):
     args = ("estimate", "--config", config, "-m", "lora", "-s", 64)
     _, grouped, _ = vramplan(*args)
@@ -79,6 +84,7 @@ def test_repeated_layers_are_one_line_until_layers_are_asked_for(vramplan, confi
     assert "model.layers.{" not in opened and opened.count("self_attn.q_proj") == 2
 
 
+@pytest.mark.traces
 def test_options_change_a_job_file(vramplan, tmp_path):
     path = job_file(tmp_path, {**JOB, "lora": {"r": 4, "target_modules": ["q_proj"]}})
     _, out, _ = vramplan("estimate", "--job", path, "-b", 3, "--lora-r", 8, "--set", "lora.use_rslora=true", "--json")
@@ -87,6 +93,7 @@ def test_options_change_a_job_file(vramplan, tmp_path):
     assert (job["lora"]["r"], job["lora"]["target_modules"], job["lora"]["use_rslora"]) == (8, ["q_proj"], True)
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_planned_is_one_message_and_exit_code_2(vramplan, tmp_path, name):
     job, message, also, _ = BAD[name]
@@ -97,6 +104,7 @@ def test_what_cannot_be_planned_is_one_message_and_exit_code_2(vramplan, tmp_pat
     assert len(lines) <= 2 + ("\nWeights: " in err)  # what was built says what it weighs
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -130,6 +138,7 @@ def test_a_fault_of_the_planner_is_one_sentence_and_exit_code_2(vramplan, config
     assert code == 2 and err.startswith("Cannot say: the planner failed on this job: ZeroDivisionError")
 
 
+@pytest.mark.traces
 def test_jobs_come_back_in_order_with_their_ids_and_errors_do_not_stop_them(vramplan):
     lines = [
         json.dumps({"id": 7, "job": JOB}),
@@ -149,6 +158,7 @@ def test_jobs_come_back_in_order_with_their_ids_and_errors_do_not_stop_them(vram
     assert last["job"]["method"] == "full" and "id" not in last
 
 
+@pytest.mark.traces
 def test_jobs_that_all_plan_exit_with_0(vramplan, tmp_path):
     path = tmp_path / "jobs.jsonl"
     path.write_text(f"{json.dumps({**JOB, 'gpu': {'memory_bytes': 1 << 20}})}\n")
@@ -156,6 +166,7 @@ def test_jobs_that_all_plan_exit_with_0(vramplan, tmp_path):
     assert code == 0 and json.loads(out)["fits"][0]["verdict"] == "does_not_fit"
 
 
+@pytest.mark.traces
 def test_a_fault_of_the_planner_is_its_lines_alone(vramplan, monkeypatch):
     from vramplan.planning import estimate as service
 
@@ -167,6 +178,7 @@ def test_a_fault_of_the_planner_is_its_lines_alone(vramplan, monkeypatch):
     assert code == 2 and "KeyError" in first["error"]["message"] and "peak" in second
 
 
+@pytest.mark.traces
 def test_solve_finds_the_largest_and_exits_with_1_where_none_fits(vramplan, tmp_path):
     path = job_file(tmp_path, JOB)
     code, out, _ = vramplan("solve", "--job", path, "--memory-limit-bytes", 40 << 20, "--json")
@@ -182,6 +194,7 @@ def test_solve_finds_the_largest_and_exits_with_1_where_none_fits(vramplan, tmp_
     assert vramplan("solve")[0] == 2 and vramplan("solve", "--job", path, "--for", "luck")[0] == 2
 
 
+@pytest.mark.traces
 def test_solve_takes_the_options_of_a_job_and_a_card(vramplan, config):
     code, out, _ = vramplan("solve", "--config", config, "-m", "lora", "-s", 64, "-g", "rtx-2060", "--for", "r")
     assert code == 0 and out.startswith("The largest rank in ")
@@ -191,6 +204,7 @@ def test_solve_takes_the_options_of_a_job_and_a_card(vramplan, config):
     assert code == 2 and "lenght" in err and "batch_size" in err
 
 
+@pytest.mark.traces
 def test_prices_rank_the_cards(vramplan, config, tmp_path):
     prices = tmp_path / "prices.csv"
     prices.write_text("a100-80gb,2\nrtx-4090,0.4\n")
@@ -200,6 +214,7 @@ def test_prices_rank_the_cards(vramplan, config, tmp_path):
     assert [card["price"] for card in json.loads(out)] == [0.4, 2]
 
 
+@pytest.mark.traces
 def test_compare_varies_one_job_or_takes_several(vramplan, config, tmp_path):
     asked = ("compare", "--config", config, "-s", 64, "--over", "method=lora,full", "--over", "gpu=rtx-4090,500MiB")
     code, out, _ = vramplan(*asked)
@@ -224,6 +239,7 @@ def test_the_card_of_a_machine_without_a_driver_is_refused(vramplan, config, mon
     assert code == 2 and "no NVIDIA driver" in err
 
 
+@pytest.mark.traces
 def test_advice_is_a_list_of_changes_that_make_it_fit(vramplan, tmp_path):
     path = job_file(tmp_path, {**JOB, "method": "full", "batch_size": 64, "gpu": {"memory_bytes": 590 << 20}})
     code, out, _ = vramplan("estimate", "--job", path, "--advise")
@@ -243,6 +259,7 @@ def test_the_catalogues_are_listed(vramplan):
     assert json.loads(vramplan("models", "pythia-70m", "--json")[1])[0]["id"] == "EleutherAI/pythia-70m"
 
 
+@pytest.mark.traces
 def test_the_demo_answers_the_main_question_and_climbs_the_ladder(vramplan, monkeypatch):
     from vramplan.usecases import plan
 
@@ -254,6 +271,7 @@ def test_the_demo_answers_the_main_question_and_climbs_the_ladder(vramplan, monk
     assert all(job["quantization"]["double_quant"] and job["lora"]["r"] == 16 for job in asked)
 
 
+@pytest.mark.traces
 def test_the_demo_s_second_card_is_planned_as_the_demo_says():
     from vramplan.planning.pretrace import QUESTION
     from vramplan.usecases import plan
@@ -289,6 +307,7 @@ def test_python_m_app_is_vramplan():
     assert done.returncode == 2 and done.stderr.startswith("Cannot say: /nowhere cannot be read")
 
 
+@pytest.mark.traces
 def test_libraries_do_not_talk_between_an_answer_s_lines():
     args = [sys.executable, "-m", "vramplan", "estimate", "gpt2", "-m", "lora", "-s", "64", "-g", "t4"]
     done = subprocess.run(args, capture_output=True, text=True)

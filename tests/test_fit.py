@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -36,9 +35,7 @@ from vramplan.planning.solver import largest_fitting, largest_passing, solve
 from vramplan.render import words
 from vramplan.render.comparison_csv import to_csv
 
-SHARED = Path(os.environ.get("VRAMPLAN_SHARED", Path(__file__).parents[2] / "shared")) / "measured"
 OWN = Path(__file__).parent / "measured"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the measured rows are not beside the repository")
 
 WIDE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "vocab_size": 32000,
         "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}  # fmt: skip
@@ -89,23 +86,21 @@ def check_caps(rows: list[dict]) -> Counter:
     return words
 
 
-@needs_shared
+@pytest.mark.traces
 def test_no_measured_step_is_said_to_fit_where_it_does_not():
-    rows = rows_of(SHARED / "h200-steps.jsonl")
+    rows = rows_of(OWN / "h200-steps.jsonl")
     words = check_caps(rows[::13])
     assert words[1.1, "fits"] >= 5 and words[0.9, "does_not_fit"] >= 5
 
 
 @pytest.mark.slow
-@needs_shared
 def test_no_measured_step_of_all_is_said_to_fit_where_it_does_not():
-    words = check_caps(rows_of(SHARED / "h200-steps.jsonl"))
+    words = check_caps(rows_of(OWN / "h200-steps.jsonl"))
     assert sum(words.values()) == 5 * 78 and words[1.1, "fits"] >= 75
 
 
-@needs_shared
 def test_the_errors_by_kind_count_the_measured_rows():
-    rows = rows_of(SHARED / "h200-steps.jsonl") + rows_of(OWN / "h100-steps.jsonl")
+    rows = rows_of(OWN / "h200-steps.jsonl") + rows_of(OWN / "h100-steps.jsonl")
     assert Counter(kind_of(read_job(row["job"])) for row in rows) == {kind: m.rows for kind, m in MEASURED.items()}
 
 
@@ -117,6 +112,7 @@ def test_a_kind_that_few_measured_takes_the_worst_of_all():
         assert widest.above == max(m.above for m in MEASURED.values()) and "worst of all" in said
 
 
+@pytest.mark.traces
 def test_the_interval_says_fits_tight_and_does_not_fit():
     planned = plan_job(read_job(JOB))
     needed = planned.summary.reserved
@@ -142,6 +138,7 @@ def test_what_is_not_known_of_a_card_widens_the_interval():
     assert "derived" in derived.source and "not measured" in other.source
 
 
+@pytest.mark.traces
 def test_a_job_that_runs_but_cannot_load_says_so():
     """Weights arrive in 16 bit, one by one, and are quantised there: the last one lies beside all the others."""
     config = {**WIDE, "vocab_size": 64, "intermediate_size": 120_000, "num_hidden_layers": 1}
@@ -161,6 +158,7 @@ def test_a_job_that_runs_but_cannot_load_says_so():
     assert words.beyond(answer) == [f"The step would fit, loading does not: it takes {words.size(load.peak)}."]
 
 
+@pytest.mark.traces
 def test_a_reserve_is_left_to_others():
     job = {**JOB, "gpu": "rtx-4090"}
     free, held = (summary(plan_job(read_job({**job, "reserve": reserve}))) for reserve in (0, 3 << 30))
@@ -170,6 +168,7 @@ def test_a_reserve_is_left_to_others():
 # --- after the training -------------------------------------------------------------------------------------
 
 
+@pytest.mark.traces
 def test_merging_takes_the_base_in_16_bit_and_the_product_of_the_factors_twice():
     config = {**WIDE, "vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
     job = {"config": {**config, "num_key_value_heads": 16}, "method": "qlora", "sequence_length": 64,
@@ -185,6 +184,7 @@ def test_merging_takes_the_base_in_16_bit_and_the_product_of_the_factors_twice()
     assert estimate(with_limit(job, need))["fits"][0]["cannot"] == []
 
 
+@pytest.mark.traces
 def test_writing_a_fused_mixture_of_experts_copies_what_the_checkpoint_holds_apart():
     moe = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 256, "vocab_size": 512,
            "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -198,6 +198,7 @@ def test_writing_a_fused_mixture_of_experts_copies_what_the_checkpoint_holds_apa
     assert after(plan_job(read_job({**JOB, "method": "inference", "lora": None}))) is None
 
 
+@pytest.mark.traces
 def test_merging_and_writing_take_what_they_took_on_an_h100():
     """PeftModel.from_pretrained, merge_and_unload, save_pretrained: to the byte."""
     for row in rows_of(OWN / "h100-finish.jsonl"):
@@ -209,6 +210,7 @@ def test_merging_and_writing_take_what_they_took_on_an_h100():
             assert following.save - planned.summary.phases[-1].end == written - row["before_save"], row["id"]
 
 
+@pytest.mark.traces
 def test_a_merge_that_cannot_be_planned_is_a_warning_and_no_verdict(monkeypatch):
     def refuse(self, *_, **__):
         raise NotImplementedError("no merging here")
@@ -287,6 +289,7 @@ def test_measured_frontiers():
     assert all(found[row["id"]] <= row["largest"] for row in rows), found
 
 
+@pytest.mark.traces
 def test_measured_edges():
     """The same without the search: of most rows the replay passes at the measured edge and not beyond it."""
     sides = {}
@@ -298,6 +301,7 @@ def test_measured_edges():
     assert sum(both == (True, False) for both in sides.values()) >= len(sides) - 2, sides
 
 
+@pytest.mark.traces
 def test_what_runs_out_of_memory_in_its_third_step_does_not_fit():
     """Measured were two steps, which pass; the third finds its blocks elsewhere."""
     row = frontiers()[0]
@@ -309,6 +313,7 @@ def test_what_runs_out_of_memory_in_its_third_step_does_not_fit():
     assert fits_under_limit(concrete, settings, placed=True) == (False, "backward")
 
 
+@pytest.mark.traces
 def test_solving_for_a_card_is_sure_and_replayed_on_both_sides():
     job = with_limit({**JOB, "reserve": 100 * MIB}, 2 << 30)
     answer = solve(job)
@@ -324,6 +329,7 @@ def test_solving_for_a_card_is_sure_and_replayed_on_both_sides():
     assert solve({**job, "multiple_of": 64}, "sequence_length")["sequence_length"] % 64 == 0
 
 
+@pytest.mark.traces
 def test_the_smallest_card_takes_it_and_the_next_smaller_does_not():
     job = {**JOB, "batch_size": 48, "sequence_length": 1024}
     answer = solve(job, "gpu")
@@ -334,6 +340,7 @@ def test_the_smallest_card_takes_it_and_the_next_smaller_does_not():
     assert priced["gpu"] == "a100-80gb" and [row["price"] for row in priced["cards"]] == [1.5, 2, 9, 0.1]
 
 
+@pytest.mark.traces
 def test_the_largest_model_rules_out_every_larger_one(monkeypatch):
     sizes = [Model(f"m/{n}", {**WIDE, "num_hidden_layers": n}, n * 10**6, ()) for n in (1, 2, 4, 16, 32, 128)]
     monkeypatch.setattr("vramplan.planning.solver.MODELS", sizes)
@@ -350,6 +357,7 @@ def test_the_largest_model_rules_out_every_larger_one(monkeypatch):
     assert all(row["verdict"] == "does_not_fit" for row in answer["tries"][:-1])
 
 
+@pytest.mark.traces
 def test_bad_questions_are_refused_with_what_is_near():
     for data, target, word, field in (
         ({**JOB, "memory_limit_bytes": -1}, "r", "memory_limit_bytes", "memory_limit_bytes"),
@@ -410,6 +418,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_suggestion_fits_when_it_is_planned_again(name):
     job = REFUSED[name]
@@ -430,6 +439,7 @@ def test_every_suggestion_fits_when_it_is_planned_again(name):
     assert advice["suggestions"][-1]["title"] == "another card"
 
 
+@pytest.mark.traces
 def test_what_a_change_costs_is_read_off_the_plans():
     job = {**JOB, "config": {**BIG, "vocab_size": 2048, "num_hidden_layers": 8}}
     job = with_limit(job, 3 * plan_job(read_job(job)).summary.reserved // 4)
@@ -440,6 +450,7 @@ def test_what_a_change_costs_is_read_off_the_plans():
     assert shorter["changes_objective"] and shorter["bytes_written_added"] < 0 and shorter["seconds_at_least"] == 0
 
 
+@pytest.mark.traces
 def test_running_the_merged_model_is_planned_too():
     advice = advise(with_limit({**JOB, "method": "qlora"}, 400 * MIB))
     bare = {"config": WIDE, "method": "inference", "sequence_length": 512}
@@ -449,6 +460,7 @@ def test_running_the_merged_model_is_planned_too():
     assert "8192 positions" in long["merged"]["error"]["message"]
 
 
+@pytest.mark.traces
 def test_refused_jobs_ran_with_the_change_that_came_first():
     """On an H100: the job ran out of memory under the cap, and with the first suggestion it trained two steps."""
     rows = rows_of(OWN / "h100-advice.jsonl")
@@ -465,6 +477,7 @@ def test_refused_jobs_ran_with_the_change_that_came_first():
 # --- side by side -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.traces
 def test_a_comparison_is_every_combination_and_its_csv():
     over = {"method": ["lora", "full"], "gpu": ["rtx-4090", {"name": "small", "memory_bytes": 1 << 29}]}
     answer = compare({"job": {key: value for key, value in JOB.items() if key != "lora"}, "over": over})
@@ -476,6 +489,7 @@ def test_a_comparison_is_every_combination_and_its_csv():
     assert str(answer["rows"][0]["peak"]["allocated"]) in lines[1]
 
 
+@pytest.mark.traces
 def test_a_comparison_of_jobs_keeps_the_one_that_cannot_be_planned():
     answer = compare({"jobs": [JOB, {**JOB, "method": "lorra"}]})
     good, bad = answer["rows"]
@@ -578,6 +592,7 @@ def test_the_catalogue_s_largest_models_need_no_trace_to_be_ruled_out():
 # --- time ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.traces
 def test_what_was_planned_once_is_answered_at_once():
     job = {**with_limit(JOB, 600 * MIB), "batch_size": 16}
     questions = {

@@ -768,6 +768,7 @@ def remote(model_type: str, **more) -> bytes:
     return json.dumps({"model_type": model_type, "auto_map": {"AutoModel": "modeling.Model"}, **more}).encode()
 
 
+@pytest.mark.traces
 def test_a_model_whose_code_is_in_its_repository_is_answered_with_its_weights(hub, monkeypatch, tmp_path):
     """Counted from headers, by ranges; its code is neither asked for nor run."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)

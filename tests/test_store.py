@@ -112,6 +112,7 @@ def traces(monkeypatch) -> list[str]:
     return parts
 
 
+@pytest.mark.traces
 def test_what_is_remembered_of_a_job_keeps_no_profile(store, monkeypatch):
     """10,000 jobs on 59 cards are 4096 verdicts, each of a profile of up to two megabytes."""
     fresh(monkeypatch, store)
@@ -125,6 +126,7 @@ def test_what_is_remembered_of_a_job_keeps_no_profile(store, monkeypatch):
     assert len(profiles) > 1 and not any(one() for one in profiles)
 
 
+@pytest.mark.traces
 def test_a_stored_job_is_answered_without_a_trace_and_without_torch(store, monkeypatch):
     fresh(monkeypatch, store)
     first = estimate(JOB)
@@ -148,6 +150,7 @@ assert not {"torch", "transformers", "numba", "fastapi"} & set(sys.modules)
     assert json.loads(done.stdout) == json.loads(json.dumps(first))
 
 
+@pytest.mark.traces
 def test_a_damaged_entry_is_traced_again(store, monkeypatch):
     fresh(monkeypatch, store)
     first = estimate(JOB)
@@ -160,6 +163,7 @@ def test_a_damaged_entry_is_traced_again(store, monkeypatch):
     assert estimate(JOB) == first
 
 
+@pytest.mark.traces
 def test_another_engine_s_entries_are_not_found(store, monkeypatch):
     fresh(monkeypatch, store)
     estimate(JOB)
@@ -181,6 +185,7 @@ def ask(length: int) -> str:
     return tracer.request_of(job, WINDOW, card).key
 
 
+@pytest.mark.traces
 def test_a_region_of_its_own_is_not_taken_for_a_narrow_one(store, monkeypatch):
     """Lengths below a sliding window, and above: what holds for the former was said to hold for few of the latter."""
     fresh(monkeypatch, store)
@@ -194,6 +199,7 @@ def test_a_region_of_its_own_is_not_taken_for_a_narrow_one(store, monkeypatch):
     assert len(parts) == before
 
 
+@pytest.mark.traces
 def test_no_more_of_a_kind_are_in_memory_than_are_kept(store, monkeypatch):
     fresh(monkeypatch, store)
     monkeypatch.setattr(profile_cache, "POINT_PROFILES_BEFORE_GENERAL", 2)
@@ -207,6 +213,7 @@ def test_no_more_of_a_kind_are_in_memory_than_are_kept(store, monkeypatch):
     assert sum(profile.covers_other_batches for profile in here.values()) == min(parts.count("general"), 3)
 
 
+@pytest.mark.traces
 def test_profiles_and_readings_are_bytes_and_back(store, monkeypatch):
     fresh(monkeypatch, store)
     estimate(JOB)
