@@ -6,7 +6,6 @@ VENV := .venv
 CORE := .venv-core
 DEMO := $(if $(wildcard $(VENV)/ready),$(VENV),$(CORE))
 PIP := -m pip --disable-pip-version-check --quiet
-PURE := app/memory app/planning app/job.py app/api.py app/schema.py app/errors.py
 
 .PHONY: venv core test test-fast lint demo serve pretrace
 venv: $(VENV)/ready
@@ -34,7 +33,7 @@ test-fast: venv
 lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy $(PURE)
+	$(VENV)/bin/mypy
 
 demo: $(DEMO)/ready
 	@$(DEMO)/bin/python -m app demo

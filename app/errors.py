@@ -4,6 +4,7 @@ import difflib
 import re
 import traceback
 from collections.abc import Iterable
+from typing import Any
 
 STRICT = "VRAMPLAN_STRICT"
 """The environment variable under which a fault of ours is raised where an answer could be given all the same: the tests
@@ -27,7 +28,7 @@ class PlanError(Exception):
         self.weights = weights
 
     def as_dict(self) -> dict:
-        out = {"message": self.message, "hint": self.hint}
+        out: dict[str, Any] = {"message": self.message, "hint": self.hint}
         if self.field:
             out["field"] = self.field
         if self.weights:

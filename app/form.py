@@ -107,7 +107,7 @@ def _value(key: str, text: str) -> Any:
         return count if key == "reserve" else {"name": f"a card of {amount[1]} {unit}", "memory_bytes": count}
     if text == "null" and kind != "string":
         return None
-    if kind == "array":
+    if field and kind == "array":
         return text if text in field.choices + ("all-linear",) else [part.strip() for part in text.split(",")]
     if text in ("true", "false") and "true" in (field.choices if field else ()):
         return text == "true"

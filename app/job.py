@@ -277,5 +277,10 @@ def _allowed(entry: Any) -> list[str]:
 
 def _fields_at(path: list[str]) -> list[str]:
     """The fields of a job, or of the object in it at this path."""
-    models = {"quantization": Quantization, "lora": Lora, "allocator": Allocator, "gpu": OwnGpu}
+    models: dict[str, type[BaseModel]] = {
+        "quantization": Quantization,
+        "lora": Lora,
+        "allocator": Allocator,
+        "gpu": OwnGpu,
+    }
     return list(models.get(path[0], Job).model_fields if path else Job.model_fields)

@@ -1,13 +1,15 @@
-"""Many jobs at once: one answer or one error each, in order. Whatever goes wrong is an error of its job alone."""
+"""The use cases: what can be asked of the planner. Whatever goes wrong leaves as a :class:`PlanError`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import OurFault, PlanError, Unanswered
 from .planning import fault_reports
 from .probe import check_packages
+
+T = TypeVar("T")
 
 
 def plan(job: Any, *, all_layers: bool = False) -> dict:
@@ -63,7 +65,7 @@ def recorded(path: str) -> tuple[dict, Any]:
     return _told(lambda: from_recording(read_recording(path)), path)
 
 
-def _told(use_case: Callable[[], Any], job: Any) -> Any:
+def _told(use_case: Callable[[], T], job: Any) -> T:
     """What ``use_case`` makes of ``job``. Of a fault of ours a report is written."""
     try:
         return use_case()
@@ -82,7 +84,7 @@ def _told(use_case: Callable[[], Any], job: Any) -> Any:
 
 
 def failure(error: PlanError) -> dict:
-    """The error as every interface writes it."""
+    """An error as the JSON object that every interface writes."""
     return {"error": error.as_dict()}
 
 

@@ -59,9 +59,10 @@ def _sdpa(job: Job) -> Change | None:
 
 
 def _double_quant(job: Job) -> Change | None:
-    if job.quantizer is None or job.quantization.double_quant or not job.quantizer.nests:
+    given = job.quantization
+    if given is None or job.quantizer is None or given.double_quant or not job.quantizer.nests:
         return None
-    patch = {"quantization": {**job.quantization.model_dump(), "double_quant": True}}
+    patch = {"quantization": {**given.model_dump(), "double_quant": True}}
     return Change("double quantisation", (patch,), "its constants are dequantised too, in each pass", False, 1)
 
 
@@ -254,7 +255,7 @@ def _pair(now: PlannedJob, job: Job, failed: Options, untraced: list[str]) -> di
     for (one, _), (other, _) in itertools.islice(itertools.combinations(failed, 2), 15):
         if not one.patches[-1].keys() & other.patches[-1].keys():
             fits, option = _first_that_fits(now, job, (one, other), untraced)
-            if fits:
+            if fits and option is not None:
                 objective, rank = one.changes_objective or other.changes_objective, one.rank + other.rank
                 fitting.append(((objective, option["verdict"] != "fits", rank), option))
     return min(fitting, key=lambda entry: entry[0])[1] if fitting else None

@@ -149,5 +149,5 @@ def _words(kernels: KernelFacts) -> Iterator[str]:
     for (stated, chosen), count in cases.items():
         where = f"for {examples[stated, chosen]}" + (f" and {count - 1} other kinds" if count > 1 else "")
         yield f"attention runs {chosen}, not {stated}, {where}"
-    for operator, stated, found in kernels.sizes:
-        yield f"{operator} takes {found:,} bytes where its source says {stated:,}"
+    for operator, told, found in kernels.sizes:
+        yield f"{operator} takes {found:,} bytes where its source says {told:,}"

@@ -45,9 +45,10 @@ def installed_stack() -> dict[str, str]:
 def shipped_stack() -> dict[str, str]:
     """The versions that traced the file which the package brings along, by package."""
     try:
-        return json.loads(SHIPPED_STACK.read_text(encoding="utf-8"))
+        versions: dict[str, str] = json.loads(SHIPPED_STACK.read_text(encoding="utf-8"))
     except OSError:
         return {}
+    return versions
 
 
 def can_trace() -> bool:

@@ -81,7 +81,13 @@ class PlannedJob:
 @lru_cache(maxsize=64)
 def _summary(profile: ref[Profile], point: ShapePoint, settings: AllocatorConfig) -> MemorySummary:
     """By weak reference, so that this cache keeps no profile alive that the profile cache has dropped."""
-    return summary_of(concrete_at(profile().template, point), settings)
+    return summary_of(concrete_at(_alive(profile).template, point), settings)
+
+
+def _alive(profile: ref[Profile]) -> Profile:
+    found = profile()
+    assert found is not None  # whoever asks holds it
+    return found
 
 
 def plan_job(job: Job) -> PlannedJob:
@@ -139,7 +145,12 @@ def _verdict(
     profile: ref[Profile], point: ShapePoint, settings: AllocatorConfig, space: MemoryBudget, kind: str
 ) -> Verdict:
     return verdict_for(
-        concrete_at(profile().template, point), _summary(profile, point, settings), space, kind, settings, fits_under
+        concrete_at(_alive(profile).template, point),
+        _summary(profile, point, settings),
+        space,
+        kind,
+        settings,
+        fits_under,
     )
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..catalog.gpus import Gpu
 from ..errors import PlanError, Unanswered
@@ -27,6 +27,7 @@ from .profile_store import Store, own_path
 from .resolve import chip_of, shape_point_of
 from .tracer import TraceRequest, request_of, tracer
 
+T = TypeVar("T")
 Trace = Profile | TraceTemplate | PlanError
 Load = Callable[[bytes], Any]
 """How bytes become a trace. Raises :class:`ValueError` where they are damaged."""
@@ -153,17 +154,15 @@ def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
     which the software does the same; where general profiles cover few points, each job gets its own again.
     """
     request, point = request_of(job, config, card), shape_point_of(job, card)
-    known = _profiles.find(request.key, Profile.load, lambda profile: profile.template.holds(point))
-    if known is not None:
-        return known
-    if _general_is_due(_profiles.in_memory(request.key)):
+    found: Profile | None = _profiles.find(request.key, Profile.load, lambda profile: profile.template.holds(point))
+    if found is None and _general_is_due(_profiles.in_memory(request.key)):
         try:
-            return store_trace("general", request, tracer.get().trace("general", request))
+            found = store_trace("general", request, tracer.get().trace("general", request))
         except PlanError:
             pass
         except Unanswered as given_up:
             fault_reports.go_on_without(given_up)
-    return store_trace("step", request, tracer.get().trace("step", request))
+    return found or store_trace("step", request, tracer.get().trace("step", request))
 
 
 def _general_is_due(profiles: list[Profile]) -> bool:
@@ -241,13 +240,18 @@ def fits_under(concrete: ConcreteTrace, settings: AllocatorConfig) -> tuple[bool
     """Whether a trace passes the replayed allocator under ``settings.limit``; else the phase that does not."""
     return _computed(
         f"limit {concrete.template.digest} {concrete.point} {settings}",
-        lambda data: tuple(unpacked(data)["fits"]),
+        _load_fits,
         lambda: fits_under_limit(concrete, settings),
         lambda found: packed({"fits": list(found)}),
     )
 
 
-def _computed(kind: str, load: Load, compute: Callable[[], Any], dump: Callable[[Any], bytes]) -> Any:
+def _load_fits(data: bytes) -> tuple[bool, str | None]:
+    passes, phase = unpacked(data)["fits"]
+    return passes, phase
+
+
+def _computed(kind: str, load: Callable[[bytes], T], compute: Callable[[], T], dump: Callable[[T], bytes]) -> T:
     """What a replay of a trace shows: stored, else computed now. A replay imports numba, which takes longer than all
     else that a command does; so a command stores the result. A server has numba and looks only at what the package
     brings along."""

@@ -110,7 +110,8 @@ class Store:
     def _base(self) -> sqlite3.Connection:
         if getattr(self._local, "process", None) != os.getpid():  # a connection is not to be taken across a fork
             self._local.process, self._local.base = os.getpid(), self._open()
-        return self._local.base
+        base: sqlite3.Connection = self._local.base
+        return base
 
     def _open(self) -> sqlite3.Connection:
         if self.fixed:

@@ -56,7 +56,9 @@ def chip_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
     known = gpu if isinstance(gpu, Gpu) else find_gpu(gpu.like or DEFAULT_GPU)
     if known.compute_capability is None:
         raise PlanError(f"{known.name} runs ROCm, whose kernels are not modelled", "choose an NVIDIA card", "gpu")
-    return known.compute_capability, known.sm_count or find_gpu(DEFAULT_GPU).sm_count
+    multiprocessors = known.sm_count or find_gpu(DEFAULT_GPU).sm_count
+    assert multiprocessors is not None
+    return known.compute_capability, multiprocessors
 
 
 def kernels_of(gpu: Gpu | OwnGpu) -> Kernels:
@@ -80,6 +82,7 @@ def _config_of(job: Job) -> tuple[dict, dict]:
     if job.config is not None:
         return job.config, {"kind": "inline", "id": None}
     name = job.model
+    assert name is not None  # a job has one of the two
     known = find_model(name)
     if known is not None:
         return dict(known.config), {"kind": "catalogue", "id": known.id}
@@ -98,7 +101,7 @@ def with_checkpoint_weights(error: PlanError, job: Job, source: dict) -> PlanErr
     from ..hub.checkpoint_weights import weights_of
 
     try:
-        place = job.model if source["kind"] == "hub" else os.path.dirname(os.path.abspath(source["id"]))
+        place = source["id"] if source["kind"] == "hub" else os.path.dirname(os.path.abspath(source["id"]))
         counted = weights_of(place, source.get("commit"), seconds=HEADER_SECONDS)
     except PlanError:
         return error

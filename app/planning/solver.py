@@ -94,11 +94,11 @@ class _Tries:
     def over(self, count: int) -> int | None:
         """Bytes by which the allocator, left alone, reserves more than there is; 0 and less: it fits."""
         found = self.verdict(count)
-        return found and -_spare(found)
+        return None if found is None else -_spare(found)
 
     def over_surely(self, count: int) -> int | None:
         found = self.verdict(count)
-        return found and found.margin - _spare(found)
+        return None if found is None else found.margin - _spare(found)
 
     def passes(self, count: int) -> bool:
         """Whether the replay passes, the allocator giving back what it holds unused where it must."""
@@ -132,7 +132,8 @@ def _largest_of(job: Job, target: str, limit: int | None, step: int) -> dict:
     if limit is None:
         sure = largest_fitting(tries.over_surely, ceiling, max(alone, 1))
         out |= {"sure": sure * step, "gpu": card_name(job)}
-    out["memory_limit_bytes"] = tries.verdict(1).limit
+    one = tries.verdict(1)
+    out["memory_limit_bytes"] = one.limit if one else None
     if target == "accumulation_free_batch" and found:
         out["gradient_accumulation_steps"] = -(-job.batch_size * job.gradient_accumulation_steps // found)
     alone_fit = {count: True for count, verdict in tries.verdicts.items() if verdict and _spare(verdict) >= 0}
@@ -140,8 +141,9 @@ def _largest_of(job: Job, target: str, limit: int | None, step: int) -> dict:
     return {**out, "tries": checked, "refused": [count * step for count, v in tries.verdicts.items() if v is None]}
 
 
-def card_name(job: Job) -> str:
-    return job.gpu if isinstance(job.gpu, str) else job.gpu.name
+def card_name(job: Job) -> str | None:
+    """The card that a job names, by its key or its own name."""
+    return job.gpu.name if isinstance(job.gpu, OwnGpu) else job.gpu
 
 
 def _whole(value: Any, field: str, least: int, hint: str) -> int | None:
@@ -153,11 +155,12 @@ def _whole(value: Any, field: str, least: int, hint: str) -> int | None:
 def _value(job: Job, target: str) -> int:
     if target == "accumulation_free_batch":
         return job.batch_size * job.gradient_accumulation_steps
-    return job.lora.r if target == "r" else getattr(job, target)
+    value: int = job.lora.r if target == "r" and job.lora else getattr(job, target)
+    return value
 
 
 def _with(job: Job, target: str, value: int) -> Job:
-    if target == "r":
+    if target == "r" and job.lora:
         return job.model_copy(update={"lora": job.lora.model_copy(update={"r": value})})
     if target == "accumulation_free_batch":
         return job.model_copy(update={"batch_size": value, "gradient_accumulation_steps": 1})
@@ -227,7 +230,7 @@ def largest_passing(passes: Callable[[int], bool], low: int, ceiling: int) -> in
 def _outward(over: Over, before: int, low: int) -> int:
     """A value that should be just beyond the limit, by the line through two that fit."""
     then, now = over(before), over(low)
-    if before < low and then < now < 0:
+    if then is not None and now is not None and before < low and then < now < 0:
         return min(max(low - now * (low - before) // (now - then) + 1, low + 1), 8 * low)
     return 2 * low
 
@@ -235,7 +238,7 @@ def _outward(over: Over, before: int, low: int) -> int:
 def _between(over: Over, low: int, high: int) -> int:
     """Where the line between two values crosses 0."""
     under, above = over(low), over(high)
-    if above is None or under == above:
+    if under is None or above is None or under == above:
         return (low + high) // 2
     return min(max(low - under * (high - low) // (above - under), low + 1), high - 1)
 
