@@ -58,7 +58,11 @@ def own_data_folder(tmp_path, monkeypatch):
 
 
 class FakeMeter:
-    """A card's counters and history, as the planned ``books`` would have them; phase by phase."""
+    """A card's counters and history as the planned ``trace_log`` would have them, phase by phase.
+
+    Figures that come from it equal the plan by construction. They show that the recorder and the report carry them
+    through unchanged, and nothing about a real card: that is what :data:`REAL` and ``tests/measured`` are for.
+    """
 
     device = "cpu"
     context = 700 << 20
@@ -69,7 +73,7 @@ class FakeMeter:
         self.taken = self.given = self.at = 0
 
     def enter(self, phase: str, step: int) -> None:
-        """Run the books to where ``phase`` begins."""
+        """Run the log to where ``phase`` begins."""
         if (step, phase) == self.breaks_in:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         for mark in self.trace_log.marks:
@@ -163,7 +167,8 @@ JOBS = {
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_real_job_runs_and_its_phases_are_the_plans(name, monkeypatch):
-    """The same builders and steps, or the Trainers' own, run for real on the CPU; their marks are the dry run's."""
+    """The same builders and steps, or the Trainers' own, run for real on the CPU: what is shown is that they begin the
+    same phases in the same order as the dry run. That the figures agree shows the report alone (:class:`FakeMeter`)."""
     planned, recording = measure(JOBS[name], monkeypatch)
     assert (recording.outcome, recording.reason) == ("ok", "")
     steps = [(mark.step, mark.name) for mark in planned.trace_log.marks if mark.step > 0]
@@ -235,6 +240,7 @@ def test_no_loss_is_taken_of_what_stands_for_an_image(monkeypatch):
 
 
 def test_a_shorter_model_is_built_and_measured(monkeypatch):
+    """Which modules are built; its figures are the plan's by construction."""
     deep = job(config={**LLAMA, "num_hidden_layers": 6})
     planned, recording = measure(deep, monkeypatch, layers=2)
     assert recording.outcome == "ok" and recording.layers == 2
@@ -245,6 +251,7 @@ def test_a_shorter_model_is_built_and_measured(monkeypatch):
 
 
 def test_out_of_memory_is_a_finding_with_its_phase(monkeypatch):
+    """How an error of the card is told; the meter raises it."""
     planned, recording = measure(job(), monkeypatch, breaks_in=(1, "backward"))
     assert recording.outcome == OUT_OF_MEMORY and "2.00 GiB" in recording.reason
     answer = answer_of(Probed(planned, recording, compare(planned.trace_log, recording.trace_log)))
@@ -341,6 +348,7 @@ def real() -> tuple[dict, Probed]:
 
 
 def test_a_real_run_is_the_plan(real):
+    """A recording made on an H100, against the plan made here."""
     answer, _ = real
     rows = {row["figure"]: row for row in answer["figures"]}
     assert rows["allocated"]["difference"] == rows["reserved"]["difference"] == rows["placed"]["difference"] == 0

@@ -1,4 +1,4 @@
-"""PyTorch's own record of what its allocator did, read as books: every allocation, and where it was made.
+"""PyTorch's own record of what its allocator did as a trace log: every allocation, and where it was made.
 
 The record is ``device_traces`` of ``torch.cuda.memory._snapshot()`` (torch/cuda/memory.py has its fields): of interest
 are ``alloc`` and ``free_completed``; their ``size`` is what was asked for, before any rounding.
@@ -19,7 +19,7 @@ LIBRARIES = re.compile(r"^(torch|accelerate)/|<|app/probe/|(^|/)contextlib\.py$"
 
 
 def log_of(trace: Iterable[dict], marks: list[tuple[int, str, int]], places: list[tuple[int, str]]) -> TraceLog:
-    """The books of ``trace``: kinds are for the plan to tell, ``op`` is the innermost Python function that asked.
+    """The trace log of ``trace``: kinds are left to the plan, ``op`` is the innermost Python function that asked.
 
     ``marks`` are (events before it, phase, step), ``places`` (allocations before it, module path); both count from
     where the record begins.

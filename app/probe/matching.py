@@ -1,6 +1,6 @@
 """Plan and measurement, event by event: what is in both, what is in one only, and by how many bytes.
 
-Phases are told apart by their marks, which both books have. Within a phase both are sequences of sizes, forward also of
+Phases are told apart by their marks, which both logs have. Within a phase both are sequences of sizes, forward also of
 modules, and their longest common subsequence pairs the allocations. What is left is paired by size, wherever it stands
 in its phase; and what then stands between two pairs in both, stands for each other with another size. Sizes are
 compared as blocks, in multiples of 512 bytes.
@@ -19,7 +19,7 @@ from ..memory.events import EMPTY_CACHE, TraceLog
 
 @dataclass(frozen=True)
 class Difference:
-    """Bytes that the books disagree about at the measured peak: whose, what for, and since which phase.
+    """Bytes about which plan and measurement disagree at the measured peak: whose, what for, and since which phase.
 
     ``planned`` and ``measured`` are bytes alive there; ``op`` is the plan's operator, or the function that asked.
     """

@@ -1,4 +1,4 @@
-"""What a probe leaves: the job, the card, the stack, the figures and the books of a real run, as one file."""
+"""What a probe leaves: the job, the card, the stack, the figures and the trace log of a real run, as one file."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .recording import OUT_OF_MEMORY, Recording
 
 @dataclass(frozen=True)
 class Planned:
-    """What a job's plan says: its books, read, and the bytes that the process takes beside the allocator.
+    """A job's plan: its trace log, its summary, and the bytes that the process takes beside the allocator.
 
     ``model`` is the catalogue's name of what is planned; None: the job's own config. ``outside`` is what was known of
     the bytes that the process holds outside the allocator before anything was measured.
