@@ -198,7 +198,7 @@ class _AutogradMetaKernels:
     def apply(self) -> None:
         self.library = torch.library.Library("aten", "IMPL", "AutogradMeta")
         for name, kernel in AUTOGRAD_META.items():
-            self.library.impl(name, _in_this_thread(_overload(name), kernel), with_keyset=True)
+            self.library.impl(name, _in_this_thread(_overload(name), kernel))
             _overload(name)._dispatch_cache.clear()
 
     def undo(self) -> None:
@@ -235,13 +235,12 @@ def _overload(name: str) -> torch._ops.OpOverload:
 
 
 def _in_this_thread(overload: torch._ops.OpOverload, kernel: Callable) -> Callable:
-    """``kernel`` for the tracing thread; for every other the composite that PyTorch has, which is what the dispatcher
-    finds one key further down."""
+    """``kernel`` for the tracing thread; for every other the composition that PyTorch has."""
 
-    def run_composite(keys, *args, **kwargs):
+    def run_composite(*args, **kwargs):
         if get_ident() == _tracing:
             return kernel(*args, **kwargs)
-        return overload.redispatch(keys.remove(torch._C.DispatchKey.AutogradMeta), *args, **kwargs)
+        return overload._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
     return run_composite
 
