@@ -48,6 +48,7 @@ PROMOTE = frozenset(
 )
 """Operators that cast to fp32 where one of their arguments is fp32."""
 HALF = (torch.float16, torch.bfloat16)
+"""The 16-bit types."""
 
 
 class Autocast(TorchFunctionMode):

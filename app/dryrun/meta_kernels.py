@@ -1,13 +1,15 @@
 """PyTorch's own shape functions for meta tensors: those that CUDA uses, and several times as fast as those in Python.
 
-``torch/_meta_registrations.py`` (``activate_meta``) puts Python decompositions, made for symbolic shapes, before the
-structured kernels' shape functions in C++, which the Meta and the CUDA backend share. A step without symbols needs
-them only for operators that have no such function. They differ where a decomposition gets strides wrong: of a
-``softplus_backward`` of permuted tensors, say, which is why a model with it clones once less in Python than on a card.
+Structured kernels have a shape function in C++, which the Meta and the CUDA backend share. ``activate_meta`` hides it
+behind a decomposition in Python, which is made for symbolic shapes. A step without symbols needs the decomposition only
+where C++ has no shape function. Some decompositions also get strides wrong: that of ``softplus_backward`` with permuted
+tensors lets a model clone one tensor less than on a card.
 
-The same goes for operators that C++ composes of others that have one (``CompositeExplicitAutograd``,
-native/native_functions.yaml), :data:`COMPOSED`: ten to sixty times as fast. Not all: parts of some have none and are
-Python's again (``abs`` by way of ``abs.out`` loses its strides), others read values.
+:data:`COMPOSED` has operators that C++ composes of others with a shape function (``CompositeExplicitAutograd`` in
+native_functions.yaml). There C++ is ten to sixty times as fast. Other composed operators stay in Python: some are
+composed of operators that have no shape function (``abs`` calls ``abs.out`` and loses its strides), some read values.
+
+Source: https://github.com/pytorch/pytorch/blob/v2.11.0/torch/_meta_registrations.py ``activate_meta``.
 """
 
 from __future__ import annotations
@@ -26,28 +28,33 @@ COMPOSED = frozenset(
     masked_fill.Tensor masked_scatter index_put mean sort stack empty_like zeros_like ones_like new_empty new_zeros
     new_ones new_full _unsafe_view slice_backward select_backward diagonal_backward""".split()
 )
-"""What a step calls often of them; ``test_restated.py`` holds them against PyTorch on a CPU."""
+"""Composed operators that a step calls often. ``test_restated.py`` compares them with PyTorch on a CPU."""
 
 _library = registrations._meta_lib_dont_use_me_use_register_meta
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 
 class NativeShapeFunctions:
-    """The change of PyTorch's dispatcher that takes Python's functions away where C++ has one, and brings them back."""
+    """The change of PyTorch's dispatcher that removes Python's functions where C++ has one, and its undo."""
 
     def apply(self) -> None:
+        """Remove them."""
         _split()
         _library.m.reset()
 
     def undo(self) -> None:
+        """Register them again."""
         _library.m.reset()  # of an undo that was interrupted
         _library.m = _registered(_split())
 
 
 @functools.cache
 def _split() -> dict[str, Callable]:
-    """Python's functions for operators that have one in C++, by the operator's name. From now on PyTorch's library
-    holds these alone; the others are registered apart, once, since that takes as long as all the rest."""
+    """Python's functions for operators that have one in C++, by the operator's name.
+
+    After this PyTorch's library holds these alone. The others are registered separately, once: that takes most of the
+    time.
+    """
     python = _registered_by_torch()
     _library.m.reset()
     kept = {name: f for name, f in python.items() if name not in COMPOSED and not _has_kernel(name, "Meta")}

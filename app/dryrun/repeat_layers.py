@@ -561,7 +561,7 @@ def _shorten_depths(short: torch.nn.Module, groups: Sequence[Layers], kept: Sequ
 
     That is: the depth itself, an integer equal to the number of layers, with a name like layers, blocks or depth; lists
     with one entry for each layer; lists of layer numbers. Where two groups of one config have the same depth and keep
-    different layers, it cannot be told to which group an entry belongs, and it stays.
+    different layers, an entry could belong to either, and it stays.
     """
     wanted: dict[tuple[int, int], tuple[dict[str, Any], set[tuple[int, ...]]]] = {}
     for group, indices in zip(groups, kept, strict=True):

@@ -32,11 +32,13 @@ _DEVICE_LISTS = ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_s
 
 @contextmanager
 def as_if_cuda(card: Card) -> Iterator[None]:
-    """Let PyTorch take the paths on meta tensors that it takes on CUDA ones.
+    """PyTorch takes the same paths for meta tensors as for CUDA tensors on ``card``, while the context lasts.
 
-    ``torch.optim`` chooses its for-each and fused kernels by device type
-    (``torch/utils/_foreach_utils.py``, ``_get_foreach_kernels_supported_devices``); who asks whether autocast is on
-    asks for the tensor's device type.
+    ``torch.optim`` chooses its for-each and fused kernels by device type. A function that looks whether autocast is
+    enabled does so for the tensor's device type.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/torch/utils/_foreach_utils.py#L8
+    ``_get_foreach_kernels_supported_devices``.
     """
     before = running.card
     with ExitStack() as undo:

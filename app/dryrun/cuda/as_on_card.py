@@ -1,4 +1,4 @@
-"""What a card refuses and the meta device takes: raised by the rules, and told as the stack's own refusal."""
+"""The errors of a GPU that the meta device does not raise. Rules raise them; they count as the stack's refusals."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import torch
 
 from ..sandbox import locked, replaced
 from ..symbols import sym_predicate
-from .card_facts import Card
 from .as_on_card import BadValueOnCard, ErrorOnCard
+from .card_facts import Card
 from .registry import kernel
 from .temporaries import record_library_workspace, run_and_record, tensor_bytes
 
@@ -28,8 +28,13 @@ def bnb_cuda_ops():
 
 
 def gemm_4bit_is_fused(card: Card, dtype, rows: int, out_features: int, in_features: int, blocksize: int) -> bool:
-    """Whether bitsandbytes multiplies packed weights directly, or dequantises them first: its own heuristic
-    (backends/cuda/ops.py ``gemm_4bit`` and ``_gemm_4bit_use_custom_cuda``), asked for this card."""
+    """Whether bitsandbytes multiplies packed weights in one kernel on this card, or dequantises them first.
+
+    It calls bitsandbytes' own heuristic.
+
+    Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/backends/cuda/ops.py#L584
+    ``_gemm_4bit_use_custom_cuda``.
+    """
     ops = bnb_cuda_ops()
 
     def fused(rows, multiprocessors) -> bool:

@@ -1,7 +1,7 @@
-"""What a program is told that reads a tensor's value on the host: the functions that do, and the answers.
+"""The answers for a program that reads a tensor's value on the host.
 
-A rule stands for one function of the installed stack. Where that function is gone, nothing would match, and the program
-would be told nothing or, worse, go on without end: :func:`check` raises instead.
+On the meta device no value exists. Each rule has the answer for one function of the software. If that function
+is gone, the rule matches nothing: then the program gets no answer, or a loop may not end. :func:`check` raises instead.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from ...errors import OurFault
 
 
 class HostRead(NamedTuple):
-    """A function that reads a value: its qualified name and its module, the versions of the module's package in which
-    it was read, and the answer: a value, or what the job says of it."""
+    """A function that reads a value, and the answer.
+
+    ``function``: its qualified name, in ``module``. ``versions``: of the package, for which the rule was checked.
+    ``answer``: a value, or the name of a fact of the job (``MemoryTracker`` has them: full, single, length, generated).
+    """
 
     function: str
     module: str
@@ -41,7 +44,7 @@ HOST_READS = (
     # "is a special token negative, is the mask of the wrong kind?"
     HostRead("GenerationMixin._prepare_special_tokens", _GENERATION, _V5, False),
     HostRead("GenerationMixin.generate", _GENERATION, _V5, False),
-    # "has every sequence ended?" Not before the length that was asked for: new tokens are a minimum too.
+    # "has every sequence ended?" Not before the job's length: ``new_tokens`` is a minimum too.
     HostRead("StopCheck.__call__", _GENERATION, _V5, "generated"),
     # "is a gradient infinite?" Then the step would be left out.
     HostRead("GradScaler._maybe_opt_step", "torch.amp.grad_scaler", ">=2.13,<3", False),
@@ -50,7 +53,7 @@ HOST_READS = (
         "dynamic_rope_update.<locals>.longrope_frequency_update", "transformers.modeling_rope_utils", _V5, "length"
     ),
 )
-"""The functions that read a value themselves: not in what they call."""
+"""The functions that read a value themselves. A read in a function that they call does not match."""
 
 _RULES = {(read.module, read.function): read for read in HOST_READS}
 _checked: set[HostRead] = set()
@@ -62,7 +65,7 @@ def rule_for(frame: FrameType) -> HostRead | None:
 
 
 def check() -> None:
-    """Raise :class:`OurFault` for a rule whose function a module that is loaded does not have."""
+    """Raise :class:`OurFault` if a module is loaded and has no function for one of its rules."""
     for read in HOST_READS:
         if read not in _checked and read.module in sys.modules:
             if not _has(sys.modules[read.module], read.function):
@@ -77,12 +80,12 @@ def check() -> None:
 def _has(module: Any, function: str) -> bool:
     """Whether a module defines a function of this qualified name, within another function too."""
     outer, _, inner = function.partition(".<locals>.")
-    found = module
+    value = module
     for name in outer.split("."):
-        found = vars(found).get(name)
-        if found is None:
+        value = vars(value).get(name)
+        if value is None:
             return False
-    code = getattr(found, "__code__", None)
+    code = getattr(value, "__code__", None)
     return not inner or code is not None and function in _qualnames(code)
 
 

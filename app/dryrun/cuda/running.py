@@ -16,3 +16,4 @@ class Running:
 
 
 running = Running()
+"""The one instance: one trace runs at a time in a process (:mod:`vramplan.dryrun.sandbox`)."""
