@@ -1,4 +1,4 @@
-"""The replayed allocator: against streams that a real one served, and against what must hold of any stream.
+"""The replayed allocator: against histories that a real one served, and against what must hold of any history.
 
 ``tests/measured/streams.jsonl.gz``: allocations and releases recorded by ``torch.cuda.memory._record_memory_history``
 on an H100 (torch 2.11.0+cu130), with every segment that was opened or given back: ``n`` takes n bytes, ``~k`` gives
@@ -80,8 +80,12 @@ FREE = SETTINGS.filter(lambda how: how.limit is None)
 
 @given(STEPS, SETTINGS)
 @settings(max_examples=200, deadline=None)
-def test_books_balance_for_any_stream(steps, how):
-    """Negative numbers release an earlier allocation, counted from the last."""
+def test_allocated_is_the_sum_of_the_blocks(steps, how):
+    """Whatever is asked for: blocks do not overlap, limits are kept, and a free gives back what its malloc took.
+
+    A block's size is read off ``allocated`` itself, so this does not show that it is right: the twin in
+    ``test_allocator_reference.py`` does. Negative numbers free an earlier allocation, counted from the last.
+    """
     allocator = CachingAllocator(how)
     live: list[int] = []
     sizes: dict[int, int] = {}

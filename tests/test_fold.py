@@ -1,4 +1,4 @@
-"""Folding: the books of a few layers, repeated, are the books of all of them, event for event."""
+"""Repeating layers: the log of a few layers, repeated, is the log of all of them, event for event."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("sandbox")
 
 
 class Tape:
-    """Writes books by name: what is allocated or freed, and where."""
+    """Writes a log by name: what is allocated or freed, and where."""
 
     def __init__(self):
         self.trace_log = TraceLog()
@@ -126,7 +126,7 @@ SIZES = st.lists(st.lists(st.integers(1, 5000), max_size=3), min_size=3, max_siz
 @given(TYPES, SIZES, st.booleans(), st.booleans(), st.booleans())
 @example([0, *[1, 0, 1] * 3, 0], [[], [], []], True, False, False)
 @settings(max_examples=150, deadline=None)
-def test_expanded_books_are_those_of_the_whole(types, sizes, shares, gaps, keeps):
+def test_an_expanded_log_is_that_of_the_whole(types, sizes, shares, gaps, keeps):
     """Whatever the layers do: the short run, expanded, is the long run; nothing is given back twice or left behind."""
     short = [types[index] for index in shorten(types, 1)]
     options = {"shares": shares, "gaps": gaps, "keeps": keeps}
@@ -373,7 +373,7 @@ def test_folded_equals_unfolded(fold_always, kind, choice):
 
 
 def test_checkpointed_layers_differ_from_the_others(fold_always):
-    """The comparison itself can fail: other jobs, other depths and other widths give other books."""
+    """The comparison itself can fail: other jobs, other depths and other widths give other logs."""
     model, trace = prepare("llama", FULL)
     trace_log = fold.fold(model, trace).trace_log()
     for kind, choice in (("llama", FULL | NEW), ("llama", FULL | FUSED), ("qwen2", FULL)):
