@@ -7,6 +7,8 @@ import os
 import sys
 import tempfile
 
+import pytest
+
 _FOLDER = tempfile.TemporaryDirectory()
 os.environ["VRAMPLAN_CACHE"] = _FOLDER.name
 os.environ["VRAMPLAN_STRICT"] = "1"  # a fault of ours that a trace could get over fails its test
@@ -44,3 +46,12 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("traces")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def sandbox():
+    """The sandbox, for tests that call parts of a trace themselves."""
+    from vramplan.dryrun import sandbox
+
+    with sandbox.active():
+        yield sandbox
