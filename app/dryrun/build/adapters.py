@@ -49,7 +49,8 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
             model = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     except Exception as error:
         raise_if_ours(error)
-        hint = _hint(job, [name for name, _ in linear], {name for name, module in linear if module is head}, error)
+        outputs = {name for name, module in linear if module is head}
+        hint = _hint(job, config, [name for name, _ in linear], outputs, error)
         raise PlanError(f"PEFT cannot adapt this model: {first_line(error)}", hint, "lora") from None
     _move(model, device)
     return model
@@ -70,12 +71,15 @@ def _peft_config(lora: Lora, task: str) -> peft.LoraConfig:
     )
 
 
-def _hint(job: Job, linear: list[str], head: set[str], error: Exception) -> str:
-    """What to change so that PEFT takes the job. ``linear``: paths of the linear layers, ``head``: of the output."""
-    saved = sorted({part for name in linear for part in name.split(".")} & set(job.lora.modules_to_save))
+def _hint(job: Job, config: peft.LoraConfig, linear: list[str], outputs: set[str], error: Exception) -> str:
+    """What to change so that PEFT takes the job. ``linear``: paths of the linear layers, ``outputs``: of the heads.
+
+    PEFT has added to ``config.modules_to_save`` what it trains in full for the task.
+    """
+    saved = sorted({part for name in linear for part in name.split(".")} & set(config.modules_to_save or ()))
     if job.quantization is not None and saved:  # quantised, and to be trained in full
         return f"leave what PEFT trains in full unquantised: quantization.skip_modules {saved}"
-    names = {name.rpartition(".")[2] for name in linear} - {*re.findall(r"'(\w+)'", str(error)), *head}
+    names = {name.rpartition(".")[2] for name in linear} - {*re.findall(r"'(\w+)'", str(error)), *outputs}
     some = f"some of {', '.join(sorted(name for name in names if not name.isdigit())[:NAMES_SHOWN])}"
     return f"set lora.target_modules to {some if job.lora.target_modules else f'all-linear, or {some}'}"
 
