@@ -435,9 +435,11 @@ def _compile_later(compile: Callable, function: Callable, **options: Any) -> Cal
 
 
 def hold() -> None:
-    """Keep the dispatcher's registrations for the life of this process, which does nothing but plan."""
+    """Keep the dispatcher's registrations, and return freed memory, for the life of this process, which does nothing
+    but plan."""
     with _lock:
-        if not _kept:
+        if not _kept and not is_tracing():
+            return_freed_memory()
             _kept.extend(_registrations())
             for change in _kept:
                 change.apply()

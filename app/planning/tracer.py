@@ -64,7 +64,7 @@ class InProcessTracer:
         from ..dryrun.trace import trace
 
         if process_is_ours:
-            sandbox.return_freed_memory()
+            sandbox.hold()
         _, job, config, kernels = request
         try:
             with sandbox.active(), _without_collector():

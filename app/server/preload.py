@@ -24,7 +24,6 @@ CONFIG = {
 JOB = read_job({"config": CONFIG, "method": "qlora", "batch_size": 2, "sequence_length": 16}).resolved()
 
 sandbox.hold()
-sandbox.return_freed_memory()
 for trainer in TRAINERS.values():
     load(trainer.loop, steps.__name__)
 InProcessTracer().trace("general", TraceRequest("", JOB, CONFIG, kernels_of(find_gpu("h100-80gb"))))
