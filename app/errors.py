@@ -28,6 +28,7 @@ class PlanError(Exception):
         self.weights = weights
 
     def as_dict(self) -> dict:
+        """The error as a JSON object: ``message``, ``hint``, and ``field`` and ``weights`` where they are known."""
         out: dict[str, Any] = {"message": self.message, "hint": self.hint}
         if self.field:
             out["field"] = self.field

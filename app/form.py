@@ -108,7 +108,7 @@ def _value(key: str, text: str) -> Any:
     if text == "null" and kind != "string":
         return None
     if field and kind == "array":
-        return text if text in field.choices + ("all-linear",) else [part.strip() for part in text.split(",")]
+        return text if text in (*field.choices, "all-linear") else [part.strip() for part in text.split(",")]
     if text in ("true", "false") and "true" in (field.choices if field else ()):
         return text == "true"
     if kind in ("integer", "number") and re.fullmatch(r"[+-]?\d{1,30}", text):

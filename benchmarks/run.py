@@ -125,6 +125,7 @@ async def storm(port: int, path: str, bodies: list[bytes], clients: int, seconds
 
 
 async def each_once(port: int, bodies: list[bytes], clients: int, path: str = "/estimate") -> None:
+    """Post each body once, from so many clients at a time."""
     waiting = iter(bodies)
 
     async def client() -> None:
@@ -148,6 +149,8 @@ def memory(pid: int) -> int:
 
 
 def server(jobs: int) -> dict[str, float]:
+    """What a running server takes: seconds by row of the table."""
+
     def body(model: str, batch: int, length: int) -> bytes:
         job = {**QUESTION, "model": model, "batch_size": batch, "sequence_length": length}
         return json.dumps(job).encode()
@@ -191,12 +194,13 @@ def server(jobs: int) -> dict[str, float]:
         finally:
             running.terminate()
             running.wait()
-    out["empty"], out["empty_p99"] = map(statistics.median, zip(*empty))
-    out["planned"], out["planned_p99"] = map(statistics.median, zip(*planned))
+    out["empty"], out["empty_p99"] = map(statistics.median, zip(*empty, strict=True))
+    out["planned"], out["planned_p99"] = map(statistics.median, zip(*planned, strict=True))
     return out
 
 
 def main() -> None:
+    """Measure everything, and write the table into the README."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--jobs", type=int, default=10_000)
     asked = parser.parse_args()
@@ -221,7 +225,7 @@ def main() -> None:
     names = ["llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b"]
     with tempfile.TemporaryDirectory() as folder:
         told = process(sys.executable, "-c", ANOTHER, json.dumps(QUESTION), *names, VRAMPLAN_CACHE=folder)[1]
-    for name, seconds in zip(names, told.split()):
+    for name, seconds in zip(names, told.split(), strict=True):
         row(f"another batch and length of {name}, traced", f"{1000 * float(seconds):.1f} ms", "", None)
     told = server(asked.jobs)
     row(

@@ -32,6 +32,7 @@ WINDOWS = {1440: 1000, 390: 844}
 
 
 def main(names: list[str]) -> None:
+    """Take the pictures of these names, or all."""
     server = uvicorn.Server(uvicorn.Config(web.create_app(), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,9 +1,9 @@
 """Plan jobs, each in a process of its own, and say what it took: ``python alone.py SECONDS BYTES [LANES]``.
 
 A line of standard input is a list of jobs of one model, its answer a line with a list, in order. The parent is what a
-server's traces are forked from (``vramplan.server.preload``), the allocator's rules compiled; a job is cold but for that and, where
-a line has several, for the model's classes: they are imported once and counted for each. A process that takes longer
-than ``SECONDS`` by the wall is killed, one that asks for more address space is refused it.
+server's traces are forked from (``vramplan.server.preload``), the allocator's rules compiled; a job is cold but for
+that and, where a line has several, for the model's classes: they are imported once and counted for each. A process that
+takes longer than ``SECONDS`` by the wall is killed, one that asks for more address space is refused it.
 """
 
 import gc

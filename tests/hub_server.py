@@ -77,7 +77,7 @@ class Fault:
     stall: float = 0.0
     at: str = "head"
     trickle: float = 0.0
-    length: int | None | str = "true"
+    length: int | str | None = "true"
     body: bytes | None = None
     endless: bool = False
 

@@ -74,7 +74,7 @@ def compare(rows: list[dict], answers: list[dict], stated: bool = True) -> Error
         if truth:
             errors.setdefault(figure, []).append((error(found, truth), row["id"], found, truth))
 
-    for row, answer in zip(rows, answers):
+    for row, answer in zip(rows, answers, strict=True):
         assert "error" not in answer, (row["id"], answer["error"])
         measured = row["measured"]
         assert sum(answer["parts"].values()) == answer["peak"]["allocated"], row["id"]
@@ -176,7 +176,7 @@ def test_the_h200_rows():
     }
     check("h200", "one H200, 78 jobs", errors)
     for figure, limits in bounds.items():
-        assert all(found <= limit for found, limit in zip(limits_of(errors, figure), limits)), (
+        assert all(found <= limit for found, limit in zip(limits_of(errors, figure), limits, strict=True)), (
             figure,
             max(errors[figure]),
         )
@@ -203,7 +203,7 @@ def test_probed_rows(path):
         "| job | allocated, bytes | plan | reserved | process | matched |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
-    for row, answer in zip(rows, answers):
+    for row, answer in zip(rows, answers, strict=True):
         cells = [
             f"{(answer['peak'][figure] / row['measured'][f'peak_{figure}'] - 1) * 100:+.3f} %"
             for figure in ("allocated", "reserved", "process")
@@ -242,12 +242,12 @@ def test_frontiers():
     found = [answer["batch_size"] for answer in ask(lines, "solve", "--for", "batch_size")]
     truth = [row["max_batch_size"] for row in rows]
     lines = ["| job | limit | largest batch | measured |", "| --- | --: | --: | --: |"]
-    for row, mine in zip(rows, found):
+    for row, mine in zip(rows, found, strict=True):
         lines.append(f"| {row['id']} | {row['cap_bytes'] / 2**30:.1f} GiB | {mine} | {row['max_batch_size']} |")
     check_readme("frontiers", lines)
     title = "one H200, the largest batch under a cap on the allocator"
     keys = ("id", "limit", "planned", "measured")
-    values = ((row["id"], row["cap_bytes"], mine, row["max_batch_size"]) for row, mine in zip(rows, found))
-    check_data("frontiers", title, [dict(zip(keys, each)) for each in values])
-    assert sum(a == b for a, b in zip(found, truth)) >= 9
-    assert all(a <= b for a, b in zip(found, truth))
+    values = ((row["id"], row["cap_bytes"], mine, row["max_batch_size"]) for row, mine in zip(rows, found, strict=True))
+    check_data("frontiers", title, [dict(zip(keys, each, strict=True)) for each in values])
+    assert sum(a == b for a, b in zip(found, truth, strict=True)) >= 9
+    assert all(a <= b for a, b in zip(found, truth, strict=True))

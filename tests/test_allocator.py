@@ -8,6 +8,7 @@ back the k-th, ``[n]`` opened a segment (or mapped pages) of n bytes, ``[-n]`` g
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_allocated_is_the_sum_of_the_blocks(steps, how):
         assert allocator.allocated == sum(sizes.values()) <= allocator.reserved
         assert how.limit is None or allocator.reserved <= how.limit
         blocks = allocator.blocks()
-        assert all(a + size <= b for (a, size), (b, _) in zip(blocks, blocks[1:])), "blocks overlap"
+        assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(blocks)), "blocks overlap"
     for key in live:
         allocator.free(key)
     allocator.empty_cache()

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from tests.reference_allocator import MIB, OutOfMemory, ReferenceAllocator
 from vramplan.memory.allocator import caching as compiled
 from vramplan.memory.allocator.config import AllocatorConfig, ReplayInput
+
+from tests.reference_allocator import MIB, OutOfMemory, ReferenceAllocator
 
 BORDERS = [1, 511, 512, 513, *(n * MIB + off for n in (1, 2, 10, 20, 33) for off in (-1, 0, 1))]
 TAKES = st.one_of(st.sampled_from(BORDERS), st.integers(1, MIB), st.integers(MIB, 70 * MIB))

@@ -493,7 +493,7 @@ def test_by_keyboard_alone_a_job_is_asked_and_its_answer_read(tab):
     page.goto(address())
     expect(page.locator("#advice [data-ask]")).to_have_count(0)
     seen = []
-    while not seen or seen[-1][0] and len(seen) < 200:
+    while not seen or (seen[-1][0] and len(seen) < 200):
         page.keyboard.press("Tab")
         seen.append(page.evaluate(FOCUS))
     assert [name for name, visible in seen if not visible] == []

@@ -174,9 +174,9 @@ def test_shortened_layers_are_few():
 @settings(max_examples=100, deadline=None)
 def test_combination_adds_up(vectors, data):
     factors = data.draw(st.lists(st.integers(-4, 4), min_size=len(vectors), max_size=len(vectors)))
-    target = [sum(f * v[n] for f, v in zip(factors, vectors)) for n in range(3)]
+    target = [sum(f * v[n] for f, v in zip(factors, vectors, strict=True)) for n in range(3)]
     found = combination(target, vectors)
-    assert [sum(f * v[n] for f, v in zip(found, vectors)) for n in range(3)] == target
+    assert [sum(f * v[n] for f, v in zip(found, vectors, strict=True)) for n in range(3)] == target
     assert combination([1, 1], [[1, 0]]) is None
 
 
@@ -203,7 +203,7 @@ def test_memory_that_not_all_alike_give_back_is_refused():
     trace_log = step([0] * 3, [[7]], keeps=False)
     made = {event: entry.fqn for event, entry in enumerate(trace_log.allocations)}
     at = next(
-        n for n, (event, site) in enumerate(zip(trace_log.events, trace_log.event_fqns))
+        n for n, (event, site) in enumerate(zip(trace_log.events, trace_log.event_fqns, strict=True))
         if event < 0 and site == "model.layers.1.mlp" and made[~event] == "model.layers.0.mlp"
     )  # fmt: skip
     del trace_log.events[at], trace_log.event_fqns[at]
@@ -368,7 +368,7 @@ def test_folded_equals_unfolded(fold_always, kind, choice):
     groups = fold.repeated(model)
     trace_log = fold.fold(model, watched).trace_log()
     assert len(depths) >= 2
-    assert all(depth < len(group.types) for depth, group in zip(depths[0], groups))
+    assert all(depth < len(group.types) for depth, group in zip(depths[0], groups, strict=False))
     assert same(trace_log, trace(model))
 
 

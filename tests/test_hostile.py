@@ -153,7 +153,7 @@ def answers() -> dict[str, dict]:
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == len(jobs), done.stderr[-2000:]
-    return {name: answer for name, (answer,) in zip(CONFIGS, lines)}
+    return {name: answer for name, (answer,) in zip(CONFIGS, lines, strict=True)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

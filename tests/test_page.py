@@ -270,10 +270,10 @@ def test_the_bar_shows_what_a_card_lacks():
 def test_the_timeline_is_highest_at_the_peak(answer):
     timeline = html.timeline(answer)
     drawn = html.moments(answer, timeline)
-    heights = [sum(alive) for alive in zip(*drawn["alive"])]
+    heights = [sum(alive) for alive in zip(*drawn["alive"], strict=True)]
     assert heights == [point["allocated"] for point in timeline.points] and len(heights) == len(drawn["event"])
     assert max(heights) == heights[drawn["peak"]] == answer["peak"]["allocated"]
-    assert all(height <= reserved for height, reserved in zip(heights, drawn["reserved"]))
+    assert all(height <= reserved for height, reserved in zip(heights, drawn["reserved"], strict=True))
     assert drawn["event"] == sorted(drawn["event"]) and drawn["limit"] is None
     steps = ["First step", "Steady step"]
     phases = [("Load", "load"), *((step, phase) for step in steps for phase in ("forward", "backward", "optimizer"))]

@@ -568,9 +568,9 @@ def test_what_would_not_fit_is_asked_about_first():
 
 
 def test_the_cap_leaves_something_to_others_and_the_card_is_remembered(monkeypatch):
-    planned, recording = measure(job(), monkeypatch)
+    _planned, recording = measure(job(), monkeypatch)
     child = FakeChild(recording)
-    answer, probed = measured(bench(24 * GIB, child), job())
+    answer, _probed = measured(bench(24 * GIB, child), job())
     assert child.request["cap"] <= 24 * GIB - SPARE - (700 << 20) and child.request["calibrate"]
     facts = calibration.known("h100")
     assert facts.driver == "580.1" and facts.context == FakeMeter.context

@@ -370,7 +370,7 @@ def test_convolutions_are_transformed_in_a_workspace():
     """Whisper's, whose workspaces an H200 took to 131 bytes, and ViT's forward."""
     found = convolved((4, 768, 3000), (768, 768, 3), 2, (True, True, False))
     measured = [9216000, 31187091, 18432000, 31187091, 3538944, 31186960]
-    assert len(found) == 6 and all(0 <= real - mine <= 131 for mine, real in zip(found, measured))
+    assert len(found) == 6 and all(0 <= real - mine <= 131 for mine, real in zip(found, measured, strict=True))
     assert convolved((32, 3, 224, 224), (1024, 3, 16, 16), 16, (False, True, False))[:2] == [12845056, 42729488]
 
 

@@ -482,7 +482,7 @@ def test_foreign_names_are_set_in_the_sandbox_alone(path):
     foreign = {
         (alias.asname or alias.name).partition(".")[0]
         for node in ast.walk(tree)
-        if isinstance(node, ast.Import) or isinstance(node, ast.ImportFrom) and not node.level
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
         for alias in node.names
     }
     for node in ast.walk(tree):

@@ -88,7 +88,11 @@ def run(jobs: list[tuple[str, str]]) -> dict[tuple[str, str], dict]:
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == len(by_id), done.stderr[-2000:]
-    return {(id, m): answer for (id, methods), said in zip(by_id.items(), lines) for m, answer in zip(methods, said)}
+    return {
+        (id, m): answer
+        for (id, methods), said in zip(by_id.items(), lines, strict=False)
+        for m, answer in zip(methods, said, strict=False)
+    }
 
 
 def said_of(id: str, answer: dict) -> str:

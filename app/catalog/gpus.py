@@ -294,4 +294,4 @@ def _profiles(gpu: Gpu) -> dict[str, tuple[int, int]]:
         192: (23, 45, 45, 90, 90, 180),
     }
     sizes = names.get(gpu.key, names.get(gpu.marketed_gb, ()))
-    return {f"{share[0]}g.{size}gb": share for share, size in zip(shares, sizes)}
+    return {f"{share[0]}g.{size}gb": share for share, size in zip(shares, sizes, strict=False)}

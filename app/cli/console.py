@@ -57,6 +57,7 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def tell(error: PlanError) -> None:
+    """Print an error to standard error: what is wrong, what a model weighs, and what to try."""
     console = Console(stderr=True, soft_wrap=True)
     console.print(Text.assemble(("Cannot say: ", "bold red"), error.message), highlight=False)
     if error.weights:

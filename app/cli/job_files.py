@@ -15,6 +15,7 @@ from .console import CANNOT_SAY, FITS
 
 
 def read_text(path: str) -> str:
+    """The text of a file, or of standard input (``-``). Raises :class:`PlanError`."""
     try:
         return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -22,6 +23,7 @@ def read_text(path: str) -> str:
 
 
 def read_job_file(path: str) -> dict:
+    """The job in a JSON file, unchecked. Raises :class:`PlanError`."""
     return read_object(read_text(path), "job", 'a job is {"model": "…", "method": "qlora"}')
 
 
@@ -41,6 +43,7 @@ def each_line(path: str, use_case: Callable[[Any], dict]) -> int:
 
 
 def lines_of(path: str) -> Iterator[str]:
+    """The lines of a file, or of standard input (``-``), as they come. Raises :class:`PlanError`."""
     if path == "-":
         yield from sys.stdin
         return

@@ -114,6 +114,7 @@ def _with_local_card(job: dict) -> dict:
 
 
 def pair(text: str) -> tuple[str, str]:
+    """The field and the text of ``FIELD=VALUE``. Raises :class:`PlanError`."""
     key, equals, value = text.partition("=")
     if not equals:
         raise PlanError(f"--set {text}: no value", "write --set FIELD=VALUE")

@@ -132,7 +132,7 @@ class Autocast(TorchFunctionMode):
         cast = None
         if name in LOWER_PRECISION:
             cast = self._to_low
-        elif name in FLOAT32 or name in PROMOTE and _any_float32((*args, *kwargs.values())):
+        elif name in FLOAT32 or (name in PROMOTE and _any_float32((*args, *kwargs.values()))):
             cast = self._to_float32
         elif name == "cross_entropy" and args[0].dtype in HALF and not kwargs.get("label_smoothing"):
             return self._cross_entropy(*args, **kwargs)

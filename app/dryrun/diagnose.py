@@ -1,7 +1,7 @@
 """Whose fault an error is: the installed stack's, which refuses the job on a GPU too, or vramplan's own.
 
-The traceback tells. What counts is the innermost frame that is neither PyTorch's nor Python's own library: an error that
-comes from the model's code, or from an operator that a rule of ours runs with the program's own arguments, is the
+The traceback tells. What counts is the innermost frame that is neither PyTorch's nor Python's own library: an error
+that comes from the model's code, or from an operator that a rule of ours runs with the program's own arguments, is the
 stack's; one that is raised by our own lines is ours. A rule that refuses what a card refuses raises
 :class:`~vramplan.dryrun.cuda.as_on_card.AsOnCard`.
 """
@@ -112,7 +112,7 @@ def _runs_the_stack(code: CodeType, last: int, stands_in: bool) -> bool:
     operation = dis.opname[code.co_code[last]]
     if code.co_qualname == "KnownValues._compute":
         return False
-    return operation == "CALL_FUNCTION_EX" or stands_in and operation.startswith("CALL")
+    return operation == "CALL_FUNCTION_EX" or (stands_in and operation.startswith("CALL"))
 
 
 @contextmanager

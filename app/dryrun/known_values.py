@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -112,7 +112,7 @@ class KnownValues:
         """
         name = func.overloadpacket.__name__
         known = self._all_known((*args, *kwargs.values()) if kwargs else args)
-        if known or known is None and name in _MADE and str(kwargs.get("device")) == "meta":
+        if known or (known is None and name in _MADE and str(kwargs.get("device")) == "meta"):
             with suppress(NotImplementedError):  # some operators take other dtypes on a CPU
                 return self._compute(func, args, kwargs, run)
         if name in _INDEXED and any(map(self._selects, args[1])):
@@ -240,12 +240,12 @@ def _on_cpu(kwargs: dict) -> dict:
     return {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mutates(func) -> bool:
     return func._schema.is_mutable
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shapes_suffice(func) -> bool:
     """Whether an operator's outputs are tensors whose shapes depend on shapes alone."""
     kinds = {str(output.type) for output in func._schema.returns}

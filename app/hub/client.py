@@ -85,9 +85,11 @@ class Bounds:
             raise GaveUp(self.late()) from None
 
     def left(self) -> float:
+        """Seconds until the deadline."""
         return self.end - time.monotonic()
 
     def late(self) -> str:
+        """What is told of a Hub that missed the deadline; the text goes on from its name."""
         return f"did not answer within {self.seconds:g} seconds"
 
     def answer(self, send: Callable[[], httpx.Response]) -> httpx.Response:
@@ -135,6 +137,7 @@ class BoundedClient(httpx.Client):
         super().__init__(event_hooks={"request": [_before], "response": [_after]}, follow_redirects=True, timeout=None)
 
     def send(self, request: httpx.Request, *, stream: bool = False, **kwargs: Any) -> httpx.Response:
+        """As :meth:`httpx.Client.send`, within the bounds of the call that is under way."""
         bounds = _CURRENT.get()
         if bounds is None:
             return super().send(request, stream=stream, **kwargs)

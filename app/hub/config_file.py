@@ -66,6 +66,7 @@ def fetch_config(
 
 
 def checked(name: str, revision: str | None) -> tuple[str, str | None]:
+    """A repository's id and revision, trimmed. Raises :class:`PlanError` where the Hub can have neither."""
     name = name.strip()
     try:
         validate_repo_id(name)
@@ -81,11 +82,13 @@ def checked(name: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def cached(name: str, file: str, revision: str | None, cache_dir: str | None) -> str | None:
+    """The path of a file in huggingface_hub's cache; None: it is not there."""
     found = try_to_load_from_cache(name, file, cache_dir=cache_dir, revision=revision)
     return found if isinstance(found, str) else None
 
 
 def read_downloaded(path: str, what: str, limit: int) -> dict:
+    """The JSON object in a file of at most ``limit`` bytes. Raises :class:`PlanError`."""
     size = os.path.getsize(path)
     if size > limit:
         refuse_size(what, size, limit)

@@ -46,6 +46,7 @@ def nearest(name: str, count: int = 3) -> list[str]:
 
 
 def refuse_offline(name: str, revision: str | None) -> NoReturn:
+    """Raise :class:`PlanError` for what is not cached while no network is allowed."""
     at = f" at {revision}" if revision else ""
     raise PlanError(
         f"{name}{at} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE allows no network",
@@ -55,6 +56,7 @@ def refuse_offline(name: str, revision: str | None) -> NoReturn:
 
 
 def refuse_unanswered(error: GaveUp, name: str, endpoint: str | None) -> NoReturn:
+    """Raise :class:`PlanError` for a Hub that gave no answer."""
     catalogue = f"plan one of the catalogue, which needs no network: {', '.join(nearest(name))}"
     if error.wait:
         hint = f"try again in {error.wait:.0f} seconds (a token in HF_TOKEN raises the limit), or {catalogue}"
@@ -64,12 +66,14 @@ def refuse_unanswered(error: GaveUp, name: str, endpoint: str | None) -> NoRetur
 
 
 def refuse_size(what: str, size: int, limit: int) -> NoReturn:
+    """Raise :class:`PlanError` for an answer of too many bytes."""
     raise PlanError(
         f"{what} has {size} bytes or more; at most {limit} are read", "name the model's own repository", "model"
     )
 
 
 def refuse_unsafe(name: str) -> NoReturn:
+    """Raise :class:`PlanError` for a repository without safetensors files."""
     raise PlanError(
         f"{name} has no safetensors weights, whose headers could be read without them",
         "name a repository that has model.safetensors or its index",
@@ -134,5 +138,6 @@ def _host(endpoint: str | None) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters; its class where it has no text."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:200]

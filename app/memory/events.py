@@ -128,7 +128,7 @@ class TraceColumns:
         """Bytes of these allocations together."""
         counts = np.bincount(self.size[keys], minlength=len(self.sizes)).tolist()
         total: Number = 0
-        for count, size in zip(counts, self.sizes):
+        for count, size in zip(counts, self.sizes, strict=True):
             if count:
                 total = total + count * size
         return total

@@ -26,7 +26,7 @@ def scratch(multiprocessors: int, unrolled: int, sum_bytes: int, kept: int, *siz
     Confirmed: H100, bf16, to the byte: 6304 rows of 1024 take 51904512, 6304 of 4096 take 138412032, 4096 rows of 3072
     take 100663296 (``tests/test_restated.py``).
     """
-    dims = [*zip(sizes_and_strides[::2], sizes_and_strides[1::2])]
+    dims = [*zip(sizes_and_strides[::2], sizes_and_strides[1::2], strict=True)]
     outer, reduced = ([dim for dim in part if dim[0] > 1] for part in (dims[:kept], dims[kept:]))
     outputs, inputs = (prod(size for size, _ in part) for part in (outer, reduced))
     if not reduced or inputs * outputs >= 1 << 31:

@@ -127,7 +127,7 @@ def summarize(concrete: ConcreteTrace, config: AllocatorConfig = AllocatorConfig
         peak_event=top,
         peak_module=template.fqns[template.fqn[key]],
         peak_op=template.ops[template.op[key]],
-        parts={kind: size for kind, size in zip(KINDS, parts) if size},
+        parts={kind: size for kind, size in zip(KINDS, parts, strict=True) if size},
         holders=_holders(concrete, run.block_sizes, top),
         timeline=timeline,
         placed=[0, *run.allocated_after.tolist()][after_load],
@@ -179,7 +179,7 @@ def _timeline(template: TraceTemplate, run: Replay) -> list[TimelineSample]:
         TimelineSample(
             events[n], mark.name if mark.step else LOAD, mark.step, peaks[n], most_reserved[n], fqn, tuple(row)
         )
-        for (n, mark), fqn, row in zip(shown, fqns, kinds)
+        for (n, mark), fqn, row in zip(shown, fqns, kinds, strict=True)
     ]
 
 

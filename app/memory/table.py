@@ -71,7 +71,7 @@ def sizes_by_fqn(trace_log: TraceColumns, keys: npt.NDArray[np.int_]) -> dict[st
     cells = trace_log.fqn[keys].astype(np.int64) * len(trace_log.sizes) + trace_log.size[keys]
     cells, counts = np.unique(cells, return_counts=True)
     out: dict[str, Number] = {}
-    for cell, count in zip(cells.tolist(), counts.tolist()):
+    for cell, count in zip(cells.tolist(), counts.tolist(), strict=True):
         module, size = divmod(cell, len(trace_log.sizes))
         fqn = trace_log.fqns[module]
         out[fqn] = out.get(fqn, 0) + count * trace_log.sizes[size]
@@ -139,7 +139,7 @@ class Table:
             return groups
         single = {
             place: layer._replace(path=path, count=1)
-            for layer, members in zip(groups, self.members)
+            for layer, members in zip(groups, self.members, strict=True)
             for place, path in members
         }
         return [single[place] for place in sorted(single)]
@@ -149,5 +149,5 @@ def _span(paths: list[str]) -> str:
     """``model.layers.0.mlp`` … ``model.layers.31.mlp`` as one: ``model.layers.{0..31}.mlp``."""
     numbers = [NUMBER.findall(path) for path in (paths[0], paths[-1])]
     parts = re.split(r"\.\d+(?=\.|$)", paths[0])
-    spans = [a if a == b else f"{{{a}..{b}}}" for a, b in zip(*numbers)]
-    return parts[0] + "".join(f".{span}{rest}" for span, rest in zip(spans, parts[1:]))
+    spans = [a if a == b else f"{{{a}..{b}}}" for a, b in zip(*numbers, strict=False)]
+    return parts[0] + "".join(f".{span}{rest}" for span, rest in zip(spans, parts[1:], strict=False))

@@ -125,7 +125,7 @@ class TraceTemplate(TraceColumns):
         """The phases in their order, each with the first of its intervals and the one after its last."""
         phases = [mark for mark in self.marks if mark.name != EMPTY_CACHE]
         firsts = np.searchsorted(self._intervals[1], np.arange(len(phases) + 1)).tolist()
-        return [*zip(phases, firsts, firsts[1:])]
+        return [*zip(phases, firsts, firsts[1:], strict=False)]
 
     @cached_property
     def _intervals(self) -> tuple[list[int], list[int]]:
@@ -137,7 +137,7 @@ class TraceTemplate(TraceColumns):
         stride, last = max(1, self.events.size // INTERVALS), self.empty_cache_events[-1:].tolist()
         starts = [mark.at for mark in self.marks if mark.name != EMPTY_CACHE]
         begins = []
-        for number, (start, end) in enumerate(zip(starts, [*starts[1:], self.events.size])):
+        for number, (start, end) in enumerate(zip(starts, [*starts[1:], self.events.size], strict=False)):
             within = {start, *range(start, end, stride), *(at for at in last if start <= at < end)}
             begins += [(at, number) for at in sorted(within)]
         return [at for at, _ in begins], [number for _, number in begins]
@@ -198,7 +198,7 @@ class TraceTemplate(TraceColumns):
             ranges = {"size": texts["sizes"], "fqn": texts["fqns"], "op": texts["ops"], "kind": KINDS}
             for name, values in ranges.items():
                 column = columns[name]
-                if column.size != count or count and not 0 <= column.min() <= column.max() < len(values):
+                if column.size != count or (count and not 0 <= column.min() <= column.max() < len(values)):
                     raise ValueError(f"the column {name} names what is not there")
             marks = [Mark(int(at), str(name), int(step)) for at, name, step in data["marks"]]
             conditions = list(data["conditions"])
@@ -233,7 +233,7 @@ class ConcreteTrace:
         marks = [mark for mark in template.marks if mark.name != EMPTY_CACHE]
         bounds = [(int(allocations[mark.at - 1]) if mark.at else 0, mark.name) for mark in marks]
         phases: list[str] = []
-        for (start, name), (end, _) in zip(bounds, [*bounds[1:], (len(names), "")]):
+        for (start, name), (end, _) in zip(bounds, [*bounds[1:], (len(names), "")], strict=False):
             phases += [name] * (end - start)
         entries = map(Allocation, self.sizes.tolist(), names, kinds, phases, ops)
         return TraceLog(list(entries), template.events.tolist(), [], list(template.marks))

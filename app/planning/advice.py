@@ -268,7 +268,7 @@ def _first_that_fits(
     cannot be traced here: then ``untraced`` gets its title."""
     option, title = None, " and ".join(change.title for change in parts)
     for patches in itertools.zip_longest(*(change.patches for change in parts)):
-        chosen = [patch or change.patches[-1] for patch, change in zip(patches, parts)]
+        chosen = [patch or change.patches[-1] for patch, change in zip(patches, parts, strict=True)]
         patch = {key: value for one in chosen for key, value in one.items()}
         try:
             planned = plan_job(read_job({**job.model_dump(exclude_unset=True), **patch}))

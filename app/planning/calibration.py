@@ -45,6 +45,7 @@ class Facts:
 
     @property
     def source(self) -> str:
+        """Where the figures come from, as a plan says it."""
         return f"measured by a probe of this card, {self.date}, driver {self.driver}, torch {self.torch}"
 
 
@@ -139,7 +140,7 @@ def warnings_of(gpu: Gpu | OwnGpu) -> list[str]:
     rows = (f"on this card {row['name']} was measured as {row['measured']}" for row in facts.unexplained)
     return [
         f"the bytes outside the allocator are {facts.source}{kernels}",
-        *(f"{said}, and is planned as {row['planned']}" for said, row in zip(rows, facts.unexplained)),
+        *(f"{said}, and is planned as {row['planned']}" for said, row in zip(rows, facts.unexplained, strict=True)),
     ]
 
 

@@ -26,6 +26,7 @@ total that nobody read."""
 
 
 def id_of(card: Gpu | OwnGpu) -> str:
+    """What a card is called in an answer: the catalogue's key, or its own name."""
     return card.name if isinstance(card, OwnGpu) else card.key
 
 

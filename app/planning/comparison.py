@@ -38,7 +38,7 @@ def jobs_of(data: Any) -> list[tuple[dict, Any]]:
     over = _values(data["over"])
     if (count := math.prod(map(len, over.values()))) > ROWS:
         raise PlanError(f"a comparison of {count} jobs is too long", f"vary at most {ROWS}", "over")
-    combinations = (dict(zip(over, values)) for values in itertools.product(*over.values()))
+    combinations = (dict(zip(over, values, strict=True)) for values in itertools.product(*over.values()))
     return [(varied, _varied(data["job"], varied)) for varied in combinations]
 
 

@@ -46,18 +46,22 @@ class PlannedJob:
 
     @property
     def settings(self) -> AllocatorConfig:
+        """The allocator's settings that the job names."""
         return allocator_config_of(self.job)
 
     @property
     def facts(self) -> dict:
+        """What the trace tells of the model: class, parameters, attention, …"""
         return self.profile.facts
 
     @cached_property
     def point(self) -> ShapePoint:
+        """Batch, length and multiprocessors at which the profile is asked."""
         return shape_point_of(self.job, self.card)
 
     @property
     def concrete(self) -> ConcreteTrace:
+        """The trace at the job's point."""
         return concrete_at(self.profile.template, self.point)
 
     @property
@@ -117,7 +121,7 @@ def written(planned: PlannedJob) -> int:
     last = max(mark.step for mark in marks)
     ends = [mark.at for mark in marks[1:]] + [concrete.template.events.size]
     total = passes = 0
-    for mark, end in zip(marks, ends):
+    for mark, end in zip(marks, ends, strict=False):
         if mark.step == last:
             events = concrete.template.events[mark.at : end]
             taken = events[events >= 0]

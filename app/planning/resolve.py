@@ -45,6 +45,7 @@ def refuse_unplanned(job: Job) -> None:
 
 
 def card_of(job: Job) -> Gpu | OwnGpu:
+    """The card that a job names, else the default one."""
     if isinstance(job.gpu, OwnGpu):
         return job.gpu
     return find_gpu(job.gpu or DEFAULT_GPU)
@@ -127,5 +128,6 @@ def _read_file(path: str) -> dict:
 
 
 def allocator_config_of(job: Job) -> AllocatorConfig:
+    """The allocator's settings that a job names."""
     split = job.allocator.max_split_size_mb
     return AllocatorConfig(job.allocator.expandable_segments, None if split is None else split * MIB)

@@ -266,7 +266,7 @@ def smallest_card(job: Job, prices: dict[str, float] | None = None) -> dict:
     at = likely.index(True) if True in likely else len(cards)
     while at < len(cards) and on(cards[at])["verdict"] not in FITTING:
         at += 1
-    while 0 < at and on(cards[at - 1])["verdict"] in FITTING:
+    while at > 0 and on(cards[at - 1])["verdict"] in FITTING:
         at -= 1
     rows = [on(card) for card in cards[max(at - 1, 0) : at + 1]]
     return {"gpu": cards[at].key if at < len(cards) else None, "cards": rows}

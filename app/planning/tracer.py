@@ -93,7 +93,7 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-tracer: ContextVar[Tracer] = ContextVar("tracer", default=InProcessTracer())
+tracer: ContextVar[Tracer] = ContextVar("tracer", default=InProcessTracer())  # noqa: B039 - it holds nothing
 
 
 def request_of(job: Job, config: dict, card: Gpu | OwnGpu) -> TraceRequest:

@@ -76,8 +76,9 @@ def _curves(trace_log: TraceLog) -> dict[tuple, list[int]]:
     now = list(accumulate(_change(trace_log, event) for event in trace_log.events))
     out: dict[tuple, list[int]] = {}
     marks = [mark for mark in trace_log.marks if mark.name != EMPTY_CACHE and mark.step <= HISTORY_STEPS]
-    ends = [mark.at for mark in trace_log.marks if mark.name != EMPTY_CACHE][1 : len(marks)] + [len(now)]
-    for mark, end in zip(marks, ends):
+    begins = [mark.at for mark in trace_log.marks if mark.name != EMPTY_CACHE]
+    ends = [*begins[1 : len(marks)], len(now)]
+    for mark, end in zip(marks, ends, strict=False):
         values = now[mark.at : end]
         if not values:
             continue

@@ -1,7 +1,7 @@
-"""The process that measures: one job on one card, under a cap, and then it ends and everything is given back.
+"""The process that measures: it runs one job on one card, under a cap, and ends.
 
-``python -m vramplan.probe.child`` says ``{"ready": true}`` when its imports are done, reads one request as a line of JSON,
-tells each phase as it begins, and leaves a :class:`~vramplan.probe.recording.Recording` at the request's ``out``.
+``python -m vramplan.probe.child`` says ``{"ready": true}`` when its imports are done, reads one request as a line of
+JSON, tells each phase as it begins, and leaves a :class:`~vramplan.probe.recording.Recording` at the request's ``out``.
 """
 
 from __future__ import annotations
@@ -87,9 +87,11 @@ class CudaMeter:
         )
 
     def reset_peaks(self) -> None:
+        """Begin the peaks anew."""
         torch.cuda.reset_peak_memory_stats()
 
     def empty_cache(self) -> None:
+        """Give back the blocks that the allocator holds unused."""
         torch.cuda.empty_cache()
 
     def process_bytes(self) -> int | None:
@@ -205,6 +207,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def main() -> None:
+    """Read one request, measure it, and leave a recording."""
     sandbox.return_freed_memory()
     voice = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no part of what is told

@@ -35,5 +35,5 @@ def extrapolate(
     The plan's growth from layer to layer is exact in what it knows; what it does not know is taken to grow by the same
     bytes with every layer, as it did between the two depths.
     """
-    first, second = (m - p for m, p in zip(measured, planned))
+    first, second = (m - p for m, p in zip(measured, planned, strict=True))
     return at + second + (second - first) * (whole - depths[1]) // (depths[1] - depths[0])

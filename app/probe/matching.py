@@ -114,7 +114,7 @@ def pair(plan: TraceLog, measured: TraceLog) -> tuple[dict[int, int], dict[int, 
         there = _by_place(left_other)
         for place, keys in _by_place(left_mine).items():  # another size in the same place
             open_there = [key for key in there.get(place, ()) if key in free]
-            stands_for.update(zip((key for key in keys if key not in pairs), open_there))
+            stands_for.update(zip((key for key in keys if key not in pairs), open_there, strict=False))
     return pairs, stands_for
 
 
@@ -148,7 +148,7 @@ def _segments(trace_log: TraceLog) -> dict[tuple, list[int]]:
     seen: Counter = Counter()
     marks = [mark for mark in trace_log.marks if mark.name != EMPTY_CACHE]
     ends = [mark.at for mark in marks[1:]] + [len(trace_log.events)]
-    for mark, end in zip(marks, ends):
+    for mark, end in zip(marks, ends, strict=False):
         name = (0, "load", 0) if mark.step == 0 else (mark.step, mark.name, seen[mark.step, mark.name])
         seen[mark.step, mark.name] += mark.step > 0
         out.setdefault(name, []).extend(event for event in trace_log.events[mark.at : end] if event >= 0)

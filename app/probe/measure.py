@@ -62,6 +62,7 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
 
 
 def depth_of_plan(planned: Planned) -> int:
+    """How many layers the planned model has."""
     from ..dryrun import sandbox
     from ..dryrun.build.model import base_of
     from .extrapolate import depth_of

@@ -98,6 +98,7 @@ class Recorder:
             self.events = self.meter.history()
 
     def empty_cache(self) -> None:
+        """Give back what the allocator holds unused, and mark it in the log."""
         taken, given = self.meter.counts()
         self.marks.append((taken + given, "empty_cache", 0))
         self.meter.empty_cache()
@@ -163,4 +164,5 @@ class Recorder:
         """Whom a gradient belongs to, the plan knows."""
 
     def as_dict(self) -> list[dict]:
+        """The figures of the phases, in order."""
         return [asdict(phase) for phase in self.phases]

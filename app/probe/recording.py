@@ -17,7 +17,7 @@ OK, OUT_OF_MEMORY, FAILED = "ok", "out_of_memory", "failed"
 class Recording:
     """``job`` is resolved and holds its config; ``layers`` how many of the model's were built (None: all).
 
-    ``phases`` are :class:`~vramplan.probe.recorder.Figures`, ``card`` the facts of :func:`vramplan.probe.child.card_facts`;
+    ``phases`` are :class:`~vramplan.probe.recorder.Figures`, ``card`` what :meth:`CudaMeter.facts` tells;
     ``outcome`` is one of the three words above, ``reason`` the stack's own message where it is not ``ok``.
     """
 
@@ -47,6 +47,7 @@ class Recording:
         return max(values) if values else None
 
     def save(self, path: str | Path) -> None:
+        """Write the recording to a file of compressed JSON."""
         with gzip.open(path, "wt", encoding="utf-8", compresslevel=6) as file:
             json.dump({**self._plain(), "books": _pack(self.trace_log)}, file, separators=(",", ":"))
 
@@ -75,10 +76,7 @@ def _pack(trace_log: TraceLog) -> dict:
     number = lambda text: texts.setdefault(text, len(texts))  # noqa: E731
     columns = {
         "size": [a.size for a in trace_log.allocations],
-        **{
-            name: [number(getattr(a, field)) for a in trace_log.allocations]
-            for name, field in COLUMNS.items()
-        },
+        **{name: [number(getattr(a, field)) for a in trace_log.allocations] for name, field in COLUMNS.items()},
         "events": trace_log.events,
         "sites": [number(site) for site in trace_log.event_fqns],
         "marks": [list(mark) for mark in trace_log.marks],
@@ -88,7 +86,7 @@ def _pack(trace_log: TraceLog) -> dict:
 
 def _unpack(data: dict) -> TraceLog:
     texts = data["texts"]
-    rows = zip(data["size"], *([texts[i] for i in data[name]] for name in COLUMNS))
+    rows = zip(data["size"], *([texts[i] for i in data[name]] for name in COLUMNS), strict=True)
     return TraceLog(
         [Allocation(*row) for row in rows],
         data["events"],

@@ -34,6 +34,7 @@ class Planned:
 
     @property
     def process(self) -> int:
+        """Bytes that the process takes, as nvidia-smi shows it."""
         return self.summary.reserved + self.outside
 
 
@@ -90,12 +91,14 @@ def _phases(planned: Planned, recording: Recording) -> list[dict]:
     first, *later = steps.values() or [[]]
     measured = [(phase, phase) for phase in first]
     if later:
-        measured += zip(max(later, key=lambda step: max(phase["peak_allocated"] for phase in step)), later[-1])
+        measured += zip(
+            max(later, key=lambda step: max(phase["peak_allocated"] for phase in step)), later[-1], strict=False
+        )
     if load:  # whose process is read after the cache was emptied, not at the peak
         highest = {name: max(phase[name] for phase in load) for name in ("peak_allocated", "peak_reserved")}
         measured.insert(0, ({**load[-1], **highest}, {**load[-1], **highest, "process": None}))
     out = []
-    for phase, (real, last) in zip(planned.summary.phases[0 if load else 1 :], measured):
+    for phase, (real, last) in zip(planned.summary.phases[0 if load else 1 :], measured, strict=False):
         if (min(phase.step, 2), phase.name) != (min(real["step"], 2), real["name"]) or last["name"] != phase.name:
             break
         out.append(

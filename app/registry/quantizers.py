@@ -22,7 +22,8 @@ def four_bit_bytes(elements: int, double_quant: bool) -> int:
     """Bytes of a weight in bitsandbytes' 4 bits: packed, a code of 16 floats, and one float32 for 64 elements.
 
     ``double_quant`` stores those floats in 8 bits, in blocks of 256, with a code of 256 floats and an offset:
-    https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py#L884 ``quantize_4bit``.
+    https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py#L884
+    ``quantize_4bit``.
     Confirmed by ``tests/test_stored.py``, on a checkpoint that bitsandbytes writes.
     """
     blocks = -(-elements // 64)

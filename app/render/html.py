@@ -130,8 +130,8 @@ class View:
     """What a page is made of: the form's ``values``, and either an ``answer`` or a ``problem``.
 
     ``address`` is the job as a query string; ``posted`` tells that the form holds a config that is too long for one.
-    ``more`` has what is known of :func:`parts_of` the answer: what :func:`vramplan.planning.advice.advise` says, and the largest that
-    fits by field.
+    ``more`` has what is known of :func:`parts_of` the answer: what :func:`~vramplan.planning.advice.advise` says, and
+    by field the largest that fits.
     """
 
     values: dict[str, str]
@@ -431,7 +431,8 @@ def bar(answer: dict, scale: int = 0) -> Bar:
     the whole width, where they are more."""
     peak, card = answer["peak"], words.asked_card(answer)
     total = max(peak["process"], card["memory_bytes"] if card else 0, scale)
-    stretches = words.parts(answer) + [
+    stretches = [
+        *words.parts(answer),
         ("unused", "Reserved, unused", peak["reserved"] - peak["allocated"]),
         ("context", "CUDA context", peak["process"] - peak["reserved"]),
     ]
@@ -446,7 +447,13 @@ def bar(answer: dict, scale: int = 0) -> Bar:
 def timeline(answer: dict) -> Timeline:
     """The memory of load and steps in order of their allocations."""
     points = [point for point in answer["timeline"]["points"] if point["phase"] != "end"]
-    columns = dict(zip(answer["timeline"]["kinds"], map(list, zip(*(point["bytes"] for point in points)))))
+    columns = dict(
+        zip(
+            answer["timeline"]["kinds"],
+            map(list, zip(*(point["bytes"] for point in points), strict=True)),
+            strict=False,
+        )
+    )
     kinds = [(kind, name) for kind, name in words.KINDS.items() if any(columns.get(kind, ()))]
     return Timeline(points, kinds, [columns[kind] for kind, _ in kinds])
 

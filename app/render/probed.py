@@ -52,6 +52,7 @@ def _print(what: RenderableType, console: Console) -> None:
 
 
 def page(answer: dict) -> RenderableType:
+    """A probe's answer for a terminal: verdict, figures, phases, and what differs at the peak."""
     good = not answer["broke_in"]
     parts: list[RenderableType] = [Text(verdict(answer), "bold green" if good else "bold red")]
     if answer["layers"]:
@@ -148,6 +149,7 @@ def suite(answers: list[tuple[str, dict]], failed: list[tuple[str, str]], consol
 
 
 def suite_table(answers: list[tuple[str, dict]]) -> Table:
+    """The table of a suite: each job's figures, measured, and by how much the plan is off."""
     table = _table("Job", "Allocated", "off by", "Reserved", "off by", "Process", "off by", "matched")
     table.padding = (0, 1, 0, 0)
     columns: dict[str, list[float]] = {"allocated": [], "reserved": [], "process": []}

@@ -277,7 +277,7 @@ def comparison(answer: dict, console: Console) -> None:
     table = _table(
         *answer["over"], *told, "Allocated", "Reserved", "Peak in", *(["Verdict", "To spare"] if asked else [])
     )
-    for column, field in zip(table.columns, (*answer["over"], *told)):
+    for column in table.columns[: len(answer["over"]) + len(told)]:
         column.justify = "left"
     for row in rows:
         cells = [_cell(row["varied"].get(field)) for field in answer["over"]] + [

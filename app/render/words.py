@@ -78,7 +78,7 @@ def with_article(name: str) -> str:
     first = name.split()[0] if name.split() else ""
     if first.lower() in ("a", "an", "my", "the", "this", "our"):
         return name
-    spelled = first[:2].isupper() and first != "TITAN" or first[1:2].isdigit()
+    spelled = (first[:2].isupper() and first != "TITAN") or first[1:2].isdigit()
     return f"an {name}" if first[:1].upper() in ("AEFHILMNORSX" if spelled else "AEIOU") else f"a {name}"
 
 

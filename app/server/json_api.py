@@ -37,6 +37,7 @@ router = APIRouter()
 
 @router.post("/estimate", response_model=Answer, responses=RESPONSES, summary="Plan one job")
 async def estimate(request: Request, job: JobBody, all_layers: bool = False) -> Response:
+    """The plan of one job."""
     runner = runner_of(request)
     runner.reject_if_full()
     answer = await runner.plan(job, request, all_layers=all_layers)
@@ -46,6 +47,7 @@ async def estimate(request: Request, job: JobBody, all_layers: bool = False) -> 
 
 @router.get("/estimate.json", response_model=Answer, responses=RESPONSES, summary="Plan the job of a page's address")
 async def estimate_address(request: Request) -> Response:
+    """The plan of the job that a page's address holds."""
     runner = runner_of(request)
     runner.reject_if_full()
     return JSONResponse(await runner.plan(to_job(request.query_params.multi_items()), request))
@@ -58,6 +60,7 @@ async def estimate_address(request: Request) -> Response:
     summary="Plan many jobs; each gets its answer or its error",
 )
 async def batch(request: Request, items: BatchBody) -> Response:
+    """The plans of up to 1000 jobs, in order; a job that cannot be planned is an `error` in its place."""
     if not isinstance(items, list):
         raise PlanError("a batch is a list of jobs", 'send [{"model": "…"}, {"id": 1, "job": {"model": "…"}}]')
     if len(items) > BATCH_LIMIT:
@@ -80,6 +83,7 @@ async def batch(request: Request, items: BatchBody) -> Response:
 async def largest(
     request: Request, job: SolveBody, target: Annotated[str, Query(alias="for", description=TARGETS)] = "batch_size"
 ) -> Response:
+    """The largest batch, length or rank that fits; or the smallest card, or the largest model."""
     tag, job = unwrap(job)
     runner = runner_of(request)
     runner.reject_if_full()
@@ -90,6 +94,7 @@ async def largest(
 
 @router.post("/advise", response_model=Advice, responses=RESPONSES, summary="Find what makes a job fit its card")
 async def advice(request: Request, job: JobBody) -> Response:
+    """The single changes that make a job fit its card, each planned."""
     runner = runner_of(request)
     runner.reject_if_full()
     found = await runner.run(advise, job, request)
@@ -101,6 +106,7 @@ async def advice(request: Request, job: JobBody) -> Response:
 async def side_by_side(
     request: Request, what: CompareBody, form: Annotated[Literal["json", "csv"], Query(alias="format")] = "json"
 ) -> Response:
+    """Up to six jobs, or one varied, with their peaks and verdicts; as JSON or as CSV."""
     runner = runner_of(request)
     for _, job in jobs_of(what):
         runner.refuse_local(job)
@@ -111,6 +117,7 @@ async def side_by_side(
 
 @router.get("/gpus", summary="The cards of the catalogue, the smallest first")
 async def gpus() -> list[GpuRow]:
+    """The cards of the catalogue."""
     return [GpuRow(**asdict(card), parts=parts_of(card)) for card in all_gpus()]
 
 
@@ -138,14 +145,17 @@ def models(
 
 @router.get("/progress/{request_id}", summary="What is being done for the request that came with this X-Request-Id")
 async def progress(request: Request, request_id: str) -> Progress:
+    """What is being done for a request that is under way."""
     return Progress(**runner_of(request).progress(request_id))
 
 
 @router.get("/health", summary="Whether the service is up")
 async def health(request: Request) -> Health:
+    """Whether the service is up, how many jobs wait, and whether it can trace."""
     return Health(version=__version__, waiting=runner_of(request).waiting, can_trace=can_trace())
 
 
 @router.get("/accuracy.json", summary="Every measured row beside its plan")
 def measured() -> dict[str, Any]:
+    """Every measured row beside its plan, as the page of accuracy shows it."""
     return accuracy.tables()

@@ -28,6 +28,7 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         with_headers = _adding_headers(send)

@@ -36,11 +36,13 @@ router = APIRouter()
 
 @router.get("/", include_in_schema=False)
 async def page(request: Request) -> Response:
+    """The page of the job in the address; without one, of the first visit."""
     return await _respond(request, request.query_params.multi_items() or list(html.FIRST_VISIT.items()))
 
 
 @router.post("/", include_in_schema=False)
 async def page_of_config(request: Request) -> Response:
+    """The page of a form that was posted: under its own address, where that is short enough."""
     pairs = await _posted(request)
     address, too_long = _address(_given(pairs))
     return await _respond(request, pairs) if too_long else RedirectResponse(f"/?{address}", 303)
@@ -48,6 +50,7 @@ async def page_of_config(request: Request) -> Response:
 
 @router.get("/advice", include_in_schema=False)
 async def page_with_advice(request: Request) -> Response:
+    """The page with all parts of its advice, for browsers without JavaScript."""
     return await _respond(request, request.query_params.multi_items(), advised=True)
 
 
@@ -87,6 +90,7 @@ async def preview(request: Request) -> Response:
 
 @router.get("/compare", include_in_schema=False)
 async def page_of_several(request: Request) -> Response:
+    """The page of a comparison of several results."""
     links, problem = _links(request)
     views = [await _view_of(request, link) for link in links]
     return HTMLResponse(html.comparison(views, problem, str(request.base_url)), 422 if problem else 200)
@@ -96,6 +100,7 @@ async def page_of_several(request: Request) -> Response:
 async def several(
     request: Request, job: Annotated[list[str], Query(description="What follows a page's question mark.")]
 ) -> Comparison:
+    """The jobs of several addresses, with their peaks and verdicts."""
     runner = runner_of(request)
     links, problem = _links(request)
     if problem is not None:
@@ -109,11 +114,13 @@ async def several(
 
 @router.get("/accuracy", include_in_schema=False)
 def page_of_accuracy() -> Response:
+    """The page of every measured row."""
     return HTMLResponse(html.accuracy())
 
 
 @router.get("/how-it-works", include_in_schema=False)
 async def page_of_how(request: Request) -> Response:
+    """The page on how it works, with a real plan."""
     return HTMLResponse(html.how(await _view_of(request, list(html.FIRST_VISIT.items()))))
 
 

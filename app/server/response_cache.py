@@ -42,6 +42,7 @@ class ResponseCache:
         self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
         if scope["type"] != "http" or PATHS.get(scope["path"]) != scope["method"]:
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0" if scope["method"] == "GET" else b"")

@@ -39,12 +39,14 @@ class PooledTracer:
     one_shot = False
 
     def trace(self, part: str, request: TraceRequest) -> bytes:
+        """As :meth:`vramplan.planning.tracer.Tracer.trace`, in the pool."""
         try:
             return self.pool.trace(part, request, self.handle)
         except (Abandoned, Busy, OurFault) as error:
             raise Unanswered(error) from None
 
     def later(self, part: str, request: TraceRequest) -> None:
+        """As :meth:`vramplan.planning.tracer.Tracer.later`, in the pool."""
         self.pool.later(part, request)
 
 

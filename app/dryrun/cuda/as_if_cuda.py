@@ -58,7 +58,8 @@ def _values() -> Iterator[tuple]:
             if hasattr(module, name):
                 yield module, name, lambda: ["cuda", "meta"]
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
-        yield torch, name, lambda device="cuda", ask=getattr(torch, name): ask("cuda" if device == "meta" else device)
+        ask = getattr(torch, name)
+        yield torch, name, lambda device="cuda", ask=ask: ask("cuda" if device == "meta" else device)
     autocast = torch.autocast
     yield (
         torch,

@@ -71,7 +71,7 @@ def _needs_grad(*tensors: torch.Tensor) -> bool:
 
 def _is_half(card: Card, dtype: torch.dtype) -> bool:
     """Whether the fused kernels take ``dtype`` as a 16-bit type: bfloat16 from sm80 on only."""
-    return dtype == torch.float16 or dtype == torch.bfloat16 and card.capability >= (8, 0)
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and card.capability >= (8, 0))
 
 
 def _cudnn_accepts(card: Card, query, key, value, mask) -> bool:
@@ -107,7 +107,7 @@ def _flash_accepts(card: Card, query, key, value, dropout_p: float) -> bool:
     if not (_is_half(card, query.dtype) and card.capability >= (8, 0) and size == value_size <= 256):
         return False
     if _needs_grad(query, key, value) and card.capability in SMALL_SHARED_MEMORY:
-        return not (192 < size <= 224 or size > 224 and dropout_p > 0)
+        return not (192 < size <= 224 or (size > 224 and dropout_p > 0))
     return True
 
 

@@ -86,7 +86,7 @@ def _has(module: Any, function: str) -> bool:
         if value is None:
             return False
     code = getattr(value, "__code__", None)
-    return not inner or code is not None and function in _qualnames(code)
+    return not inner or (code is not None and function in _qualnames(code))
 
 
 def _qualnames(code: CodeType) -> Iterator[str]:

@@ -24,7 +24,7 @@ def _fits_cublas(matrix: torch.Tensor) -> bool:
     if matrix.is_contiguous() or matrix.mT.is_contiguous():
         return True
     (rows, columns), (row_stride, column_stride) = matrix.shape[-2:], matrix.stride()[-2:]
-    return column_stride == 1 and row_stride >= columns or row_stride == 1 and column_stride >= rows
+    return (column_stride == 1 and row_stride >= columns) or (row_stride == 1 and column_stride >= rows)
 
 
 @kernel(aten.mm.default, aten.mm.out, aten.bmm.default, aten.baddbmm.default, aten.addmm.default)

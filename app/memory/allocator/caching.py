@@ -459,7 +459,7 @@ def _get_free_block(st: _State, config: _Config, size: Uint, pool: Uint) -> Uint
                 break
             block = after
     found = blocks[block + _SIZE]
-    if size < limit and limit <= found or size >= limit and found >= size + _LARGE_PAGE:
+    if (size < limit and limit <= found) or (size >= limit and found >= size + _LARGE_PAGE):
         return _NONE
     _erase_block(st, block)
     return block
@@ -750,7 +750,7 @@ def _run(
                 _release_cached_blocks(st, now)
                 emptied += 1
             stop = min(end, empty_cache_events[emptied]) if emptied < len(empty_cache_events) else end
-            for at in range(at, stop):
+            for at in range(at, stop):  # noqa: B020 - goes on where the last one stopped
                 event = events[at]
                 if event < 0:
                     _free(st, _U(~event))
@@ -959,4 +959,4 @@ class CachingAllocator:
         """(address, size) of every block that is allocated, by address."""
         rows = self._state.live[self._state.live != _NONE]
         blocks = self._state.blocks
-        return sorted(zip(blocks[rows + _ADDRESS].tolist(), blocks[rows + _SIZE].tolist()))
+        return sorted(zip(blocks[rows + _ADDRESS].tolist(), blocks[rows + _SIZE].tolist(), strict=True))

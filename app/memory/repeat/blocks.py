@@ -173,7 +173,7 @@ class BlockWriter:
                 # The key is asked again: while it was planned, the block may have reached further than any before.
                 self._plans[span, final, self._neighbourhood_key(layers[0])] = plan
             key = self._neighbourhood_key(layers[0])
-            alike = [*takewhile(lambda layer: self._neighbourhood_key(layer) == key, layers)]
+            alike = [*takewhile(lambda layer: self._neighbourhood_key(layer) == key, layers)]  # noqa: B023 - called here
             self._repeat(part, plan, alike, phase)
             layers = layers[len(alike) :]
 

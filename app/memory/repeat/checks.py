@@ -46,7 +46,7 @@ def _check_layers(
 ) -> None:
     """Every layer keeps as many allocations as its template."""
     kept_by: Counter[Owner] = Counter()
-    for owner, kept in zip(writer.owners, stays.tolist()):
+    for owner, kept in zip(writer.owners, stays.tolist(), strict=True):
         if owner is not None and kept:
             kept_by[owner.stack, owner.position] += 1
     layer_map = expansion.layer_map

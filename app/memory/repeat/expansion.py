@@ -100,8 +100,7 @@ def same(trace_log: TraceLog, other: TraceLog) -> bool:
         and trace_log.marks == other.marks
         and len(trace_log.events) == len(other.events)
         and (
-            trace_log.events == other.events
-            and trace_log.event_fqns == other.event_fqns
+            (trace_log.events == other.events and trace_log.event_fqns == other.event_fqns)
             or _with_sorted_frees(trace_log) == _with_sorted_frees(other)
         )
     )
@@ -112,7 +111,7 @@ def _with_sorted_frees(trace_log: TraceLog) -> list[tuple[int, str]]:
     marks = {mark.at for mark in trace_log.marks}
     out: list[tuple[int, str]] = []
     frees: list[tuple[int, str]] = []
-    for at, entry in enumerate(zip(trace_log.events, trace_log.event_fqns)):
+    for at, entry in enumerate(zip(trace_log.events, trace_log.event_fqns, strict=True)):
         if frees and (entry[0] >= 0 or at in marks):
             out += sorted(frees)
             frees.clear()
@@ -134,7 +133,7 @@ def growth_of(trace_log: TraceLog, stacks: Sequence[Stack], whole: TraceLog) -> 
         raise NotRepeatable(f"{len(out.allocations)} allocations expected, {len(whole.allocations)} made")
     short_key = {key: short for short, key in enumerate(expansion.single_keys.tolist()) if key >= 0}
     growth: dict[int, Number] = {}
-    for key, (expected, made) in enumerate(zip(out.allocations, whole.allocations)):
+    for key, (expected, made) in enumerate(zip(out.allocations, whole.allocations, strict=True)):
         if expected.size != made.size:
             if key not in short_key:
                 raise NotRepeatable(f"{made.op} of {made.fqn}: {expected.size} bytes expected, {made.size} allocated")

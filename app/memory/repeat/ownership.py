@@ -60,7 +60,7 @@ def phases_of(trace_log: TraceLog) -> Iterator[PhaseSpan]:
     starts = [n for n, mark in enumerate(marks) if mark.name != EMPTY_CACHE]
     if not starts or starts[0] != 0 or marks[0].at != 0:
         raise NotRepeatable("events before the first phase")
-    for number, following in zip(starts, (*starts[1:], None)):
+    for number, following in zip(starts, (*starts[1:], None), strict=False):
         end = len(trace_log.events) if following is None else marks[following].at
         empty_caches = Counter(mark.at - 1 for mark in marks[number + 1 : following])
         yield PhaseSpan(marks[number], marks[number].at, end, empty_caches)
@@ -87,7 +87,9 @@ def chunks_of(trace_log: TraceLog, phase: PhaseSpan, owner_of: Mapping[str, FqnO
     """
     allocations, start, end = trace_log.allocations, phase.start, phase.end
     chunks: list[Chunk] = []
-    for at, (event, fqn) in enumerate(zip(trace_log.events[start:end], trace_log.event_fqns[start:end]), start):
+    for at, (event, fqn) in enumerate(
+        zip(trace_log.events[start:end], trace_log.event_fqns[start:end], strict=True), start
+    ):
         found = owner_of[fqn] or owner_of[allocations[event if event >= 0 else ~event].fqn]
         owner = None if found is None else found[:2]
         allocates = event >= 0
@@ -108,7 +110,7 @@ def _assign_boundary_frees(chunks: list[Chunk], phase: str) -> None:
     came_from = _previous_positions(chunks, allocating)
     goes_to = _previous_positions(chunks, reversed(allocating))
     latest = None  # the last chunk so far in which a layer allocates
-    for index, following in zip(allocating, (*allocating[1:], len(chunks))):
+    for index, following in zip(allocating, (*allocating[1:], len(chunks)), strict=False):
         latest = index if chunks[index].owner is not None else latest
         between = chunks[index + 1 : following]
         if latest is None or not between:

@@ -127,7 +127,7 @@ def _stops(types: list[int], start: int, radius: int, wanted: dict[Window, int])
 
 def combination(target: Sequence[int], vectors: Sequence[Sequence[int]]) -> list[Fraction] | None:
     """The coefficients with which ``vectors`` add up to ``target`` (Gauss-Jordan elimination); None: they do not."""
-    rows = [[*map(Fraction, column), Fraction(value)] for *column, value in zip(*vectors, target)]
+    rows = [[*map(Fraction, column), Fraction(value)] for *column, value in zip(*vectors, target, strict=True)]
     pivots: list[int] = []
     for column in range(len(vectors)):
         top = len(pivots)
@@ -138,11 +138,11 @@ def combination(target: Sequence[int], vectors: Sequence[Sequence[int]]) -> list
         rows[top] = [value / rows[top][column] for value in rows[top]]
         for n, row in enumerate(rows):
             if n != top and row[column]:
-                rows[n] = [value - row[column] * other for value, other in zip(row, rows[top])]
+                rows[n] = [value - row[column] * other for value, other in zip(row, rows[top], strict=True)]
         pivots.append(column)
     if any(row[-1] for row in rows[len(pivots) :]):
         return None
     out = [Fraction(0)] * len(vectors)
-    for row, column in zip(rows, pivots):
+    for row, column in zip(rows, pivots, strict=False):
         out[column] = row[-1]
     return out
