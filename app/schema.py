@@ -264,7 +264,7 @@ class Failure(BaseModel):
     error: Problem
 
 
-class Weighed(_Open):
+class VerdictSummary(_Open):
     """A job's verdict on its card, and its peaks."""
 
     gpu: str
@@ -278,7 +278,7 @@ class Weighed(_Open):
     peak: dict[str, int | str]
 
 
-class Suggestion(Weighed):
+class Suggestion(VerdictSummary):
     """A change of the job, planned: `change` are the fields to set."""
 
     title: str
@@ -293,12 +293,12 @@ class Suggestion(Weighed):
 class Advice(_Open):
     """Single changes that make the job fit, the least that one minds first; a pair where no single one does."""
 
-    now: Weighed
+    now: VerdictSummary
     suggestions: list[Suggestion]
     pair: Suggestion | None
     untraced: list[str] = Field([], description="Changes that cannot be planned without the packages of [trace].")
     smallest_card: str | None = Field(description="The smallest of the catalogue that takes the job as it is.")
-    merged: Weighed | Failure | None = Field(
+    merged: VerdictSummary | Failure | None = Field(
         description="Generating 64 tokens with the model that the adapter is merged into, in 16 bit, on the same card."
     )
 

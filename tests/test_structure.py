@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,41 @@ def test_no_rule_is_keyed_to_a_model():
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
         assert not strings & set(CONFIG_MAPPING_NAMES) - words, (path.name, strings & set(CONFIG_MAPPING_NAMES))
+
+
+def functions() -> list[tuple[str, int]]:
+    """Every function of the package, methods and inner ones too: where it stands, and how many lines it has."""
+    return [
+        (f"{path.relative_to(APP)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+
+
+def test_functions_are_short():
+    """The median has at most 10 lines, none more than 60."""
+    sizes = functions()
+    assert statistics.median(size for _, size in sizes) <= 10
+    assert [where for where, size in sizes if size > 60] == []
+
+
+def undocumented(tree: ast.AST, public: bool = True) -> Iterator[ast.AST]:
+    """The public classes and functions without a docstring. What stands inside a function is not public."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            named = public and not node.name.startswith("_")
+            if named and not ast.get_docstring(node):
+                yield node
+            yield from undocumented(node, named and isinstance(node, ast.ClassDef))
+        elif isinstance(node, (ast.If, ast.Try, ast.With)):
+            yield from undocumented(node, public)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(APP)))
+def test_public_names_have_docstrings(path):
+    """All but the methods of a SymNode, which PyTorch names and documents."""
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the module has none"
+    if path.name != "symbols.py":
+        assert [f"{node.lineno} {node.name}" for node in undocumented(tree)] == []

@@ -168,9 +168,11 @@ _TRIES = 3
 class Change(Protocol):
     """A change of others' state. ``undo`` may be called again after it was interrupted."""
 
-    def apply(self) -> None: ...
+    def apply(self) -> None:
+        """Make the change."""
 
-    def undo(self) -> None: ...
+    def undo(self) -> None:
+        """Take the change back."""
 
 
 class _Replacement:

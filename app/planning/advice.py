@@ -230,7 +230,7 @@ def _planned_changes(now: PlannedJob, job: Job, untraced: list[str]) -> tuple[Op
 
 
 def merged(planned: PlannedJob) -> dict | None:
-    """What it takes to generate with the model that ``weighing``'s adapter is merged into, on the same card: a summary,
+    """What it takes to generate with the model that the planned job's adapter is merged into, on the same card: a summary,
     or ``error``; None: the job trains no adapter."""
     job = planned.job
     if job.method not in ("lora", "qlora"):

@@ -7,12 +7,13 @@ from typing import Any
 
 from ..errors import PlanError
 from ..job import read_job
+from ..memory.budget import Context
 from ..memory.events import KINDS
-from ..memory.summary import holders_after
+from ..memory.summary import MemorySummary, Phase, TimelineSample, holders_after
 from .calibration import warnings_of
 from .cards import every_card, outside_of
 from .fingerprint import stack, stack_warnings
-from .planned_job import after, card_warnings, fit_on, plan_job
+from .planned_job import After, PlannedJob, after, card_warnings, fit_on, plan_job
 from .profile_cache import trace_general_later
 
 
@@ -20,65 +21,69 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job: a dict of the fields of the wire format. Raises :class:`PlanError`."""
     planned = plan_job(read_job(data))
     trace_general_later(planned.job, planned.config, planned.card)
-    job, card, summary = planned.job, planned.card, planned.summary
-    facts = planned.facts
-    outside = outside_of(card)
-    others = [other for other in every_card() if other != card]
-    fits = [fit_on(planned, other) for other in (card, *others)]
-    following, unknown = None, []
-    try:
-        following = after(planned)
-    except PlanError as error:
-        unknown = [error.message]
+    job, card, summary, facts = planned.job, planned.card, planned.summary, planned.facts
+    following, unknown = _following(planned)
     layers = planned.profile.table.at(planned.point, all_layers)
-    load = summary.phases[0]
+    others = [other for other in every_card() if other != card]
+    warnings = [*planned.profile.warnings, *card_warnings(job, card), *warnings_of(card), *stack_warnings(), *unknown]
     return {
         "job": {**job.model_dump(exclude={"config"}, mode="json"), "attention": facts["attention"]},
         "model": {**planned.source, **{key: fact for key, fact in facts.items() if key != "optimizer_state"}},
-        "peak": {
-            "allocated": summary.peak.peak,
-            "reserved": summary.reserved,
-            "process": summary.reserved + outside.expected,
-            "process_interval": [summary.reserved + outside.low, summary.reserved + outside.high],
-            "phase": summary.peak.name,
-            "step": summary.peak.step,
-            "module": summary.peak_module,
-            "op": summary.peak_op,
-        },
-        "load": {"placed_allocated": summary.placed, "peak_allocated": load.peak, "peak_reserved": load.reserved},
+        "peak": _peak(summary, outside_of(card)),
+        "load": _load(summary),
         "optimizer_state": facts["optimizer_state"],
-        "phases": [
-            {
-                "step": phase.step,
-                "name": phase.name,
-                "allocated_start": phase.start,
-                "allocated_end": phase.end,
-                "peak_allocated": phase.peak,
-                "peak_reserved": phase.reserved,
-            }
-            for phase in summary.phases
-        ],
+        "phases": [_phase(phase) for phase in summary.phases],
         "parts": summary.parts,
-        "holders": _told(summary.holders),
-        "timeline": {
-            "kinds": list(KINDS),
-            "points": [
-                {**{k: v for k, v in point._asdict().items() if k != "kinds"}, "bytes": list(point.kinds)}
-                for point in summary.timeline
-            ],
-        },
+        "holders": _holders(summary.holders),
+        "timeline": {"kinds": list(KINDS), "points": [_sample(sample) for sample in summary.timeline]},
         "layers": [layer._asdict() for layer in layers],
-        "fits": fits,
+        "fits": [fit_on(planned, other) for other in (card, *others)],
         "after": asdict(following) if following else None,
-        "warnings": [
-            *planned.profile.warnings,
-            *card_warnings(job, card),
-            *warnings_of(card),
-            *stack_warnings(),
-            *unknown,
-        ],
+        "warnings": warnings,
         "stack": stack(),
     }
+
+
+def _following(planned: PlannedJob) -> tuple[After | None, list[str]]:
+    """What follows the training; where it cannot be planned None, and the reason as a warning."""
+    try:
+        return after(planned), []
+    except PlanError as error:
+        return None, [error.message]
+
+
+def _peak(summary: MemorySummary, outside: Context) -> dict[str, Any]:
+    return {
+        "allocated": summary.peak.peak,
+        "reserved": summary.reserved,
+        "process": summary.reserved + outside.expected,
+        "process_interval": [summary.reserved + outside.low, summary.reserved + outside.high],
+        "phase": summary.peak.name,
+        "step": summary.peak.step,
+        "module": summary.peak_module,
+        "op": summary.peak_op,
+    }
+
+
+def _load(summary: MemorySummary) -> dict[str, int]:
+    load = summary.phases[0]
+    return {"placed_allocated": summary.placed, "peak_allocated": load.peak, "peak_reserved": load.reserved}
+
+
+def _phase(phase: Phase) -> dict[str, Any]:
+    return {
+        "step": phase.step,
+        "name": phase.name,
+        "allocated_start": phase.start,
+        "allocated_end": phase.end,
+        "peak_allocated": phase.peak,
+        "peak_reserved": phase.reserved,
+    }
+
+
+def _sample(sample: TimelineSample) -> dict[str, Any]:
+    fields = sample._asdict()
+    return {**{name: value for name, value in fields.items() if name != "kinds"}, "bytes": list(sample.kinds)}
 
 
 def alive(data: Any, event: int) -> list[dict]:
@@ -86,8 +91,8 @@ def alive(data: Any, event: int) -> list[dict]:
     planned = plan_job(read_job(data))
     if not 0 <= event < planned.concrete.template.events.size:
         raise PlanError(f"the step has no event {event}", "take one of the answer's timeline")
-    return _told(holders_after(planned.concrete, planned.settings, event))
+    return _holders(holders_after(planned.concrete, planned.settings, event))
 
 
-def _told(holders: list[tuple[str, str, int]]) -> list[dict]:
+def _holders(holders: list[tuple[str, str, int]]) -> list[dict]:
     return [{"module": module, "kind": kind, "bytes": size} for module, kind, size in holders]

@@ -55,8 +55,8 @@ SHOWN = (
 
 
 def usual_jobs() -> list[dict]:
-    """What people ask first of each model of the catalogue, on the default card's kernels; and what the page shows a
-    first visitor, so that its advice, too, is there in a moment."""
+    """What people ask first of each model of the catalogue, on the default card's kernels; and what the page shows
+    first, so that its advice, too, is there in a moment."""
     jobs = [{"model": name, "method": method} for name in USUAL for method in METHODS]
     jobs += [{"model": name, "method": "full"} for name in IN_FULL]
     return [*jobs, *({**QUESTION, "model": name} for name in ASKED), *SHOWN]
