@@ -1,4 +1,4 @@
-"""What to change so that a job fits: single changes as patches of the job, each planned, with its cost."""
+"""Changes that make a job fit: patches of the job's fields, each planned, with what it costs beside memory."""
 
 from __future__ import annotations
 
@@ -230,8 +230,8 @@ def _planned_changes(now: PlannedJob, job: Job, untraced: list[str]) -> tuple[Op
 
 
 def merged(planned: PlannedJob) -> dict | None:
-    """What it takes to generate with the model that the planned job's adapter is merged into, on the same card: a summary,
-    or ``error``; None: the job trains no adapter."""
+    """The summary of generating with the merged model on the same card, or its ``error``; None: the job trains no
+    adapter."""
     job = planned.job
     if job.method not in ("lora", "qlora"):
         return None
@@ -293,8 +293,8 @@ def _first_that_fits(
 
 
 def _traffic(now: PlannedJob, planned: PlannedJob) -> dict:
-    """How many bytes more a steady step writes into memory that it takes, and the least that this takes at the card's
-    bandwidth: a lower bound, for what is written is read again."""
+    """The additional bytes that a steady step writes, and the least time that takes at the card's bandwidth. It is a
+    lower bound, for what is written is read again."""
     more = written(planned) - written(now)
     chip = known(planned.card)
     return {

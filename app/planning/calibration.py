@@ -1,4 +1,4 @@
-"""What probes found out about a card: kept for this user, per card, driver and stack, and used by later plans."""
+"""The store of what probes measured of a card: a file for each card, driver and torch, which later plans use."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Facts:
 
 @lru_cache(maxsize=1)
 def folder() -> Path:
-    """Where facts are kept: the user's data folder, as each system has it."""
+    """The folder of the files, in the user's data folder."""
     return platformdirs.user_data_path("vramplan") / "cards"
 
 
@@ -60,13 +60,13 @@ def _path(card: str, driver: str, torch: str) -> Path:
 
 
 def is_known(card: str, driver: str, torch: str) -> bool:
-    """Whether a probe of that card found its kernels out, with that driver and torch."""
+    """Whether a probe has measured that card with that driver and torch."""
     return _read(_path(card, driver, torch)) is not None
 
 
 def store(facts: Facts, calibrated: bool) -> Path:
-    """Keep ``facts``; earlier probes of that card, driver and torch widen the interval of the context, and tell of the
-    kernels where this one is not ``calibrated``."""
+    """Write the file of a card. The context's interval covers earlier probes of the same card, driver and torch too;
+    their findings about kernels are kept if this probe was not ``calibrated``."""
     path = _path(facts.card, facts.driver, facts.torch)
     earlier = _read(path)
     if earlier is not None:
@@ -111,13 +111,13 @@ def _all_of(place: Path, time: int) -> dict[str, Facts]:
 
 
 def name_of(gpu: Gpu | OwnGpu) -> str:
-    """What facts of this card are kept under."""
+    """The name of a card in the file names."""
     return gpu.key if isinstance(gpu, Gpu) else gpu.like or gpu.name
 
 
 def context_of(gpu: Gpu | OwnGpu, capability: tuple[int, int] | None) -> Context:
-    """What a process holds on a card of this compute capability outside the allocator: as it was probed here, else as
-    it is known."""
+    """Bytes that a process holds on a card outside the allocator: as a probe measured them here, else the default for
+    the compute capability."""
     facts = known(name_of(gpu))
     if facts is None:
         return context(capability)
@@ -125,13 +125,13 @@ def context_of(gpu: Gpu | OwnGpu, capability: tuple[int, int] | None) -> Context
 
 
 def kernels_found(gpu: Gpu | OwnGpu) -> KernelFacts:
-    """What this card's kernels were found to do otherwise than the dry run's sources say."""
+    """How this card's kernels were measured to differ from what the dry run states; empty without a probe of it."""
     facts = known(name_of(gpu))
     return KernelFacts() if facts is None else facts.kernels
 
 
 def warnings_of(gpu: Gpu | OwnGpu) -> list[str]:
-    """What a plan says of the facts that it uses, and of what was measured and cannot be planned with."""
+    """The warnings of a plan that uses a probe's measurements: which, and what it could not use."""
     facts = known(name_of(gpu))
     if facts is None:
         return []

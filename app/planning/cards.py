@@ -1,4 +1,4 @@
-"""The room that a job has on a card: what of its memory PyTorch sees, less what is not the job's.
+"""The memory that a job may use on a card: what PyTorch sees of it, less the CUDA context and what is reserved.
 
 The card may be the catalogue's, one of the user's own, or the one in this machine. Prices are the user's, from a file:
 none is kept here, for they change by the week.
@@ -36,20 +36,20 @@ def usable(card: Gpu | OwnGpu) -> int:
 
 
 def known(card: Gpu | OwnGpu) -> Gpu | None:
-    """The catalogue's card whose chip this is; None: nobody said."""
+    """The catalogue's card with the same chip; None: the job does not say which."""
     if isinstance(card, OwnGpu):
         return find_gpu(card.like) if card.like else None
     return card
 
 
 def outside_of(card: Gpu | OwnGpu) -> Context:
-    """What a process holds of the card outside the allocator."""
+    """Bytes that a process holds on the card outside the allocator."""
     chip = known(card)
     return context_of(card, chip.compute_capability if chip else None)
 
 
 def budget_on(card: Gpu | OwnGpu, reserve: int, workspace: int) -> MemoryBudget:
-    """What the allocator may reserve of ``card`` when ``reserve`` bytes are others'.
+    """The bytes that the allocator may reserve on ``card`` when ``reserve`` bytes are left to others.
 
     ``workspace``: bytes of the plan that depend on kernels, not known of a card on which they were not measured.
     """

@@ -1,4 +1,4 @@
-"""A config.json's object: what no model's can hold is refused before anything is built by it. Imports no torch."""
+"""Limits on the values of a config.json, checked before a model is built from it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OWN = "send the model's own config.json"
 
 
 def refuse_impossible(config: dict[str, Any]) -> None:
-    """Raise :class:`PlanError` for what would hang or exhaust whoever builds a model by it."""
+    """Raise :class:`PlanError` for a config whose model would take unbounded time or memory to build."""
     _check(config, "config", 0)
 
 

@@ -1,4 +1,4 @@
-"""A job planned and held against cards: what every question about fitting is answered from."""
+"""A job with its profile, and the verdicts on cards: every question about fitting is answered from these."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _alive(profile: ref[Profile]) -> Profile:
 
 
 def plan_job(job: Job) -> PlannedJob:
-    """``job`` planned. Raises :class:`PlanError`."""
+    """The plan of a job: its card, its config and a profile that holds for it. Raises :class:`PlanError`."""
     job = job.resolved()
     refuse_unplanned(job)
     card = card_of(job)
@@ -107,7 +107,7 @@ def plan_job(job: Job) -> PlannedJob:
 
 
 def step_fits_under(planned: PlannedJob, limit: int) -> bool:
-    """Whether the step passes the replayed allocator under ``limit`` bytes, the model being there already."""
+    """Whether the step passes the replayed allocator under ``limit`` bytes, with the model already loaded."""
     return fits_under_limit(planned.concrete, replace(planned.settings, limit=limit), placed=True)[0]
 
 
@@ -134,7 +134,7 @@ def written(planned: PlannedJob) -> int:
 
 
 def kind_of(job: Job) -> str:
-    """The kind of job that its measured error goes by: a key of :data:`vramplan.memory.fit.MEASURED`."""
+    """The kind of job by which measured errors are grouped: a key of :data:`vramplan.memory.fit.MEASURED`."""
     return job.quantizer.measured_as or job.method if job.quantizer is not None else job.method
 
 
@@ -160,15 +160,18 @@ def _verdict(
 
 @dataclass(frozen=True)
 class After:
-    """What follows a training: bytes allocated at the highest moment of merging the adapter in 16 bit (a process of its
-    own; None: nothing to merge) and of writing what was trained, beside what the training holds."""
+    """The peaks of what follows a training, in allocated bytes.
+
+    ``merge`` is merging the adapter in 16 bit, in a process of its own (None: nothing to merge); ``save`` is writing
+    what was trained, including what the training still holds.
+    """
 
     merge: int | None
     save: int
 
 
 def after(planned: PlannedJob) -> After | None:
-    """What merging and writing take; None: the job trains nothing. Raises :class:`PlanError`."""
+    """The peaks of merging and writing; None: the job trains nothing. Raises :class:`PlanError`."""
     job = planned.job
     if job.method == "inference":
         return None
@@ -201,12 +204,12 @@ def _finish(concrete: ConcreteTrace, settings: AllocatorConfig) -> list[Phase]:
 
 
 def cannot(planned: PlannedJob, verdict: Verdict) -> list[str]:
-    """What of merging and writing a card with ``verdict`` has no room for, as far as they can be planned."""
+    """Which of ``merge`` and ``save`` does not fit a card with this verdict, as far as they can be planned."""
     return [name for name, need in planned.after_bytes.items() if need > verdict.limit]
 
 
 def fit_on(planned: PlannedJob, card: Gpu | OwnGpu) -> dict:
-    """The verdict on a card as the answer has it."""
+    """The verdict on a card as the answer's JSON object."""
     verdict = verdict_on(planned, card)
     return {
         "gpu": id_of(card),
@@ -229,7 +232,7 @@ def summary(planned: PlannedJob, card: Gpu | OwnGpu | None = None) -> dict:
 
 
 def card_warnings(job: Job, card: Gpu | OwnGpu) -> list[str]:
-    """What is to be said of a card, and of the job on it."""
+    """The warnings about a card, and about the job on it."""
     out = []
     chip = known(card)
     if chip is not None and not chip.bf16 and job.in_bfloat16:

@@ -1,4 +1,4 @@
-"""What was traced, kept on disk: one SQLite file a user, safe under many processes, bounded, rebuilt when damaged.
+"""The store of traces on disk: one SQLite file a user, safe under many processes, bounded, rebuilt when damaged.
 
 An entry is bytes with a checksum (:func:`vramplan.memory.template.packed`). Entries of one ``kind`` hold for different
 batches and lengths. The key of a kind contains the versions of the stack and the engine's own code
@@ -38,7 +38,7 @@ create index if not exists by_use on entries (used);
 
 
 class Store:
-    """``entries`` by kind. Nothing here fails for its callers: a file that cannot be read or written holds nothing.
+    """A file of entries by kind. Its methods never raise: a file that cannot be read or written counts as empty.
 
     ``fixed``: the file came with the package and is only read. ``key`` makes the text under which a kind is stored.
     """

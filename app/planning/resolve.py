@@ -1,4 +1,4 @@
-"""What a job means: its card, its config, its point, its allocator settings. What cannot be planned is refused here."""
+"""The card, the config, the shape point and the allocator settings of a job; jobs that are not planned are refused."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def card_of(job: Job) -> Gpu | OwnGpu:
 
 
 def chip_of(gpu: Gpu | OwnGpu) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors that are traced for a card; an own card has those of the card that it is
-    like, else the default card's. Raises :class:`PlanError`."""
+    """The compute capability and the number of multiprocessors that are traced for a card. A card of the user's own has
+    those of the card that it is ``like``, else the default card's. Raises :class:`PlanError`."""
     known = gpu if isinstance(gpu, Gpu) else find_gpu(gpu.like or DEFAULT_GPU)
     if known.compute_capability is None:
         raise PlanError(f"{known.name} runs ROCm, whose kernels are not modelled", "choose an NVIDIA card", "gpu")
@@ -68,12 +68,12 @@ def kernels_of(gpu: Gpu | OwnGpu) -> Kernels:
 
 
 def shape_point_of(job: Job, card: Gpu | OwnGpu) -> ShapePoint:
-    """The point at which a job (resolved) on a card asks its profile."""
+    """The batch, the length and the multiprocessors of a job (resolved) on a card."""
     return ShapePoint(*point_of(job), chip_of(card)[1])
 
 
 def config_of(job: Job) -> tuple[dict, dict]:
-    """config.json's object, and where it came from."""
+    """The object of config.json, and where it came from."""
     config, source = _config_of(job)
     refuse_impossible(config)
     return config, source

@@ -1,4 +1,4 @@
-"""The largest job that fits: batch, length or rank by search over replayed steps; the smallest card; the largest model.
+"""Searches: the largest batch, length or rank that fits; the smallest card; the largest model.
 
 What is searched may not be monotone: a kernel that takes over at some length, an alignment, can make a larger value
 need less. So values beyond the edge are tried too, and the answer says which were.
@@ -60,7 +60,7 @@ def solve(data: Any, target: str = "batch_size") -> dict:
 
 
 class _Tries:
-    """Values of one field, each planned when first asked for."""
+    """The values of one field that a search tries, each planned when it is first asked for."""
 
     def __init__(self, job: Job, target: str, limit: int | None, step: int):
         self.job, self.target, self.limit, self.step = job, target, limit, step
@@ -71,7 +71,7 @@ class _Tries:
         return plan_job(_with(self.job, self.target, count * self.step))
 
     def verdict(self, count: int) -> Verdict | None:
-        """What the card, or the limit, says; None: the model cannot take the value."""
+        """The verdict on a value, by the card or by the limit; None: the model cannot take the value."""
         if count not in self.verdicts:
             try:
                 self.verdicts[count] = self._judge(self.plan_job(count))
@@ -101,7 +101,7 @@ class _Tries:
         return None if found is None else found.margin - _spare(found)
 
     def passes(self, count: int) -> bool:
-        """Whether the replay passes, the allocator giving back what it holds unused where it must."""
+        """Whether the replay passes; the allocator may give back its unused cache."""
         if count not in self.passed:
             found = self.verdict(count)
             if found is None or found.verdict == "does_not_fit":
@@ -204,7 +204,7 @@ def largest_fitting(over: Over, ceiling: int, first: int) -> int:
 
 
 def largest_passing(passes: Callable[[int], bool], low: int, ceiling: int) -> int:
-    """The value from ``low`` upwards that passes and whose next does not.
+    """A value from ``low`` upwards that passes while the next one does not.
 
     There the order of a few blocks decides, and one length may pass where its neighbours do not: so every one of the
     next few is tried, and farther up, where the search doubles its stride and halves the gap, a value counts only if
@@ -228,7 +228,7 @@ def largest_passing(passes: Callable[[int], bool], low: int, ceiling: int) -> in
 
 
 def _outward(over: Over, before: int, low: int) -> int:
-    """A value that should be just beyond the limit, by the line through two that fit."""
+    """An estimate of the first value that does not fit, by the line through two values that fit."""
     then, now = over(before), over(low)
     if then is not None and now is not None and before < low and then < now < 0:
         return min(max(low - now * (low - before) // (now - then) + 1, low + 1), 8 * low)
@@ -236,7 +236,7 @@ def _outward(over: Over, before: int, low: int) -> int:
 
 
 def _between(over: Over, low: int, high: int) -> int:
-    """Where the line between two values crosses 0."""
+    """The value at which the line between two values crosses 0."""
     under, above = over(low), over(high)
     if under is None or above is None or under == above:
         return (low + high) // 2
@@ -273,7 +273,7 @@ def smallest_card(job: Job, prices: dict[str, float] | None = None) -> dict:
 
 
 def _loads(job: Job, card: Gpu | OwnGpu, limit: int) -> bool | None:
-    """Whether the job's model alone is placed within ``limit`` bytes; None: the job is not for it."""
+    """Whether the model alone can be loaded within ``limit`` bytes; None: the job's fields do not suit the model."""
     try:
         return fits_under_limit(load_of(job, config_of(job)[0], card), replace(allocator_config_of(job), limit=limit))[
             0

@@ -1,4 +1,4 @@
-"""Who runs a job on the meta device, and what such a run is asked with."""
+"""The tracer that runs a job on the meta device, and the request that it is given."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ class TraceRequest(NamedTuple):
 
 
 class Tracer(Protocol):
-    """Who runs a job on the meta device. ``part``: ``step`` (for the job's own batch and length), ``general`` (for all
-    that run alike), ``finish`` or ``load``."""
+    """Something that runs a job on the meta device.
+
+    ``part`` is ``step`` (for the job's own batch and length), ``general`` (for all that run alike), ``finish`` or
+    ``load``.
+    """
 
     one_shot: bool
     """Whether this process answers one question and ends."""
@@ -43,7 +46,7 @@ class Tracer(Protocol):
         :class:`Unanswered` for a fault of ours."""
 
     def later(self, part: str, request: TraceRequest) -> None:
-        """Trace it when there is nothing else to do, and :func:`keep` it."""
+        """Trace it when there is nothing else to do, and store the result."""
 
 
 process_is_ours = False
@@ -51,7 +54,7 @@ process_is_ours = False
 
 
 class InProcessTracer:
-    """Runs jobs in this process."""
+    """The tracer that runs jobs in this process."""
 
     one_shot = True
 
@@ -77,13 +80,13 @@ class InProcessTracer:
             raise Unanswered(fault) from fault
 
     def later(self, part: str, request: TraceRequest) -> None:
-        """There is no later here."""
+        """Do nothing: this process ends after its answer."""
 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Python's cyclic collector off: it would look for garbage among millions of live objects, again and again, and
-    takes two fifths of the time in which a model is made."""
+    """Run without Python's cyclic collector, which would search millions of live objects again and again: that is two
+    fifths of the time in which a model is built."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -103,9 +106,12 @@ def request_of(job: Job, config: dict, card: Gpu | OwnGpu) -> TraceRequest:
 
 
 def key_of(job: Job, config: dict, kernels: Kernels) -> str:
-    """Everything that shapes a profile, as one string: the job without its batch and length and without what only
-    reads a profile, the config, the kernels but for the number of multiprocessors. Of accumulated batches it is how
-    many are run; a trainer fetches all of them first."""
+    """Everything that shapes a profile, as one string (JSON).
+
+    It has the job, except for batch, length and the fields that only read a profile; the config; and the kernels,
+    except for the number of multiprocessors. A plain loop is keyed by how many accumulated batches are traced; a
+    trainer by how many there are, for it fetches all of them first.
+    """
     shape = job.model_dump(
         exclude={"model", "config", "revision", "gpu", "reserve", "allocator", "batch_size", "sequence_length"}
     )
