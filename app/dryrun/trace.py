@@ -24,7 +24,7 @@ from . import layer_weights as layers
 from .build import prequantized as stored
 from .build.model import base_of
 from .build.model_config import equal_type
-from .build.quantizers.bnb_linear import quantizable
+from .build.quantizers import quantized_layers
 from .cuda.card_facts import Card
 from .diagnose import explain_stack_errors
 from .images import images_of
@@ -105,8 +105,7 @@ def trace(
     job, base, task, warnings = _base(job, config)
     with with_weight_facts(base):
         images, image_warning = images_of(base, job, task)
-    skip = job.quantization.skip_modules if job.quantization else ()
-    linear = dict(quantizable(base, skip))
+    linear = quantized_layers(base, job.quantization)
     rows = layers.weights_table(base, linear)
     facts = _facts(base, task, sum(row.parameters for row in rows))
     warnings += [*([image_warning] if image_warning else []), *_weight_warnings(job, facts["parameters"], linear)]

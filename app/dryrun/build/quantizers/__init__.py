@@ -47,6 +47,15 @@ def layout_of(quantization: Quantization) -> Layout:
     return load(QUANTIZERS[quantization.type].layout, __package__)()
 
 
+def quantized_layers(
+    model: transformers.PreTrainedModel, quantization: Quantization | None
+) -> dict[str, torch.nn.Module]:
+    """The layers that are quantised, by path. Of a job that quantises nothing: those that the default layout takes,
+    for the layer table shows what they would weigh."""
+    quantization = quantization or Quantization()
+    return dict(layout_of(quantization).replaced(model, quantization.skip_modules))
+
+
 def packed_classes() -> tuple[type[torch.nn.Parameter], ...]:
     """The classes of weights that are packed, in any layout: their shape is not that of the layer."""
     return tuple({load(quantizer.layout, __package__).packed for quantizer in QUANTIZERS.values()})
