@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import types
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from tiny import JOB, LLAMA
 from vramplan.cli import entry as cli
 from vramplan.dryrun import diagnose, repeat_layers
 from vramplan.dryrun.cuda import host_reads
+from vramplan.dryrun.cuda.as_if_cuda import as_if_cuda
+from vramplan.dryrun.cuda.card_facts import Card
 from vramplan.dryrun.cuda.host_reads import HOST_READS, HostRead
 from vramplan.dryrun.cuda.registry import KERNELS
+from vramplan.dryrun.tracker import MemoryTracker
 from vramplan.errors import OurFault, PlanError, Unanswered
 from vramplan.job import read_job
 from vramplan.memory.profile import Profile
@@ -57,6 +61,22 @@ def test_an_error_of_a_kernel_rule_is_ours(bug):
     assert report["job"] == {**JOB, "batch_size": 41} and report["traced"]["config"] == LLAMA
     assert BUG in "".join(report["traceback"]) and report["versions"]["torch"]
     assert str(bug) not in told.value.message + told.value.hint
+
+
+@pytest.mark.usefixtures("sandbox")
+@pytest.mark.parametrize("error", [KeyError, TypeError])
+def test_a_fault_of_a_rule_that_the_program_gets_over_is_told_at_the_end(error, monkeypatch):
+    """Of a TypeError Python makes another one, of the operator."""
+
+    def fails(*_):
+        raise error(BUG)
+
+    monkeypatch.setitem(KERNELS, aten.mm.default, fails)
+    tracker, matrix = MemoryTracker(Card()), torch.empty(2, 2, device="meta")
+    with tracker, suppress(Exception):
+        matrix @ matrix
+    with pytest.raises(OurFault, match=f"{error.__name__}.*{BUG}"):
+        tracker.close()
 
 
 def test_so_many_reports_are_kept(tmp_path, monkeypatch):
@@ -147,10 +167,6 @@ def test_what_the_stack_refuses_is_the_stack_s():
     ],
 )
 def test_the_frame_that_raised_tells(run, ours):
-    from vramplan.dryrun.cuda.as_if_cuda import as_if_cuda
-    from vramplan.dryrun.cuda.card_facts import Card
-    from vramplan.dryrun.tracker import MemoryTracker
-
     with pytest.raises(Exception) as told, as_if_cuda(Card()), MemoryTracker(Card()):
         run()
     assert diagnose.is_ours(told.value) is ours, told.value

@@ -13,8 +13,9 @@ from multiprocessing import forkserver
 
 import anyio
 import pytest
-from vramplan.errors import PlanError
+from vramplan.errors import OurFault, PlanError
 from vramplan.job import read_job
+from vramplan.memory.kernel_facts import KernelFacts
 from vramplan.memory.profile import Profile
 from vramplan.planning.resolve import card_of, config_of
 from vramplan.planning.tracer import InProcessTracer, request_of
@@ -56,6 +57,14 @@ def test_a_trace_is_what_it_is_here(pool):
     with pytest.raises(PlanError, match="matches nothing|target") as refused:
         pool.trace("step", request_for(lora={"target_modules": ["no_such"]}), RequestHandle())
     assert refused.value.hint
+
+
+def test_a_fault_of_ours_is_told_as_ours_with_the_traceback_of_the_worker(pool):
+    """Here of a card whose kernels nobody knows: no job can ask for one."""
+    with pytest.raises(OurFault, match="TypeError") as told:
+        pool.trace("step", request_for()._replace(kernels=(None, 132, KernelFacts())), RequestHandle())
+    assert "dryrun" in "".join(told.value.report["traceback"]) and told.value.report["traced"]["config"] == LLAMA
+    assert pool.trace("step", request_for(), RequestHandle())
 
 
 def test_many_ask_and_one_is_run(pool, monkeypatch):

@@ -1,8 +1,8 @@
 """Whose fault an error is: the installed stack's, which refuses the job on a GPU too, or vramplan's own.
 
-The traceback tells. What counts is the innermost frame that is neither PyTorch's nor Python's own library: an error
-that comes from the model's code, or from an operator that a rule of ours runs with the program's own arguments, is the
-stack's; one that is raised by our own lines is ours. A rule that refuses what a card refuses raises
+The traceback tells. What counts is the innermost frame that is neither PyTorch's nor Python's own library. An error of
+the model's code is the stack's, and so is one of an operator that a rule of ours runs with the program's arguments. An
+error that our own lines raise is ours. A rule that refuses what a card refuses raises
 :class:`~vramplan.dryrun.cuda.as_on_card.AsOnCard`.
 """
 

@@ -107,6 +107,7 @@ class MemoryTracker(TorchDispatchMode):
         self._site: str | None = None
         self.library_workspaces: set[tuple[str, int, str]] = set()
         self.forwards_left: int | None = None
+        self.fault: OurFault | None = None
         self._closed = False
 
     def __enter__(self):
@@ -215,6 +216,8 @@ class MemoryTracker(TorchDispatchMode):
     def close(self) -> TraceLog:
         """Stop recording. Frees after this belong to the end of the dry run, not to the job."""
         self._closed = True
+        if self.fault is not None:
+            raise self.fault
         return self.trace_log
 
     def record_free(self, key: int) -> None:
@@ -283,12 +286,25 @@ class MemoryTracker(TorchDispatchMode):
     # --- the dispatcher -------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.symbolic:
-            with enable_python_dispatcher():
-                return self._run(func, args, kwargs or {})
-        if self.values is not None:
-            return self.values.propagate(func, args, kwargs or {}, self._run)
-        return self._run(func, args, kwargs or {})
+        try:
+            if self.symbolic:
+                with enable_python_dispatcher():
+                    return self._run(func, args, kwargs or {})
+            if self.values is not None:
+                return self.values.propagate(func, args, kwargs or {}, self._run)
+            return self._run(func, args, kwargs or {})
+        except Exception as error:
+            self._keep_if_ours(error)
+            raise
+
+    def _keep_if_ours(self, error: Exception) -> None:
+        """Raise a fault of ours here and again at the end: a program may catch it, and Python takes a TypeError of an
+        operator for a refusal of its operands."""
+        from .diagnose import is_ours
+
+        if is_ours(error):
+            self.fault = error if isinstance(error, OurFault) else OurFault(error)
+            raise self.fault from error
 
     def _run(self, func, args, kwargs):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
