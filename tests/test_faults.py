@@ -24,7 +24,7 @@ from vramplan.errors import OurFault, PlanError, Unanswered
 from vramplan.job import read_job
 from vramplan.memory.profile import Profile
 from vramplan.memory.sizes import ShapePoint
-from vramplan.planning import fault_reports
+from vramplan.planning import fault_reports, profile_cache
 from vramplan.planning.resolve import card_of, config_of
 from vramplan.planning.tracer import InProcessTracer, request_of
 from vramplan.server import app as web
@@ -47,9 +47,10 @@ def request(**fields):
 
 @pytest.fixture
 def bug(monkeypatch, tmp_path):
-    """A kernel rule that fails, and a cache folder of its own."""
+    """A kernel rule that fails, a cache folder of its own, and no job that is known already."""
     monkeypatch.setitem(KERNELS, aten.mm.default, broken)
     monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(profile_cache, "_profiles", profile_cache.ProfileCache())  # nothing is known of any job
     return tmp_path
 
 
