@@ -17,6 +17,8 @@ from typing import Any
 from .errors import PlanError
 from .job import Job
 
+OBJECTS = ("trainer_args", "adapter", "generation_args")
+"""Fields that hold arguments of a library, by its names: as text, a JSON object, or one value by a dotted name."""
 PASTE = "paste the model's whole config.json"
 _AMOUNT = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|MiB)", re.IGNORECASE)
 
@@ -87,7 +89,10 @@ def to_pairs(job: dict[str, Any]) -> dict[str, str]:
     """The text of a job, or of a part of one, by dotted name: what :func:`to_job` reads. Nulls are left out."""
     pairs: dict[str, str] = {}
     for key, value in job.items():
-        if isinstance(value, dict):
+        if key in OBJECTS:
+            pairs[key] = json.dumps(value) if value else ""
+        elif isinstance(value, dict):
+            value = {name: _as_json(f"{key}.{name}", entry) for name, entry in value.items()}
             pairs |= {f"{key}.{name}": text for name, text in to_pairs(value).items()}
         elif isinstance(value, (list, tuple)):
             pairs[key] = ",".join(map(str, value))
@@ -101,6 +106,10 @@ def _value(key: str, text: str) -> Any:
     kind = field.kind if field else "string"
     if key == "config":
         return read_object(text, "config", PASTE)
+    if key in OBJECTS:
+        return read_object(text, key, f'write {key} as a JSON object: {{"name": value}}')
+    if field is None and key.partition(".")[0] in (*OBJECTS, "lora"):  # a library's argument, of which no field tells
+        return _json_or_text(text)
     if key in ("gpu", "reserve") and (amount := _AMOUNT.fullmatch(text)):
         unit, scale = ("GiB", 1 << 30) if amount[2].lower() == "gib" else ("MiB", 1 << 20)
         count = int(float(amount[1]) * scale)
@@ -116,6 +125,18 @@ def _value(key: str, text: str) -> Any:
     if kind == "number" and re.fullmatch(r"[+-]?\d{0,30}\.?\d{1,30}(e[+-]?\d{1,3})?", text, re.IGNORECASE):
         return float(text)
     return text
+
+
+def _as_json(key: str, value: Any) -> Any:
+    """The value of a library's argument, of which no field tells how it is written."""
+    return value if key in fields() or not isinstance(value, (dict, list, tuple)) else json.dumps(value)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def read_object(text: str | bytes, what: str, hint: str, field: str | None = None) -> dict:

@@ -10,9 +10,11 @@ import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import PlanError
-from .registry.optimizers import OptimizerName
+from .registry.objectives import OBJECTIVES, Objective, ObjectiveName
+from .registry.optimizers import JOIN, OptimizerName
 from .registry.quantizers import QUANTIZERS, Quantizer, QuantizerName
 from .registry.strategies import StrategyName
 from .registry.trainers import TRAINERS, TrainerName
@@ -53,8 +55,19 @@ class Quantization(_Strict):
     )
 
 
+LORA_ARGUMENTS = frozenset(
+    """alora_invocation_tokens alpha_pattern arrow_config autocast_adapter_dtype bias corda_config ensure_weight_tying
+    eva_config exclude_modules fan_in_fan_out init_lora_weights kasa_config layer_replication layers_pattern
+    layers_to_transform loftq_config lora_bias lora_ga_config monteclora_config qalora_group_size rank_pattern
+    target_parameters trainable_token_indices use_bdlora use_qalora velora_config""".split()
+)
+"""Arguments of ``peft.LoraConfig`` that :class:`Lora` has no field of its own for, and one of ``get_peft_model``."""
+
+
 class Lora(_Strict):
-    """Low-rank adapters, as ``peft.LoraConfig`` takes them."""
+    """Low-rank adapters, as ``peft.LoraConfig`` takes them: its other arguments too, by its own names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
 
     r: Annotated[int, Field(ge=1, le=65536)] = Field(16, description="Rank of the adapters.")
     alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scaling numerator; costs no memory.")
@@ -65,6 +78,14 @@ class Lora(_Strict):
     use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
     use_rslora: bool = Field(False, description="Rank-stabilised scaling; costs no memory.")
     modules_to_save: tuple[str, ...] = Field((), description="Modules trained in full beside the adapters.")
+
+    @model_validator(mode="after")
+    def _known_to_peft(self) -> Lora:
+        """Refuse what is no argument of ``LoraConfig``."""
+        for name in self.model_extra or ():
+            if name not in LORA_ARGUMENTS:
+                raise PydanticCustomError("unknown_argument", "unknown", {"name": name})
+        return self
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -138,6 +159,16 @@ class Job(_Strict):
         "in each sequence.",
     )
     trainer: TrainerName = Field("pytorch", description="Whose step it is.")
+    objective: ObjectiveName = Field("sft", description="Which of TRL's trainers; with another trainer: sft.")
+    prompt_length: Count | None = Field(None, description="Tokens of a prompt, where the objective has prompts.")
+    completion_length: Count | None = Field(None, description="Tokens of a completion, where it has completions.")
+    trainer_args: dict[str, Any] = Field(
+        {}, description="Arguments of the trainer's own config class (TrainingArguments, DPOConfig, …), by its names."
+    )
+    adapter: dict[str, Any] | None = Field(
+        None, description="Any PEFT method: its peft_type and arguments of its config; instead of lora."
+    )
+    generation_args: dict[str, Any] = Field({}, description="Arguments of generate() beside new_tokens.")
     gpu: str | OwnGpu | None = Field(None, description="Catalogue name, or a card of your own.")
     reserve: Annotated[int, Field(ge=0, le=1 << 50)] = Field(
         0, description="Bytes of the card that are not this job's: a display, other processes, room to be left."
@@ -156,7 +187,34 @@ class Job(_Strict):
             raise ValueError("quantised weights cannot be trained in full: use method qlora, or leave quantization out")
         if self.lora is not None and self.method == "full":
             raise ValueError("method full trains every weight and takes no lora: use method lora, or leave lora out")
+        if self.adapter is not None and self.method == "full":
+            raise ValueError("method full trains every weight and takes no adapter: use method lora")
+        if self.adapter is not None and self.lora is not None:
+            raise ValueError("give one of `lora` and `adapter`")
+        self._check_trainer()
         return self
+
+    def _check_trainer(self) -> None:
+        trainer, goal = TRAINERS[self.trainer], self.goal
+        if self.objective != "sft" and not trainer.has_objectives:
+            raise ValueError(f"objective {self.objective} is one of TRL's: set trainer to trl")
+        if goal.refusal is not None:
+            raise ValueError(f"objective {self.objective} is not planned yet: {goal.refusal}")
+        if self.trainer_args and not trainer.hosted:
+            raise ValueError("a plain loop takes no trainer_args: set trainer to transformers or trl")
+        if JOIN in (self.optimizer or "") and trainer.hosted:
+            raise ValueError("a Trainer has one optimizer: two are for trainer pytorch")
+        if self.method == "inference":
+            return
+        if self.generation_args:
+            raise ValueError("generation_args are for method inference: a trainer takes its own in trainer_args")
+        lengths = (self.prompt_length, self.completion_length)
+        if trainer.has_objectives and goal.pairs and None in lengths:
+            raise ValueError(f"objective {self.objective} needs prompt_length and completion_length")
+        if lengths != (None, None) and not (trainer.has_objectives and goal.pairs):
+            raise ValueError(
+                "prompt_length and completion_length are of objectives that have both: set sequence_length"
+            )
 
     @property
     def in_bfloat16(self) -> bool:
@@ -167,6 +225,21 @@ class Job(_Strict):
     def quantizer(self) -> Quantizer | None:
         """The facts of the layout that it quantises to; None: it does not."""
         return QUANTIZERS[self.quantization.type] if self.quantization is not None else None
+
+    @property
+    def goal(self) -> Objective:
+        """The facts of its objective."""
+        return OBJECTIVES[self.objective]
+
+    @property
+    def states_rows(self) -> bool:
+        """Whether the batch is made by the trainer's own collator, of rows that the job states."""
+        return TRAINERS[self.trainer].has_objectives and (self.objective != "sft" or bool(self.trainer_args))
+
+    @property
+    def knows_values(self) -> bool:
+        """Whether values are followed from the start: those of its rows, or of the shapes that are evaluated."""
+        return self.states_rows or self.trainer_args.get("eval_strategy", "no") != "no"
 
     @property
     def packed(self) -> bool:
@@ -188,7 +261,7 @@ class Job(_Strict):
         is_quantized = self.quantization is not None or self.method == "qlora"
         if is_quantized and self.quantization is None:
             fill["quantization"] = Quantization()
-        if self.method in ("lora", "qlora") and self.lora is None:
+        if self.method in ("lora", "qlora") and self.lora is None and self.adapter is None:
             fill["lora"] = Lora()
         if self.prepare_for_kbit_training is None:
             prepares = TRAINERS[self.trainer].prepares_for_kbit_training
@@ -205,6 +278,10 @@ class Job(_Strict):
             fill["optimizer"] = trainer.optimizer
         if not is_training and self.new_tokens is None:
             fill["new_tokens"] = 64
+        if is_training and trainer.has_objectives and self.goal.pairs:
+            fill["sequence_length"] = (self.prompt_length or 0) + (self.completion_length or 0)
+        if is_training and trainer.has_objectives and self.goal.task is not None:
+            fill["task"] = self.goal.task
         return fill
 
     def _resolved_checkpointing(self) -> str:
@@ -218,6 +295,9 @@ class Job(_Strict):
             return "non_reentrant" if chosen else "off"
         return chosen
 
+
+ADDED_FIELDS = ("objective", "prompt_length", "completion_length", "trainer_args", "adapter", "generation_args")
+"""Fields that came after profiles were stored: a job that leaves them at their defaults has the key that it had."""
 
 TARGETS = ("batch_size", "sequence_length", "r", "accumulation_free_batch", "gpu", "model")
 """What :func:`vramplan.planning.solver.solve` can seek."""
@@ -245,11 +325,15 @@ def _plan_error(error: ValidationError, data: dict) -> PlanError:
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
+    if first["type"] == "unknown_argument":
+        return _unknown_field([*path, first["ctx"]["name"]])
     if first["type"] == "extra_forbidden":
         return _unknown_field(path)
     message = first["msg"].removeprefix("Value error, ")
     if not where:
         return PlanError(message, "see the job's fields in the documentation")
+    if path[0] == "optimizer":
+        where, message = path[0], error.errors(include_url=False)[-1]["msg"].removeprefix("Value error, ")
     if path[0] == "gradient_checkpointing":
         where, message = path[0], "should be off, reentrant, non_reentrant, true or false"
     if path[0] == "gpu" and len(path) > 1:
@@ -283,4 +367,5 @@ def _fields_at(path: list[str]) -> list[str]:
         "allocator": Allocator,
         "gpu": OwnGpu,
     }
-    return list(models.get(path[0], Job).model_fields if path else Job.model_fields)
+    names = list(models.get(path[0], Job).model_fields if path else Job.model_fields)
+    return [*names, *LORA_ARGUMENTS] if path == ["lora"] else names

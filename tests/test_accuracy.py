@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def ask(lines: list[dict], *command: str) -> list[dict]:
     return out
 
 
+POST_TRAINING = {
+    "post-training": ("h100-post-training.jsonl", "one H100: post-training"),
+    "own-post-training": ("h100-own-post-training.jsonl", "one H100: post-training, other settings"),
+}
+"""Rows of objectives, trainers' arguments, adapters, optimisers and generation: file and title by table."""
+SAMPLE = 9
+"""``make test`` plans every so many of these rows."""
+NOT_PLANNED = ("not planned yet", "not modelled", "`attention`", "needs the package")
+"""What an answer says that refuses a row. Its job is said to be not planned, or a package is not installed."""
+
 Errors = dict[str, list[tuple[float, str, int, int]]]
 """By figure, a row each: the error in percent, the row's id, the bytes planned and the bytes measured."""
 
@@ -91,6 +102,29 @@ def compare(rows: list[dict], answers: list[dict], stated: bool = True) -> Error
                 if (number, phase) in phases:
                     note("phases", phases[number, phase][field], step[name], row)
     return errors
+
+
+def compare_post_training(rows: list[dict], answers: list[dict]) -> tuple[Errors, list[str]]:
+    """The errors, with one of phases for each phase's peak; and the ids of the rows that are not planned."""
+    planned = [(row, answer) for row, answer in zip(rows, answers, strict=True) if "error" not in answer]
+    refused = [(row["id"], answer["error"]) for row, answer in zip(rows, answers, strict=True) if "error" in answer]
+    for id, told in refused:
+        assert any(words in told["message"] for words in NOT_PLANNED), (id, told)
+    errors = compare(*map(list, zip(*planned, strict=True)), stated=False)
+    for row, answer in planned:
+        for peak, found, truth in phase_peaks(row["measured"], answer["phases"]):
+            errors.setdefault("phases", []).append((error(found, truth), f"{row['id']} {peak}", found, truth))
+    return errors, [id for id, _ in refused]
+
+
+def phase_peaks(measured: dict, phases: list[dict]) -> Iterator[tuple[str, int, int]]:
+    """Of the first and the last step, each phase that both know: its name, its peak planned and its peak measured."""
+    steps = sorted({phase["step"] for phase in phases if phase["step"]})
+    for which, step in (("first", steps[0]), ("steady", steps[-1])):
+        for name, truth in (measured.get(which) or {}).get("peaks", {}).items():
+            found = [phase["peak_allocated"] for phase in phases if (phase["step"], phase["name"]) == (step, name)]
+            if found:
+                yield f"{which} {name}", max(found), truth
 
 
 def first_and_steady(steps: list[dict] | None) -> list[dict]:
@@ -123,7 +157,7 @@ def table(title: str, errors: Errors) -> list[str]:
     return lines
 
 
-TABLES = ("h200", "h100", "architectures", "settings", "frontiers")
+TABLES = ("h200", "h100", "architectures", "settings", *POST_TRAINING, "frontiers")
 
 
 def check_data(name: str, title: str, rows: list[dict]) -> None:
@@ -234,6 +268,34 @@ def test_architectures_that_the_h200_rows_lack():
     check("architectures", f"one H100, {len(rows)} other architectures", errors)
     median, _, worst = limits_of(errors, "peak_allocated")
     assert median <= 0.1 and worst <= 1, max(errors["peak_allocated"])
+
+
+@pytest.mark.parametrize("table", POST_TRAINING)
+def test_a_sample_of_post_training(table):
+    """Whatever is planned is near; what is not is said to be not planned."""
+    rows = rows_of(MEASURED / POST_TRAINING[table][0])[::SAMPLE]
+    errors, _ = compare_post_training(rows, ask([row["job"] for row in rows], "estimate"))
+    within_bounds_of_post_training(errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", POST_TRAINING)
+def test_post_training(table):
+    file, title = POST_TRAINING[table]
+    rows = rows_of(MEASURED / file)
+    errors, refused = compare_post_training(rows, ask([row["job"] for row in rows], "estimate"))
+    check(table, f"{title}, {len(rows) - len(refused)} of {len(rows)} jobs", errors)
+    within_bounds_of_post_training(errors)
+
+
+def within_bounds_of_post_training(errors: Errors) -> None:
+    for figure, bounds in {"peak_allocated": (0.1, 1, 2), "phases": (0.3, 100, 100)}.items():
+        found = limits_of(errors, figure)
+        assert all(value <= bound for value, bound in zip(found, bounds, strict=True)), (
+            figure,
+            found,
+            max(errors[figure]),
+        )
 
 
 def test_frontiers():

@@ -10,7 +10,7 @@ import pytest
 from tiny import BAD, JOB, LLAMA
 from vramplan import cli
 from vramplan.cli import demo_command
-from vramplan.form import fields, to_job
+from vramplan.form import fields, to_job, to_pairs
 from vramplan.job import Job
 
 
@@ -339,6 +339,18 @@ def test_text_becomes_what_the_schema_takes():
     }
     assert to_job([("batch_size", "-1"), ("lora.r", "+2")]) == {"batch_size": -1, "lora": {"r": 2}}
     assert Job.model_validate(job).lora.target_modules == ("q_proj", "v_proj")
+
+
+def test_arguments_of_libraries_survive_as_text():
+    job = {
+        "lora": {"r": 8, "rank_pattern": {"v_proj": 4}, "exclude_modules": ["a", "b"], "lora_bias": True},
+        "trainer_args": {"max_grad_norm": 0.5, "loss_type": ["sigmoid", "sft"]},
+        "generation_args": {"do_sample": True},
+    }
+    assert to_job(to_pairs(job).items()) == job
+    assert to_job([("trainer_args.max_length", "64"), ("trainer_args.loss_type", "dft")]) == {
+        "trainer_args": {"max_length": 64, "loss_type": "dft"}
+    }
 
 
 def test_every_field_of_the_job_is_known_to_the_form():

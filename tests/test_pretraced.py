@@ -48,6 +48,13 @@ def test_a_fresh_trace_is_what_is_stored(job):
     assert tracer.InProcessTracer().trace("general", order) in stored(order.key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job['model']}-{job['method']}")
+def test_every_fresh_trace_is_what_is_stored(job):
+    """The file is keyed by the job and by a format alone: that it is still what the code traces is tested here."""
+    test_a_fresh_trace_is_what_is_stored(job)
+
+
 def test_what_was_read_ahead_is_what_a_replay_shows(monkeypatch):
     """A command finds the reading there and imports no allocator."""
     for job in SAMPLE[:3]:

@@ -231,7 +231,7 @@ def test_no_loss_is_taken_of_what_stands_for_an_image(monkeypatch):
     from vramplan.probe import child
 
     shown = {}
-    monkeypatch.setattr(child, "card_loop_of", lambda _: lambda recorder, model, job, task, steps: shown.update(
+    monkeypatch.setattr(child, "loop_of", lambda _: lambda recorder, model, job, task, steps: shown.update(
         step.make_batch(recorder, model, job, task)))  # fmt: skip
     measure(JOBS["images"], monkeypatch)
     image = shown["input_ids"] == GRID["image_token_id"]
@@ -261,7 +261,7 @@ def test_out_of_memory_is_a_finding_with_its_phase(monkeypatch):
 def test_what_else_fails_is_told_in_the_stacks_words(monkeypatch):
     from vramplan.probe import child
 
-    monkeypatch.setattr(child, "card_loop_of", lambda _: lambda *_: 1 / 0)
+    monkeypatch.setattr(child, "loop_of", lambda _: lambda *_: 1 / 0)
     _, recording = measure(job(), monkeypatch)
     assert recording.outcome == FAILED and recording.reason == "ZeroDivisionError: division by zero"
 

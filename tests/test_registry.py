@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import subprocess
 import sys
 from types import SimpleNamespace
 from typing import get_args
 
+import peft
 import pytest
 import torch
 import transformers
@@ -15,17 +18,20 @@ from transformers.training_args import OptimizerNames
 from vramplan.dryrun import steps
 from vramplan.dryrun.build import quantizers as layouts
 from vramplan.errors import PlanError
-from vramplan.job import Job
+from vramplan.job import LORA_ARGUMENTS, Job, Lora, read_job
 from vramplan.memory.fit import MEASURED
 from vramplan.memory.table import Layer
 from vramplan.planning.resolve import refuse_unplanned
 from vramplan.registry import load
-from vramplan.registry.optimizers import LEARNING_RATE, OPTIMIZERS
+from vramplan.registry.objectives import OBJECTIVES
+from vramplan.registry.optimizers import LEARNING_RATE, OPTIMIZERS, TORCH, TORCH_CLASSES, optimizer_of, optimizers_for
 from vramplan.registry.quantizers import QUANTIZERS, WEIGHT_COLUMNS
 from vramplan.registry.strategies import STRATEGIES
 from vramplan.registry.trainers import TRAINERS
 
-NAMED = sorted(name for name, row in OPTIMIZERS.items() if row.named_by_transformers)
+MADE_HERE = [name for name, row in OPTIMIZERS.items() if row.constructor is not None]
+NAMED = sorted(name for name in MADE_HERE if OPTIMIZERS[name].named_by_transformers)
+LEFT_OUT = {"adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"}
 
 
 def names_of(field: str) -> set[str]:
@@ -34,22 +40,91 @@ def names_of(field: str) -> set[str]:
 
 
 def test_a_job_takes_the_names_of_the_tables():
-    optimizers, _ = get_args(Job.model_fields["optimizer"].annotation)
+    optimizers, *_ = get_args(Job.model_fields["optimizer"].annotation)
     assert set(get_args(optimizers)) == OPTIMIZERS.keys()
+    assert names_of("objective") == OBJECTIVES.keys()
     assert names_of("trainer") == TRAINERS.keys()
     assert names_of("strategy") == STRATEGIES.keys()
 
 
 def test_the_tables_need_no_torch():
     code = (
-        "import sys, vramplan.job, vramplan.registry.optimizers, vramplan.registry.quantizers, "
+        "import sys, vramplan.job, vramplan.registry.objectives, vramplan.registry.optimizers, "
+        "vramplan.registry.quantizers, "
         "vramplan.registry.strategies, vramplan.registry.trainers; "
         "sys.exit(bool({'torch', 'transformers', 'bitsandbytes', 'peft', 'trl'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_names_are_the_installed_ones():
+    """transformers' and PyTorch's, but for those that run on other devices or need a package that is gone."""
+    assert {entry.value for entry in OptimizerNames} - OPTIMIZERS.keys() == LEFT_OUT
+    assert OPTIMIZERS.keys() - {entry.value for entry in OptimizerNames} == {"adamw_torch_forloop", "sgd_momentum"}
+    kinds = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name != "Optimizer"}
+    assert kinds == set(TORCH_CLASSES)
+    assert optimizer_of(f"{TORCH}Muon").constructor == "torch.optim:Muon"
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - set(MADE_HERE)))
+def test_an_optimizer_of_a_package_names_it(name):
+    """Made where the package is installed; else the refusal says what to install."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    try:
+        assert isinstance(optimizers_for(name, model)[0], torch.optim.Optimizer)
+    except PlanError as error:
+        words = (OPTIMIZERS[name].package, "optim_target_modules", "within the backward pass")
+        assert any(word in error.message for word in words)
+
+
+def test_two_optimizers_share_the_parameters():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ends, self.inner = torch.nn.Embedding(4, 8), torch.nn.Linear(8, 8)
+
+        def get_input_embeddings(self):
+            return self.ends
+
+        def get_output_embeddings(self):
+            return None
+
+    model = Model()
+    muon, adamw = optimizers_for("torch.optim.Muon+adamw_torch", model)
+    assert muon.param_groups[0]["params"] == [model.inner.weight] and type(muon).__name__ == "Muon"
+    assert len(adamw.param_groups[0]["params"]) == 2
+
+
+@pytest.mark.parametrize(
+    "name, words", [("adamw_torhc", "adamw_torch"), ("torch.optim.Muno", "torch.optim.Muon"), ("a+b+c", "unknown")]
+)
+def test_an_unknown_optimizer_names_the_nearest(name, words):
+    with pytest.raises(PlanError) as told:
+        read_job({"model": "gpt2", "optimizer": name})
+    assert words in told.value.message + told.value.hint and told.value.field == "optimizer"
+
+
+def test_lora_takes_every_argument_of_peft_s():
+    """But for what names files, models or other processes, and what the job says itself."""
+    known = {entry.name for entry in dataclasses.fields(peft.LoraConfig)} & inspect.signature(
+        peft.LoraConfig
+    ).parameters.keys()
+    left_out = (
+        "auto_mapping base_model_name_or_path inference_mode megatron_config megatron_core peft_type peft_version"
+    )
+    own = Lora.model_fields.keys() - {"alpha", "dropout"} | {"lora_alpha", "lora_dropout"}
+    left_out = {*left_out.split(), "revision", "runtime_config", "task_type"}
+    assert known - own - left_out == LORA_ARGUMENTS - {"autocast_adapter_dtype"}
+
+
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if row.refusal is None])
+def test_every_objective_has_its_trainer(name):
+    goal = OBJECTIVES[name]
+    assert issubclass(load(f"{goal.module}:{goal.trainer}"), transformers.Trainer)
+    assert callable(load(f"{goal.module}:{goal.config}")) and callable(load(goal.rows, steps.__name__))
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
 def test_every_optimizer_is_made(name):
     parameter = torch.nn.Parameter(torch.zeros(4096))
     optimizer = OPTIMIZERS[name].make([parameter])
@@ -83,20 +158,10 @@ def settings_of(optimizer: torch.optim.Optimizer) -> dict:
     return {**group, "bits": args.optim_bits, "paged": getattr(optimizer, "is_paged", False)}
 
 
-def test_an_8_bit_optimizer_keeps_what_it_is_told_to_in_32_bits():
-    kept, other = (torch.nn.Parameter(torch.zeros(4096)) for _ in range(2))
-    for name, row in OPTIMIZERS.items():
-        optimizer = row.make([kept, other], [kept])
-        if row.state_bits == 8:
-            told = optimizer.mng.pid2config
-            assert told[id(kept)] == {"optim_bits": 32} and id(other) not in told, name
-
-
 @pytest.mark.parametrize("name", TRAINERS)
 def test_every_trainer_has_its_loops(name):
     row = TRAINERS[name]
     assert callable(load(row.loop, steps.__name__)) and row.optimizer in OPTIMIZERS
-    assert row.card_loop is None or callable(load(row.card_loop, "vramplan.probe"))
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

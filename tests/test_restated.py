@@ -466,20 +466,13 @@ def test_which_operands_are_copied_for_cublas():
 
 
 def _sources() -> dict[str, object]:
-    import accelerate
     import bitsandbytes as bnb
     import peft
     import transformers
-    import trl
 
     ops = bnb_cuda_ops()
     tuner = peft.tuners.tuners_utils
     return {
-        "Trainer.training_step": transformers.Trainer.training_step,
-        "Trainer.compute_loss": transformers.Trainer.compute_loss,
-        "Trainer._run_epoch": transformers.Trainer._run_epoch,
-        "Accelerator.prepare_model": accelerate.Accelerator.prepare_model,
-        "SFTTrainer.compute_loss": trl.SFTTrainer.compute_loss,
         "_dequant_linear_fallback": ops._dequant_linear_fallback,
         "quantize_4bit": bnb.functional.quantize_4bit,
         "Optimizer2State.init_state": bnb.optim.optimizer.Optimizer2State.init_state,
@@ -489,11 +482,6 @@ def _sources() -> dict[str, object]:
 
 
 KNOWN = {
-    "Trainer.training_step": "a95f8c94253a5148",
-    "Trainer.compute_loss": "784a390428b9dabb",
-    "Trainer._run_epoch": "ebe374933064ecd6",
-    "Accelerator.prepare_model": "ead6a6ea35a7ea5c",
-    "SFTTrainer.compute_loss": "ca448211ff653fe6",
     "_dequant_linear_fallback": "ad09ce81b25cb0b8",
     "quantize_4bit": "077d74588037da80",
     "Optimizer2State.init_state": "5e0ba3874f962b46",

@@ -424,10 +424,15 @@ def test_every_row_names_what_the_installed_version_has(patch):
     assert patch.reason and patch.versions
     import transformers.models.llama.modeling_llama
     import transformers.models.mamba.modeling_mamba  # noqa: F401
-    import trl.kernels.chunked_logprob  # noqa: F401
+    import trl.kernels.chunked_logprob
+    import trl.trainer.dpo_trainer  # noqa: F401
 
     bnb_cuda_ops()
-    there = [holder for holder, name in places(patch) if name in vars(holder)]
+    there = [
+        holder
+        for holder, name in places(patch)
+        if name in vars(holder) or (isinstance(holder, type) and hasattr(holder, name))
+    ]
     assert there or patch.absent, f"{patch.target} is not there"
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from transformers.quantizers.quantizers_utils import should_convert_module
-from vramplan.dryrun.build.adapters import PEFT_TASKS
 from vramplan.dryrun.build.model_config import AUTO, read_config, task_of
+from vramplan.dryrun.build.peft_config import TASKS
 from vramplan.dryrun.build.quantizers.bnb_linear import left_by
 from vramplan.errors import PlanError
 from vramplan.job import Job, read_job
@@ -122,7 +122,7 @@ def train(job: Job) -> None:
     if job.method != "full":
         targets = job.lora.target_modules
         targets = targets if isinstance(targets, str) else list(targets)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type=PEFT_TASKS.get(task)))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type=TASKS.get(task)))
     ids = torch.randint(3, 40, (1, job.sequence_length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     if task == "sequence-classification":

@@ -29,7 +29,7 @@ def job_field(key: str, *flags: str, panel: str = "The job") -> Any:
     _KEYS[name.replace("-", "_")] = key
     field = fields()[key]
     help = field.help + (f" One of {', '.join(field.choices)}." if field.choices else "")
-    metavar = {"integer": "N", "number": "X", "array": "A,B"}.get(field.kind, "NAME")
+    metavar = {"integer": "N", "number": "X", "array": "A,B", "object": "JSON"}.get(field.kind, "NAME")
     return Annotated[Maybe, typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)]
 
 
@@ -44,6 +44,7 @@ JOB_OPTIONS = {
     "gradient_checkpointing": job_field("gradient_checkpointing", "--gradient-checkpointing"),
     "optimizer": job_field("optimizer", "--optimizer"),
     "trainer": job_field("trainer", "--trainer"),
+    "objective": job_field("objective", "--objective"),
     "dtype": job_field("dtype", "--dtype"),
     "reserve": job_field("reserve", "--reserve"),
     "lora_r": job_field("lora.r", "--lora-r", panel=ADAPTERS),
@@ -52,6 +53,11 @@ JOB_OPTIONS = {
     "lora_targets": job_field("lora.target_modules", "--lora-targets", panel=ADAPTERS),
     "quantization": job_field("quantization.type", "--quantization", panel=ADAPTERS),
     "double_quant": job_field("quantization.double_quant", "--double-quant", panel=ADAPTERS),
+    "adapter": job_field("adapter", "--adapter", panel=ADAPTERS),
+    "prompt_length": job_field("prompt_length", "--prompt-length", panel=MORE),
+    "completion_length": job_field("completion_length", "--completion-length", panel=MORE),
+    "trainer_args": job_field("trainer_args", "--trainer-args", panel=MORE),
+    "generation_args": job_field("generation_args", "--generation-args", panel=MORE),
     "mixed_precision": job_field("mixed_precision", "--mixed-precision", panel=MORE),
     "attention": job_field("attention", "--attention", panel=MORE),
     "attention_mask": job_field("attention_mask", "--attention-mask", panel=MORE),

@@ -98,16 +98,46 @@ class Autocast(TorchFunctionMode):
         ``maybe_autocast``.
         """
 
-        def maybe_autocast(device_type, dtype=None, enabled=True, cache_enabled=None):
-            return contextlib.nullcontext() if enabled else self.suspended()
-
         modules = {sys.modules[type(module).__module__] for module in model.modules()}
         with contextlib.ExitStack() as undo:
             for module in modules:
                 if hasattr(module, "maybe_autocast"):
-                    undo.enter_context(replaced(module, "maybe_autocast", maybe_autocast))
-            undo.enter_context(replaced(torch, "autocast", maybe_autocast))
+                    undo.enter_context(replaced(module, "maybe_autocast", self._region_class()))
+            undo.enter_context(replaced(torch, "autocast", self._region_class()))
             yield
+
+    @contextlib.contextmanager
+    def nested(self, enabled: bool):
+        """``torch.autocast(…, enabled=enabled)``, by whoever asks for it. The outermost one owns the cache."""
+        if enabled and not self._enabled:
+            with self.on():
+                yield
+            return
+        before, self._suspended = self._suspended, not enabled
+        try:
+            yield
+        finally:
+            self._suspended = before
+
+    def _region_class(self) -> type:
+        """``torch.autocast`` for this mode: a context and a decorator."""
+        mode = self
+
+        class Region(contextlib.ContextDecorator):
+            def __init__(self, device_type="cuda", dtype=None, enabled=True, cache_enabled=None):
+                self.enabled, self.entered = enabled, []
+
+            def _recreate_cm(self):
+                return Region(enabled=self.enabled)
+
+            def __enter__(self):
+                self.entered.append(mode.nested(self.enabled))
+                return self.entered[-1].__enter__()
+
+            def __exit__(self, *error):
+                return self.entered.pop().__exit__(*error)
+
+        return Region
 
     def _to_low(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or tensor.dtype in (self.dtype, torch.float64):

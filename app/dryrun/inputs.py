@@ -35,6 +35,8 @@ def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, t
         job.attention_mask != "absent" or job.method == "inference" or TRAINERS[job.trainer].masks_always
     ):
         batch["attention_mask"] = _empty(tracker.device, b, s)
+        if job.method != "inference" and TRAINERS[job.trainer].masks_always and job.attention_mask == "padded":
+            tracker.shifted, tracker.labelled = b * (s - 1), b * (s - 2)  # its collator pads one label a row
     stated = {} if tracker.images is None and tracker.values is None else _stated(model, job, tracker.images)
     for name, value in stated.items():
         if name not in ("input_ids", "attention_mask", "position_ids"):

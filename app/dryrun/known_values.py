@@ -92,6 +92,10 @@ class KnownValues:
             _view(twin.values, tensor).copy_(value)
         self._twins[twin.id] = twin
 
+    def drop_values(self, tensor: torch.Tensor) -> None:
+        """Something unknown is written into the meta tensor ``tensor``."""
+        self._twins.pop(tensor.untyped_storage()._cdata, None)
+
     def get(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The values of a meta tensor; None where they are unknown."""
         twin = self._twin(tensor)
@@ -181,7 +185,7 @@ class KnownValues:
         elif out is None:
             out = run(func, args, kwargs)
         for meta, value in zip(tree_leaves(out), tree_leaves(result), strict=True):
-            if isinstance(meta, torch.Tensor) and meta.untyped_storage()._cdata not in self._twins:
+            if isinstance(meta, torch.Tensor) and meta.shape == value.shape and not self._knows(meta):
                 self.set_values(meta, value, routed)
         return out
 

@@ -51,6 +51,16 @@ class StepObserver(Protocol):
     def mark(self, phase: str, step: int, kind: str) -> None:
         """Begin ``phase`` of ``step``. Allocations are of ``kind`` until :meth:`reclassify` says otherwise."""
 
+    @property
+    def phase(self) -> str:
+        """The phase that is open."""
+
+    def during(self, phase: str, kind: str = "activations") -> AbstractContextManager[Any]:
+        """A phase within another one, which goes on afterwards."""
+
+    def register_model(self, model: torch.nn.Module, prefix: str) -> None:
+        """Take note of one more model, which is on the device now. Its fqns begin with ``prefix``."""
+
     def close(self) -> Any:
         """Stop: what is freed after this is not the job's."""
 

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import PlanError
 from ..memory.events import TraceLog
@@ -78,22 +79,29 @@ Trace = Callable[[torch.nn.Module], TraceLog]
 
 
 def folded_log(
-    model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None
+    model: torch.nn.Module,
+    trace: Trace,
+    names: Iterable[str] = (),
+    general: Trace | None = None,
+    copies: Sequence[str] = ("",),
 ) -> TraceLog | Expansion:
     """The trace log of ``trace(model)``, from as few layers as possible.
 
     ``trace`` gets a copy of the model, which it may change. ``names``: the module names in the job; a name with a
     layer's number makes that layer unlike the others. ``general``: the same run with symbols for sizes; the result then
-    has its sizes. Loops over tokens are repeated last (:func:`~vramplan.dryrun.token_loops.repeat_tokens`).
+    has its sizes. ``copies``: the prefixes of the model's own fqns and of those of its copies that run beside it. Loops
+    over tokens are repeated last (:func:`~vramplan.dryrun.token_loops.repeat_tokens`).
 
     Raises :class:`NotRepeatable` where such a loop cannot be repeated.
     """
-    return repeat_tokens(_folded_log(model, trace, names, general))
+    return repeat_tokens(_folded_log(model, trace, names, general, copies))
 
 
-def _folded_log(model, trace: Trace, names: Iterable[str], general: Trace | None) -> TraceLog | Expansion:
+def _folded_log(
+    model, trace: Trace, names: Iterable[str], general: Trace | None, copies: Sequence[str]
+) -> TraceLog | Expansion:
     try:
-        return fold(model, trace, names, general)
+        return fold(model, trace, names, general, copies)
     except NotRepeatable as reason:
         log.info("not folded: %s", reason)
     trace_log = trace(shortened(model, [], []))
@@ -120,7 +128,13 @@ def _generalised(trace_log: TraceLog, general: Trace, model: torch.nn.Module) ->
     return replace(trace_log, allocations=[numeric._replace(size=other.size) for numeric, other in pairs])
 
 
-def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), general: Trace | None = None) -> Expansion:
+def fold(
+    model: torch.nn.Module,
+    trace: Trace,
+    names: Iterable[str] = (),
+    general: Trace | None = None,
+    copies: Sequence[str] = ("",),
+) -> Expansion:
     """The trace log of ``trace(model)`` from two shorter runs. Raises :class:`NotRepeatable` where they disagree.
 
     The :data:`WAYS` are tried in turn, first the one that worked for this model before. ``general`` is slow: unless an
@@ -134,7 +148,7 @@ def fold(model: torch.nn.Module, trace: Trace, names: Iterable[str] = (), genera
     runs: dict[tuple, TraceLog] = {}
     for apart, radius in sorted(_ways(model), key=lambda way: way != _way.get(model)):
         try:
-            trace_log = _Fold(model, repeated(model, apart), trace, radius, general, runs).trace_log()
+            trace_log = _Fold(model, repeated(model, apart), trace, radius, general, runs, copies).trace_log()
         except (PlanError, DataDependent):  # so would the whole model
             raise
         except NotRepeatable as error:
@@ -178,10 +192,14 @@ class _Fold:
     """The short runs of one model.
 
     A depth lists, for each group of layers, the numbers of the layers that are kept. ``base`` is the depth whose run is
-    repeated, ``whole`` that of the whole model. ``runs`` are the trace logs so far, by depth.
+    repeated, ``whole`` that of the whole model. ``runs`` are the trace logs so far, by depth. ``copies`` are the
+    prefixes of the fqns of the model and of its copies.
     """
 
-    def __init__(self, model, groups: list[Layers], trace: Trace, radius: int, general: Trace | None, runs: dict):
+    def __init__(
+        self, model, groups: list[Layers], trace: Trace, radius: int, general: Trace | None, runs: dict, copies
+    ):
+        self.copies = copies
         self.model, self.groups, self.trace, self.radius, self.general = model, groups, trace, radius, general
         self.runs: dict[tuple, TraceLog] = runs
         self.whole = [range(len(group.types)) for group in groups]
@@ -201,7 +219,7 @@ class _Fold:
             growth = self._repeat_deeper(shortest, deeper)
         short = self._run(self.base)
         if growth and self.general is not None:
-            return _Fold(self.model, self.groups, self.general, self.radius, None, {}).trace_log()
+            return _Fold(self.model, self.groups, self.general, self.radius, None, {}, self.copies).trace_log()
         if growth:
             growth = self._growth(short, deeper, growth)
         if self.general is not None:
@@ -284,9 +302,12 @@ class _Fold:
             return tuple(group.types[index] for index in kept)
 
         return [
-            Stack(group.paths, types(group, a), types(group, b), self.radius)
+            Stack(self._paths(group), types(group, a), types(group, b), self.radius)
             for group, a, b in zip(self.groups, self.base, depth, strict=True)
         ]
+
+    def _paths(self, group: Layers) -> tuple[str, ...]:
+        return tuple(prefix + path for prefix in self.copies for path in group.paths)
 
     def _counts(self, depth: Sequence[Sequence[int]]) -> list[int]:
         """How many more layers of each type there are at ``depth`` than in the run that is repeated."""
@@ -529,6 +550,15 @@ def shortened(model: torch.nn.Module, groups: Sequence[Layers], kept: Sequence[S
                     vars(module)[attribute] += new - old
     _shorten_depths(short, groups, kept)
     return short
+
+
+def copied(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model with tensors of its own, which no tracker has recorded. On the meta device it costs nothing."""
+    with _disable_current_modes():
+        memo: dict[int, Any] = {}
+        if next(model.parameters()).is_meta:
+            _copy_tensors(model, memo)
+        return copy.deepcopy(model, memo)
 
 
 def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module | None:

@@ -16,8 +16,10 @@ import builtins
 import ctypes
 import functools
 import logging
+import os
+import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from threading import RLock, get_ident
@@ -25,6 +27,7 @@ from types import MethodType, ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import huggingface_hub.constants
+import numpy
 import torch
 
 from ..errors import OurFault
@@ -52,6 +55,14 @@ _FUSED_HEAD = "SFTTrainer's fused head takes its Triton kernels on a GPU; they a
 _TORCH = "torch 2.13"
 _BNB = "bitsandbytes 0.50"
 _TRL = "trl 1.16"
+_PEFT = "peft 0.21"
+_TRANSFORMERS = "transformers 5"
+_ACCELERATE = "accelerate 1.15"
+_ONE_CARD = "asks the machine for cards; meant is the one card that is planned"
+_OWN_STATE = "accelerate keeps one state for the process: a trace has its own"
+_CACHE = "empties the card's cache: the allocator that is planned has to know"
+_MADE_HERE = "TRL makes models for itself; here they are made without weights, and what exists is used"
+_OFFLOADING = "activation offloading asks for streams and addresses, which only a card has"
 
 PATCHES = (
     Patch(
@@ -81,7 +92,7 @@ PATCHES = (
         "parameters of a model that is built need not exist (accelerate's init_empty_weights does so for all threads)",
         _TORCH,
     ),
-    Patch("peft.*.init_empty_weights", "accelerate's sets a name of torch.nn.Module for all threads", "peft 0.21"),
+    Patch("peft.*.init_empty_weights", "accelerate's sets a name of torch.nn.Module for all threads", _PEFT),
     Patch("sys.stderr", "a config's class may print to it", "Python 3.11 to 3.13"),
     Patch("torch.tensor", "on the meta device it drops its data before an operator runs", _TORCH),
     Patch("torch.nn.init.*_", _NO_VALUES, _TORCH),
@@ -122,8 +133,9 @@ PATCHES = (
     Patch(
         "peft.tuners.lora.dora.DoraLinearLayer.update_layer",
         "what DoRA computes while it adapts is computed on the card",
-        "peft 0.21",
+        _PEFT,
     ),
+    Patch("peft.tuners.lora.layer.LoraLayer.*_init", "what PiSSA and its like compute is computed on the card", _PEFT),
     Patch(
         "transformers.models.*.range",
         "a recurrent scan is run for a few tokens",
@@ -143,6 +155,33 @@ PATCHES = (
     ),
     Patch("trl.kernels.chunked_logprob.triton", _FUSED_HEAD, _TRL, absent="without Triton it is not there"),
     Patch("trl.trainer.utils._use_triton", _FUSED_HEAD, _TRL),
+    Patch("trl.trainer.utils.is_triton_available", _FUSED_HEAD, _TRL),
+    Patch("trl.trainer.utils._supports_trl_loss_kernel", "asks for the device's type", _TRL),
+    Patch("trl.trainer.utils._fused_logprob_entropy", _FUSED_HEAD, _TRL, absent="without Triton it is not there"),
+    Patch("trl.trainer.base_trainer._BaseTrainer._send_telemetry", "nobody trains here", _TRL),
+    Patch("trl.*.get_peft_model", _MADE_HERE, _TRL),
+    Patch("trl.*.create_model_from_path", _MADE_HERE, _TRL),
+    Patch("trl.*.disable_gradient_checkpointing", "tells where a pass of the reference begins and ends", _TRL),
+    Patch("trl.*.hash_module", "reads weights, to name a file of probabilities", _TRL),
+    Patch("transformers.training_args.TrainingArguments._setup_devices", _ONE_CARD, _TRANSFORMERS),
+    Patch("transformers.training_args.is_torch_bf16_gpu_available", _ONE_CARD, _TRANSFORMERS),
+    Patch("transformers.trainer.clear_device_cache", _CACHE, _TRANSFORMERS),
+    Patch(
+        "transformers.generation.utils.GenerationMixin.generate",
+        "of a completion within a step the first few tokens and the last few are run",
+        _TRANSFORMERS,
+    ),
+    Patch("accelerate.accelerator.is_bf16_available", _ONE_CARD, _ACCELERATE),
+    Patch("accelerate.accelerator.get_grad_scaler", "a scaler for CUDA switches itself off without it", _ACCELERATE),
+    Patch("accelerate.utils.memory.clear_device_cache", _CACHE, _ACCELERATE),
+    Patch("accelerate.state.PartialState._shared_state", _OWN_STATE, _ACCELERATE),
+    Patch("accelerate.state.AcceleratorState._shared_state", _OWN_STATE, _ACCELERATE),
+    Patch("accelerate.state.GradientState._shared_state", _OWN_STATE, _ACCELERATE),
+    Patch("torch.Tensor.cuda", "LOMO takes a tensor to the card", _TORCH),
+    Patch("torch.inference_mode", "in it composite operators reach a dispatch mode whole", _TORCH),
+    Patch("torch.accelerator.current_accelerator", _OFFLOADING, _TORCH),
+    Patch("torch.get_device_module", _OFFLOADING, _TORCH),
+    Patch("torch.storage.UntypedStorage.data_ptr", _OFFLOADING, _TORCH),
 )
 """Every foreign name that is replaced. Beside them a trace registers kernels with PyTorch's dispatcher, and takes them
 back: :data:`AUTOGRAD_META`, and the shape functions of :mod:`vramplan.dryrun.meta_kernels`."""
@@ -190,6 +229,49 @@ class _Replacement:
             setattr(self.holder, self.name, self.before)
         elif self.name in vars(self.holder):
             delattr(self.holder, self.name)
+
+
+class _ProcessState:
+    """The change of environment variables. Undone are also those that libraries write meanwhile, and the seeds that
+    they set, of the random numbers of Python, numpy and torch."""
+
+    before: tuple | None = None
+
+    def __init__(self, variables: dict[str, str]):
+        self.variables = variables
+
+    def apply(self) -> None:
+        self.before = dict(os.environ), random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        os.environ.update(self.variables)
+
+    def undo(self) -> None:
+        if self.before is None:
+            return
+        environment, ours, numbers, tensors = self.before
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        random.setstate(ours)
+        numpy.random.set_state(numbers)
+        torch.set_rng_state(tensors)
+
+
+class _ModuleNames:
+    """The change that a library makes to names of these modules: undone, they are what they were."""
+
+    def __init__(self, modules: Iterable[ModuleType]):
+        self.before = [(module, dict(vars(module))) for module in modules]
+
+    def apply(self) -> None:
+        """The library does it."""
+
+    def undo(self) -> None:
+        for module, names in self.before:
+            for name in vars(module).keys() - names.keys():
+                delattr(module, name)
+            for name, value in names.items():
+                if vars(module).get(name, _MISSING) is not value:
+                    setattr(module, name, value)
 
 
 class _AutogradMetaKernels:
@@ -280,6 +362,17 @@ class _PerThread:
         return (self._before,)
 
 
+class _PerThreadAttribute:
+    """A value, or a property, of a class for the tracing thread, and what was there for every other."""
+
+    def __init__(self, value: Any, before: Any):
+        self._value, self._before = value, before
+
+    def __get__(self, instance, owner=None):
+        own = self._value if get_ident() == _tracing else self._before
+        return own.__get__(instance, owner) if hasattr(own, "__get__") else own
+
+
 def is_tracing() -> bool:
     """Whether this thread holds the sandbox."""
     return get_ident() == _tracing
@@ -301,14 +394,31 @@ def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
     patch = patch_of(holder, name)
     if not is_tracing():
         raise OurFault(f"{patch.target} is replaced outside of the sandbox")
-    if patch.alone:
+    if patch.alone and isinstance(holder, type) and not callable(value):
+        value = _PerThreadAttribute(value, vars(holder)[name])
+    elif patch.alone:
         value = _PerThread(value, getattr(holder, name, getattr(builtins, name, None)))
-    with _changed(_Replacement(holder, name, value)):
+    with changed(_Replacement(holder, name, value)):
         yield
 
 
 @contextmanager
-def _changed(change: Change) -> Iterator[None]:
+def environment(**variables: str) -> Iterator[None]:
+    """Environment variables; those and the seeds that libraries set meanwhile are taken back."""
+    with changed(_ProcessState(variables)):
+        yield
+
+
+@contextmanager
+def names_restored(modules: Iterable[ModuleType]) -> Iterator[None]:
+    """While the context lasts, a library that a job asks for may set names of these modules. All threads see them."""
+    with changed(_ModuleNames(modules)):
+        yield
+
+
+@contextmanager
+def changed(change: Change) -> Iterator[None]:
+    """A change of others' state that is not one attribute, until the block ends."""
     _applied.append(change)  # first: an interruption may come between any two steps
     try:
         change.apply()
@@ -380,11 +490,11 @@ def _for_every_trace() -> Iterator[Any]:
 
     yield replaced(sys, "unraisablehook", functools.partial(_note_dropped, sys.unraisablehook))
     yield replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    yield _changed(_Silence("transformers"))
-    yield replaced(GlobalOptimManager, "get_instance", _new_manager)
+    yield changed(_Silence("transformers"))
+    yield replaced(GlobalOptimManager, "get_instance", new_optimizer_manager)
     if not _kept:
         for change in _registrations():
-            yield _changed(change)
+            yield changed(change)
 
 
 def _registrations() -> list[Change]:
@@ -394,7 +504,7 @@ def _registrations() -> list[Change]:
     return [_AutogradMetaKernels(), NativeShapeFunctions()]
 
 
-def _new_manager() -> Any:
+def new_optimizer_manager() -> Any:
     """What ``GlobalOptimManager.get_instance()`` returns in a new process."""
     from bitsandbytes.optim.optimizer import GlobalOptimManager
 

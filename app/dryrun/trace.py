@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from ..errors import PlanError
@@ -31,6 +32,8 @@ from .images import images_of
 from .known_values import Images, KnownValues
 from .repeat_layers import folded_log
 from .steps.dry_run import dry_run
+from .steps.trainer_arguments import without_effect
+from .steps.trainer_models import REFERENCE, REWARD
 from .symbols import Conditions, symbol, symbol_guards
 from .token_loops import TOKENS_RUN
 from .tracker import FORWARD_OTHER_CHECKPOINTING, DataDependent
@@ -109,7 +112,9 @@ def trace(
     rows = layers.weights_table(base, linear)
     facts = _facts(base, task, sum(row.parameters for row in rows))
     warnings += [*([image_warning] if image_warning else []), *_weight_warnings(job, facts["parameters"], linear)]
-    symbols = _symbols(job, conditions) if general and images is None else {}
+    if ignored := without_effect(job):
+        warnings.append(f"these trainer_args change no memory of a step, and are left out: {', '.join(ignored)}")
+    symbols = _symbols(job, conditions) if general and images is None and not job.knows_values else {}
     if symbols:
         _check_length(job.model_copy(update=symbols), base.config, task)
     trace_log, values = with_values(
@@ -144,10 +149,11 @@ def with_values(
 ) -> tuple[TraceLog | TraceColumns | Expansion, KnownValues | None]:
     """The result of ``run``, and the known values that it took, if any.
 
-    With images it takes known values. Otherwise it runs without them first, and again with them where the program reads
-    a value. That way most jobs do not pay for the twins of :class:`KnownValues`.
+    With images, and with rows that the job states, it takes known values. Otherwise it runs without them first, and
+    again with them where the program reads a value. That way most jobs do not pay for the twins of
+    :class:`KnownValues`.
     """
-    if images is None:
+    if images is None and not job.knows_values:
         try:
             return run(None), None
         except DataDependent:
@@ -195,14 +201,17 @@ def _trace_log(
         *(job.quantization.skip_modules if job.quantization else ()),
     )
 
-    other = job.method != "inference" and model.supports_gradient_checkpointing
+    trains = job.method != "inference"
+    generates = trains and job.trainer == "trl" and job.goal.generates
+    other = trains and model.supports_gradient_checkpointing and not generates
+    copies = ("", REFERENCE) if trains and job.states_rows and job.method == "full" else ("",)
 
     def trace_log(tokens: int) -> TraceColumns:
         def run(variant: Job) -> Callable[[torch.nn.Module], TraceLog]:
             return lambda short: dry_run(short, variant, task, card, 2, other, values, tokens)
 
         general = run(job.model_copy(update=symbols)) if symbols else None
-        return folded_log(model, run(job), names, general).columns()
+        return folded_log(model, run(job), names, general, copies).columns()
 
     with with_weight_facts(model), explain_stack_errors(model, job, values is not None), symbol_guards():
         try:
@@ -235,7 +244,10 @@ def _trainable(trace_log: TraceColumns, job: Job) -> int:
     if job.method == "inference":
         return 0
     if job.method == "full":
-        return trace_log.total_size(trace_log.keys_of("weights", "place")) // getattr(torch, job.dtype).itemsize
+        weights = trace_log.keys_of("weights", "place")
+        own = [not fqn.startswith((REFERENCE, REWARD)) for fqn in trace_log.fqns]
+        weights = weights[np.array(own, bool)[trace_log.fqn[weights]]]
+        return trace_log.total_size(weights) // getattr(torch, job.dtype).itemsize
     return trace_log.total_size(trace_log.keys_of("adapters", "place")) // 4
 
 
@@ -248,7 +260,8 @@ def _state_bytes(trace_log: TraceColumns) -> int:
     Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/optim/optimizer.py#L492
     ``init_state``.
     """
-    scales = trace_log.keys_of("optimizer_state", "zeros.default").size
+    zeros = trace_log.size[trace_log.keys_of("optimizer_state", "zeros.default")].tolist()
+    scales = sum(trace_log.sizes[number] > 4 for number in zeros)  # a step is one number
     copies = trace_log.size[trace_log.keys_of("optimizer_state", "_to_copy.default")].tolist()
     shared = sum(trace_log.sizes[number] == 1024 for number in copies)
     return trace_log.total_size(trace_log.keys_of("optimizer_state")) + 1024 * max(scales - shared, 0)

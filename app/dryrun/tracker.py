@@ -28,6 +28,7 @@ from . import meta_kernels as native  # noqa: F401  (native: shape functions in 
 from .cuda import host_reads
 from .cuda.card_facts import Card
 from .cuda.registry import KERNELS
+from .host_copies import PARKING, PinnedMemory, answer_to, is_fetched, ones_for, reader
 from .known_values import Images, KnownValues, kept_in_memory
 from .sandbox import is_tracing, replaced
 from .symbols import size_of
@@ -109,6 +110,7 @@ class MemoryTracker(TorchDispatchMode):
         self.forwards_left: int | None = None
         self.fault: OurFault | None = None
         self._closed = False
+        self._pinned = PinnedMemory()
 
     def __enter__(self):
         if not is_tracing():
@@ -124,6 +126,30 @@ class MemoryTracker(TorchDispatchMode):
         self.trace_log.marks.append(Mark(len(self.trace_log.events), phase, step))
         if phase in ("forward", FORWARD_OTHER_CHECKPOINTING):
             self._links = ([], [])
+
+    @contextmanager
+    def during(self, phase: str, kind: str = "activations"):
+        """A phase within another one, which goes on afterwards."""
+        before, links = (self.phase, self.step, self._kind), self._links
+        self._links = ([], [])
+        self.mark(phase, self.step, kind)
+        try:
+            yield
+        finally:
+            self.mark(*before)
+            self._links = links
+
+    def register_model(self, model: torch.nn.Module, prefix: str) -> None:
+        """Know one more model, whose weights are on the card now: its fqns begin with ``prefix``."""
+        for name, module in model.named_modules():
+            fqn = prefix + canonical_fqn(name)
+            self._paths[id(module)] = fqn
+            for store, kind in ((module._parameters, "weights"), (module._buffers, "buffers")):
+                for tensor in store.values():
+                    if tensor is not None:
+                        self.register_existing(tensor, fqn, kind)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self.heads |= {prefix} if head is None else {prefix, self._paths[id(head)]}
 
     def empty_cache(self) -> None:
         """Record a call of ``torch.cuda.empty_cache()``."""
@@ -287,6 +313,10 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         try:
+            if func in PARKING:
+                result = self._pinned.run(self, func, args, kwargs or {})
+                if result is not None:
+                    return result
             if self.symbolic:
                 with enable_python_dispatcher():
                     return self._run(func, args, kwargs or {})
@@ -309,6 +339,14 @@ class MemoryTracker(TorchDispatchMode):
     def _run(self, func, args, kwargs):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return self._value(args[0])
+        if func is torch.ops.aten._to_copy.default and is_fetched(args, kwargs):
+            if reader() is None:
+                raise DataDependent(_caller())
+            return ones_for(args[0])
+        if func is torch.ops.aten.equal.default and args[0].device.type == "meta":
+            if reader() is None:
+                raise DataDependent(_caller())
+            return True
         current_fqn = self._current_fqn()
         self._site = current_fqn
         if self._stack or not self.in_backward:  # a reentrant checkpoint's recompute makes nodes too
@@ -341,7 +379,8 @@ class MemoryTracker(TorchDispatchMode):
         if current_fqn is None or self._site is None:
             current_fqn = self._owned_by(args, index)
             self._owner[storage._cdata] = current_fqn
-            self._watch(storage, current_fqn, self._kind, func.__name__)
+            from_host = args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu" and args[0].dim()
+            self._watch(storage, current_fqn, "inputs" if from_host else self._kind, func.__name__)
             return
         self._watch(storage, current_fqn, self.kind_at(current_fqn), func.__name__)
 
@@ -380,7 +419,10 @@ class MemoryTracker(TorchDispatchMode):
             if not _is_plumbing(frame):
                 break
             frame = frame.f_back
-        raise DataDependent(_caller())
+        name = reader()
+        if name is None:
+            raise DataDependent(_caller())
+        return answer_to(name, tensor)
 
     def _answer(self, answer: bool | str, frame: FrameType):
         """What the job says of a value that the function of ``frame`` reads."""

@@ -74,6 +74,8 @@ class Mark(NamedTuple):
 
 EMPTY_CACHE = "empty_cache"
 """The name of a mark at which the allocator gives back what it holds unused."""
+SETUP = "setup"
+"""The part of loading in which a trainer is made. The model is on the card before it."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..errors import PlanError
 from .allocator.config import AllocatorConfig
-from .events import KINDS, Mark
+from .events import KINDS, SETUP, Mark
 from .template import ConcreteTrace, TraceTemplate, packed, unpacked
 
 if TYPE_CHECKING:
@@ -117,10 +117,6 @@ def summarize(concrete: ConcreteTrace, config: AllocatorConfig = AllocatorConfig
     timeline = _timeline(template, run)
     key = int(template.events[top])
     parts = next(sample.kinds for sample in timeline if sample.event == top)
-    after_load = begin
-    if template.empty_cache_events.size:
-        bounds, last = template.replay_input.interval_bounds, template.empty_cache_events[-1]
-        after_load = int(np.searchsorted(bounds, last))
     return MemorySummary(
         phases=phases,
         peak=max(phases[1:], key=lambda phase: phase.peak),
@@ -130,9 +126,23 @@ def summarize(concrete: ConcreteTrace, config: AllocatorConfig = AllocatorConfig
         parts={kind: size for kind, size in zip(KINDS, parts, strict=True) if size},
         holders=_holders(concrete, run.block_sizes, top),
         timeline=timeline,
-        placed=[0, *run.allocated_after.tolist()][after_load],
+        placed=[0, *run.allocated_after.tolist()][_placed_at(template, begin)],
         reserved=max(phase.reserved for phase in phases[1:]),
     )
+
+
+def _placed_at(template: TraceTemplate, begin: int) -> int:
+    """The interval before which the model is on the card. ``begin``: the first one of the steps.
+
+    A trainer empties the cache while it works: with a trainer, the model is there when that is made, and what that
+    makes itself when it is marked again. Else it is there when the cache is emptied last.
+    """
+    setups = [first for mark, first, _ in template.phase_spans if mark.name == SETUP]
+    if setups:
+        return setups[-1]
+    if not template.empty_cache_events.size:
+        return begin
+    return int(np.searchsorted(template.replay_input.interval_bounds, template.empty_cache_events[-1]))
 
 
 def _phases(template: TraceTemplate, run: Replay) -> tuple[list[Phase], int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import PlanError
 from ..job import Job, read_job
-from ..registry.optimizers import OPTIMIZERS, Optimizer
+from ..registry.optimizers import JOIN, Optimizer, optimizer_of
 from ..registry.trainers import TRAINERS
 from .cards import known
 from .fingerprint import NotTraced
@@ -34,8 +34,9 @@ class Change:
 
 
 def _optimizer(job: Job) -> Optimizer:
-    """The facts of the optimiser of a job (resolved)."""
-    return OPTIMIZERS[job.optimizer or TRAINERS[job.trainer].optimizer]
+    """The facts of the optimiser of a job (resolved); of two joined ones, none that could be changed."""
+    name = job.optimizer or TRAINERS[job.trainer].optimizer
+    return Optimizer() if JOIN in name else optimizer_of(name)
 
 
 def _fused(job: Job) -> Change | None:
@@ -165,7 +166,7 @@ def _quantized(job: Job) -> Change | None:
 
 
 def _shorter(job: Job) -> Change | None:
-    if job.sequence_length is None or job.sequence_length < 2:
+    if job.sequence_length is None or job.sequence_length < 2 or job.prompt_length is not None:
         return None
     patches = _halves("sequence_length", job.sequence_length, min(job.sequence_length // 2, 64))
     return Change("shorter sequences", patches, "longer examples are cut", True, 8)

@@ -56,7 +56,20 @@ def solve(data: Any, target: str = "batch_size") -> dict:
         raise PlanError("a job without adapters has no rank to solve for", "use method lora or qlora", "for")
     if target == "sequence_length" and job.sequence_length is None:
         raise PlanError("this job has no length to solve for", "set sequence_length, or solve for batch_size", "for")
-    return _largest_of(job, target, limit, step or 1)
+    if target == "sequence_length" and job.prompt_length is not None:
+        raise PlanError(
+            f"objective {job.objective} has two lengths: which of them is to grow, nobody says",
+            "set prompt_length and completion_length, and solve for batch_size",
+            "for",
+        )
+    return _largest_of(job, target, limit, step or _group(job, target))
+
+
+def _group(job: Job, target: str) -> int:
+    """How many sequences go together: a batch that generates is whole groups of completions."""
+    if target not in ("batch_size", "accumulation_free_batch") or job.trainer != "trl" or not job.goal.generates:
+        return 1
+    return int(job.trainer_args.get("num_generations", job.goal.generations))
 
 
 class _Tries:

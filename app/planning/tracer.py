@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from ..catalog.gpus import Gpu
 from ..errors import OurFault, Unanswered
-from ..job import Job, OwnGpu
+from ..job import ADDED_FIELDS, Job, OwnGpu
 from ..memory.template import packed
 from ..registry.trainers import TRAINERS
 from .fingerprint import NotTraced, can_trace
@@ -115,6 +115,9 @@ def key_of(job: Job, config: dict, kernels: Kernels) -> str:
     shape = job.model_dump(
         exclude={"model", "config", "revision", "gpu", "reserve", "allocator", "batch_size", "sequence_length"}
     )
+    for name in ADDED_FIELDS:
+        if shape[name] == Job.model_fields[name].default:
+            del shape[name]
     if not TRAINERS[job.trainer].fetches_all_batches:
         shape["gradient_accumulation_steps"] = job.batches_run
     capability, _, measured = kernels

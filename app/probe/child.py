@@ -19,10 +19,8 @@ from ..dryrun import sandbox
 from ..dryrun.build.loading import load
 from ..dryrun.build.model import bare
 from ..dryrun.images import images_of
-from ..dryrun.steps import Loop, loop_of
+from ..dryrun.steps import loop_of
 from ..job import Job, read_job
-from ..registry import load as load_by_name
-from ..registry.trainers import TRAINERS
 from .extrapolate import with_layers
 from .history import log_of
 from .recorder import Recorder
@@ -192,14 +190,8 @@ def _run(base, job: Job, task: str, recorder: Recorder, out: Recording, steps: i
     trained = [p for p in model.parameters() if p.requires_grad]
     out.trainable_parameters = sum(p.numel() for p in trained)
     with recorder.watching(model):
-        card_loop_of(job)(recorder, model, job, task, steps)
+        loop_of(job)(recorder, model, job, task, steps)
     out.optimizer_state = max(recorder.optimizer_state.values(), default=None)
-
-
-def card_loop_of(job: Job) -> Loop:
-    """The function that runs the job's steps on a card."""
-    reference = TRAINERS[job.trainer].card_loop
-    return loop_of(job) if reference is None or job.method == "inference" else load_by_name(reference, __package__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -79,6 +79,25 @@ class Recorder:
         self.meter.reset_peaks()
         self.tell(phase, step)
 
+    @property
+    def phase(self) -> str:
+        """The phase that is open."""
+        return self._open[1] if self._open is not None else ""
+
+    @contextlib.contextmanager
+    def during(self, phase: str, kind: str = "activations"):
+        """A phase within another one, which goes on afterwards."""
+        step, before, _ = self._open or (0, "load", 0)
+        self.mark(phase, step)
+        try:
+            yield
+        finally:
+            self.mark(before, step)
+
+    def register_model(self, model: torch.nn.Module, prefix: str) -> None:
+        """Move one more model to the card. The plan knows whose allocations they are."""
+        model.to(self.device)
+
     def close(self) -> None:
         """Write down the phase that is open."""
         if self._open is None:

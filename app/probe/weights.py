@@ -51,6 +51,3 @@ class CardWeights:
     def adapted(self, model: torch.nn.Module, job: Job, task: str, observer: Recorder) -> torch.nn.Module:
         """The model with the job's adapters, made on the card."""
         return adapt(model, job, task, self.device)
-
-    def cast_adapters(self, model: torch.nn.Module, observer: Recorder) -> None:
-        """Nothing: the real ``SFTTrainer.__init__`` casts them."""

@@ -1,7 +1,7 @@
 """Whose training step a job runs: the defaults of each trainer, and where its loop is.
 
-``loop`` runs the steps on the meta device (``app/dryrun/steps/``), ``card_loop`` on a real card (``app/probe/``). Both
-take (observer, model, job, task, steps). How to add one: ``docs/add-a-trainer.md``.
+``loop`` runs the steps, on the meta device and on a real card (``app/dryrun/steps/``). It takes (observer, model, job,
+task, steps). How to add one: ``docs/add-a-trainer.md``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Literal
 class Trainer:
     """One trainer.
 
-    ``loop`` is relative to ``dryrun.steps``; ``card_loop`` to ``probe``, None where the same loop runs there.
+    ``loop`` is relative to ``dryrun.steps``.
     ``mixed_precision``, ``optimizer``, ``checkpoints`` and ``prepares_for_kbit_training`` are what it does where a job
     says nothing (:meth:`vramplan.job.Job.resolved`).
     """
 
     loop: str
-    card_loop: str | None
     mixed_precision: Literal["no", "bf16", "fp16"]
     optimizer: str
     checkpoints: bool = False
@@ -29,8 +28,10 @@ class Trainer:
     """``peft.prepare_model_for_kbit_training`` is called on a quantised model."""
     fetches_all_batches: bool = True
     """All accumulated batches of a step lie on the card before the first one runs."""
-    casts_adapters: bool = False
-    """Adapters of a quantised model are cast to bfloat16."""
+    hosted: bool = True
+    """The trainer's own class runs, which switches checkpointing on, and takes arguments (``trainer_args``)."""
+    has_objectives: bool = False
+    """Its ``objective`` is one of :data:`~vramplan.registry.objectives.OBJECTIVES`; else it is the model's own loss."""
     masks_always: bool = False
     """Its collator makes an attention mask whether or not a job asks for one."""
     packs_with_bounds: bool = False
@@ -40,18 +41,15 @@ class Trainer:
 
 
 TRAINERS: dict[str, Trainer] = {
-    "pytorch": Trainer(".plain:run_plain", None, "no", "adamw_torch", fetches_all_batches=False),
-    "transformers": Trainer(
-        ".restated_trainers:run_trainer", ".trainer_loops:run_trainer", "bf16", "adamw_torch_fused"
-    ),
+    "pytorch": Trainer(".plain:run_plain", "no", "adamw_torch", fetches_all_batches=False, hosted=False),
+    "transformers": Trainer(".hosted_trainer:run_hosted", "bf16", "adamw_torch_fused"),
     "trl": Trainer(
-        ".restated_trainers:run_trainer",
-        ".trainer_loops:run_sft_trainer",
+        ".hosted_trainer:run_hosted",
         "bf16",
         "adamw_torch_fused",
         checkpoints=True,
         prepares_for_kbit_training=False,
-        casts_adapters=True,
+        has_objectives=True,
         masks_always=True,
         packs_with_bounds=True,
         chunks_loss=True,

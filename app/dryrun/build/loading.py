@@ -16,7 +16,7 @@ from ...job import Job
 from ...registry.trainers import TRAINERS
 from ..observer import StepObserver
 from ..tracker import MemoryTracker
-from .adapters import adapt, dora_norms_recorded, record_adapters
+from .adapters import adapt, initialisation_recorded, record_adapters
 from .quantizers import Layout, quantize
 
 
@@ -34,9 +34,6 @@ class Weights(Protocol):
 
     def adapted(self, model: torch.nn.Module, job: Job, task: str, observer: Any) -> torch.nn.Module:
         """The model with the job's adapters."""
-
-    def cast_adapters(self, model: torch.nn.Module, observer: Any) -> None:
-        """Cast adapters as a trainer does that casts them."""
 
 
 class MetaWeights:
@@ -58,21 +55,10 @@ class MetaWeights:
 
     def adapted(self, model: torch.nn.Module, job: Job, task: str, observer: MemoryTracker) -> torch.nn.Module:
         """The model with adapters, which are recorded."""
-        with dora_norms_recorded(model, observer):
+        with initialisation_recorded(model, observer):
             model = adapt(model, job, task, "meta")
         record_adapters(model, observer)
         return model
-
-    def cast_adapters(self, model: torch.nn.Module, observer: MemoryTracker) -> None:
-        """Cast adapters to bfloat16, all but DoRA's magnitudes.
-
-        Source: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L911 ``torch.bfloat16``.
-        """
-        observer.mark("load", 0, "adapters")
-        with observer.watching(model):
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and "lora_magnitude_vector" not in name:
-                    parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def load(model: torch.nn.Module, job: Job, task: str, observer: StepObserver, weights: Weights) -> torch.nn.Module:
@@ -87,8 +73,6 @@ def load(model: torch.nn.Module, job: Job, task: str, observer: StepObserver, we
     weights.allocate(model, observer)
     model = _prepared(model, job, task, observer, weights)
     observer.empty_cache()
-    if TRAINERS[job.trainer].casts_adapters and job.quantization is not None and job.method != "inference":
-        weights.cast_adapters(model, observer)
     return model
 
 
@@ -97,7 +81,8 @@ def _prepared(model: torch.nn.Module, job: Job, task: str, observer: StepObserve
     if job.method == "inference":
         model.requires_grad_(False)
         # An adapter may be served beside its base.
-        model = model if job.lora is None else weights.adapted(model, job, task, observer)
+        if job.lora is not None or job.adapter is not None:
+            model = weights.adapted(model, job, task, observer)
         return model.eval()
     if job.gradient_checkpointing != "off" and not model.supports_gradient_checkpointing:
         raise PlanError(
@@ -113,17 +98,16 @@ def _prepared(model: torch.nn.Module, job: Job, task: str, observer: StepObserve
         model = _prepared_for_kbit_training(model, job, observer)
     else:
         model.requires_grad_(False)
-        if _enable_checkpointing(model, job):
+        if job.gradient_checkpointing != "off":
+            _enable_checkpointing(model, job)
             model.enable_input_require_grads()
     return weights.adapted(model, job, task, observer).train()
 
 
-def _enable_checkpointing(model: torch.nn.Module, job: Job) -> bool:
-    """Switch gradient checkpointing on where the job has it on. Returns whether it does."""
-    if job.gradient_checkpointing == "off":
-        return False
-    model.gradient_checkpointing_enable({"use_reentrant": job.gradient_checkpointing == "reentrant"})
-    return True
+def _enable_checkpointing(model: torch.nn.Module, job: Job) -> None:
+    """Switch gradient checkpointing on where the job has it on, unless the trainer does so itself."""
+    if job.gradient_checkpointing != "off" and not TRAINERS[job.trainer].hosted:
+        model.gradient_checkpointing_enable({"use_reentrant": job.gradient_checkpointing == "reentrant"})
 
 
 def _prepared_for_kbit_training(model: torch.nn.Module, job: Job, observer: StepObserver) -> torch.nn.Module:

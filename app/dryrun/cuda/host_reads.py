@@ -48,6 +48,8 @@ HOST_READS = (
     HostRead("StopCheck.__call__", _GENERATION, _V5, "generated"),
     # "is a gradient infinite?" Then the step would be left out.
     HostRead("GradScaler._maybe_opt_step", "torch.amp.grad_scaler", ">=2.13,<3", False),
+    # "is a logit infinite?" Then it would refuse.
+    HostRead("Linear._get_lora_matrices", "peft.tuners.vblora.layer", ">=0.21,<0.22", False),
     # the largest position, plus one
     HostRead(
         "dynamic_rope_update.<locals>.longrope_frequency_update", "transformers.modeling_rope_utils", _V5, "length"

@@ -130,3 +130,18 @@ def _foreach_norm(tracker, func, args, kwargs, fqn):
     tracker.record_outputs(out, func, args, None)
     tracker.record_free(partial)
     return out
+
+
+@kernel(aten.bincount.default)
+def _bincount(tracker, func, args, kwargs, fqn):
+    """``bincount`` of numbers below ``minlength``. Before it counts, it asks for the least and for the largest number.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/cuda/SummaryOps.cu#L262
+    ``_bincount_cuda_template``.
+    Confirmed: H100, the rows ``A-kto`` of tests/measured/h100-post-training.jsonl, to the byte.
+    """
+    least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+    out = torch.empty(least, dtype=torch.long, device="meta")
+    tracker.record_temporary([(8, "temporaries"), (8, "temporaries")], fqn, "bincount")
+    tracker.record_outputs(out, func, args, fqn)
+    return out

@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from ...job import Job
-from ...registry.optimizers import OPTIMIZERS
+from ...registry.optimizers import optimizers_for
 from ..inputs import make_batch
 from ..observer import StepObserver
 from .phases import begin_forward, label_grads_and_state
@@ -20,7 +20,7 @@ def run_plain(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     observer.mark("load", 0, "inputs")
     batch = make_batch(observer, model, job, task)
-    optimizer = OPTIMIZERS[job.optimizer].make(parameters)
+    optimizers = optimizers_for(job.optimizer, model)
     for step in range(1, steps + other + 1):
         for _ in range(job.batches_run):
             begin_forward(observer, model, job, step, steps)
@@ -35,9 +35,11 @@ def run_plain(
             label_grads_and_state(observer, parameters)
         else:
             observer.mark("optimizer", step, "optimizer_temporaries")
-            optimizer.step()
-            label_grads_and_state(observer, parameters, optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                label_grads_and_state(observer, parameters, optimizer)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             del loss
             observer.mark("end", step, "temporaries")
     observer.close()

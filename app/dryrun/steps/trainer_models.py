@@ -1,0 +1,85 @@
+"""The models that a trainer makes for itself, made without weights: its adapters, its reference, its reward models."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ...job import Job
+from ..build.model import build_base
+from ..build.model_config import read_config
+from ..observer import StepObserver
+from ..repeat_layers import copied
+from ..sandbox import replaced
+
+REFERENCE = "reference."
+REWARD = "reward."
+"""How the fqns of their modules begin."""
+
+
+@contextlib.contextmanager
+def made_here(trainer: type, observer: StepObserver, model, base) -> Iterator[None]:
+    """While this trainer is made and runs: its adapters are those of ``model``, its reference is a copy of ``base``,
+    and a reference pass is a phase of its own."""
+    module = sys.modules[trainer.__module__]
+    with contextlib.ExitStack() as undo:
+        for name, value in _functions(module, observer, model, base):
+            if hasattr(module, name):
+                undo.enter_context(replaced(module, name, value))
+        yield
+
+
+def _functions(module, observer: StepObserver, model, base) -> Iterator[tuple[str, Callable]]:
+    """The functions of a trainer's module that are replaced."""
+    bare = copied(base) if hasattr(module, "create_model_from_path") and base is model else None
+
+    def reference(*args, **kwargs):
+        observer.register_model(bare, REFERENCE)
+        return bare.eval()
+
+    yield "get_peft_model", lambda *args, **kwargs: model
+    yield "create_model_from_path", reference
+    yield "hash_module", lambda *args: ""
+    if hasattr(module, "disable_gradient_checkpointing"):
+        yield "disable_gradient_checkpointing", _as_phase(module.disable_gradient_checkpointing, observer)
+
+
+def _as_phase(context: Callable, observer: StepObserver) -> Callable:
+    """A context within which the phase is ``reference``."""
+
+    @contextlib.contextmanager
+    def entered(*args, **kwargs):
+        with observer.during("reference"), context(*args, **kwargs):
+            yield
+
+    return entered
+
+
+def reward_functions(observer: StepObserver, job: Job) -> list[Any]:
+    """The job's reward models; without any a function in Python, which takes no memory of the card."""
+    configs = job.trainer_args.get("reward_funcs")
+    if not configs:
+        return [_length]
+    return [_reward_model(observer, job, config, number) for number, config in enumerate(configs)]
+
+
+def _length(completions, **kwargs) -> list[float]:
+    return [float(len(completion) % 7) for completion in completions]
+
+
+def _reward_model(observer: StepObserver, job: Job, config: dict, number: int) -> torch.nn.Module:
+    with _disable_current_modes():
+        made = read_config({**config, "num_labels": 1}, job.attention)
+        model = build_base(made, "sequence-classification", getattr(torch, job.dtype))
+    observer.register_model(model, f"{REWARD}{number}.")
+    return model.eval()
+
+
+def reward_tokenizers(functions: list, tokenizer) -> list:
+    """What each reward function reads its texts with."""
+    return [tokenizer if isinstance(function, torch.nn.Module) else None for function in functions]
