@@ -5,7 +5,7 @@ ARG TORCH_INDEX=
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /build
-COPY requirements-core.lock requirements.lock ./
+COPY requirements-core.lock requirements.lock requirements-nodeps.lock ./
 RUN grep -v '^-r' requirements.lock > pins.lock \
     && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' pins.lock)" \
     && pip install -r requirements-core.lock -c pins.lock
@@ -13,7 +13,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY app ./app
 COPY templates ./templates
 COPY static ./static
-RUN pip install -c requirements-core.lock -c pins.lock ".[trace]" && rm -rf /build
+RUN pip install -c requirements-core.lock -c pins.lock ".[trace]" \
+    && pip install --no-deps -r requirements-nodeps.lock && rm -rf /build
 RUN useradd --create-home planner
 USER planner
 WORKDIR /home/planner

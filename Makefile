@@ -10,10 +10,10 @@ PIP := -m pip --disable-pip-version-check --quiet
 .PHONY: venv core test test-fast lint demo serve pretrace
 venv: $(VENV)/ready
 
-$(VENV)/ready: requirements.lock requirements-core.lock pyproject.toml
+$(VENV)/ready: requirements.lock requirements-core.lock requirements-nodeps.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) install -r requirements.lock
-	$(VENV)/bin/python $(PIP) install --no-deps -e .
+	$(VENV)/bin/python $(PIP) install --no-deps -r requirements-nodeps.lock -e .
 	touch $@
 
 core: $(CORE)/ready

@@ -25,6 +25,7 @@ JOBS = {
     "trainer": {**TINY, "trainer": "transformers", "sequence_length": 32},
     "sft": {**TINY, "sequence_length": 32},
     "sft qlora": {**TINY, "method": "qlora", "sequence_length": 32, "lora": {"target_modules": "all-linear"}},
+    "sft liger": {**TINY, "sequence_length": 32, "trainer_args": {"use_liger_kernel": True}},
     "dpo": {**PAIRS, "objective": "dpo"},
     "kto": {**PAIRS, "objective": "kto"},
     "reward": {**PAIRS, "objective": "reward", "config": {**LLAMA, "num_labels": 1}},

@@ -189,3 +189,5 @@ def test_the_lock_files_pin_every_package_once():
     assert len(names) == len(set(names)) and not {"torch", "transformers", "rapidfuzz"} & {*core}
     asked = [re.split(r"[<>=\[]", line)[0].lower() for line in PROJECT["project"]["dependencies"]]
     assert set(asked) <= {line.partition("==")[0] for line in core}
+    alone = [line for line in (ROOT / "requirements-nodeps.lock").read_text().splitlines() if line[0] != "#"]
+    assert alone == PROJECT["project"]["optional-dependencies"]["liger"]

@@ -302,7 +302,8 @@ def _missing(job: Job, error: ImportError) -> PlanError:
     """A package that the job asks for is not installed."""
     if job.trainer_args.get("use_liger_kernel") and "liger" in str(error).lower():
         package = "liger-kernel"
-        return PlanError(f"use_liger_kernel needs the package {package}", f"pip install {package}", "trainer_args")
+        hint = f"pip install --no-deps {package}"
+        return PlanError(f"use_liger_kernel needs the package {package}", hint, "trainer_args")
     return refused(job.optimizer, error)
 
 
