@@ -180,7 +180,7 @@ def check(name: str, title: str, errors: Errors) -> None:
     rows: dict[str, dict] = {}
     for figure, found in errors.items():
         for off, id, planned, measured in found:
-            row = rows.setdefault(id, {"id": id})
+            row = rows.setdefault(id.split()[0], {"id": id.split()[0]})
             if figure not in row or off > error(*row[figure]):
                 row[figure] = [planned, measured]
     check_readme(name, table(title, errors))

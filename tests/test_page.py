@@ -382,7 +382,7 @@ def test_a_link_that_is_none_is_told_and_the_others_stay(client):
 
 def test_the_page_of_accuracy_has_every_row_with_its_error(client):
     page, tables = client.get("/accuracy").text, client.get("/accuracy.json").json()
-    assert Tags(page).open == [] and set(tables) == {"h200", "h100", "architectures", "settings", "frontiers"}
+    assert Tags(page).open == [] and set(tables) >= {"h200", "h100", "architectures", "settings", "frontiers"}
     for name, table in tables.items():
         for row in table["rows"]:
             at = page.index(f'<th scope="row">{row["id"]}</th>', page.index(f'id="t-{name}"'))
