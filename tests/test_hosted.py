@@ -137,8 +137,6 @@ def test_a_trainer_s_argument_changes_its_step():
         ({"trainer_args": {"torch_compile": True}}, "not modelled"),
         ({"trainer_args": {"resume_from_checkpoint": "x"}}, "not modelled"),
         ({"generation_args": {"num_beams": 4}}, "method inference"),
-        ({"method": "inference", "trainer": "pytorch", "generation_args": {"num_beams": 4}}, "not modelled"),
-        ({"method": "inference", "trainer": "pytorch", "generation_args": {"topk": 4}}, "top_k"),
         ({"method": "lora", "adapter": {"peft_type": "IA4"}}, "IA3"),
         ({"method": "lora", "adapter": {"peft_type": "IA3", "target_module": ["q_proj"]}}, "target_modules"),
         ({"method": "lora", "lora": {"rank_patern": {}}}, "rank_pattern"),

@@ -14,8 +14,10 @@ import os
 import sys
 import weakref
 from bisect import bisect_right
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from types import FrameType
+from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -415,7 +417,7 @@ class MemoryTracker(TorchDispatchMode):
         while frame is not None:
             rule = host_reads.rule_for(frame)
             if rule is not None:
-                return self._answer(rule.answer, frame)
+                return self._answer(rule.answer, frame, tensor)
             if not _is_plumbing(frame):
                 break
             frame = frame.f_back
@@ -424,13 +426,28 @@ class MemoryTracker(TorchDispatchMode):
             raise DataDependent(_caller())
         return answer_to(name, tensor)
 
-    def _answer(self, answer: bool | str, frame: FrameType):
+    def _answer(self, answer: bool | str, frame: FrameType, tensor: torch.Tensor):
         """What the job says of a value that the function of ``frame`` reads."""
         if isinstance(answer, bool):
             return answer
+        if answer == "beams":
+            return _read_by_beams(frame.f_locals, tensor, self.length)
         if answer == "generated":
             return frame.f_locals["length"] >= self.length
         return {"full": self.mask != "padded", "single": self.mask != "packed", "length": self.length}[answer]
+
+
+def _read_by_beams(variables: Mapping[str, Any], tensor: torch.Tensor, length) -> bool | int:
+    """What beam search reads: whether a beam is unfinished, as all are up to ``length``; then how long the result is.
+
+    Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/generation/utils.py#L3369
+    ``_beam_search``.
+    """
+    if tensor is variables.get("output_length"):
+        return length
+    if tensor is variables.get("max_generated_length"):
+        return length - variables["decoder_prompt_len"]
+    return variables["cur_len"] < length
 
 
 _OURS = os.path.dirname(__file__)

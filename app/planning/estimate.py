@@ -32,7 +32,7 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         "peak": _peak(summary, outside_of(card)),
         "load": _load(summary),
         "optimizer_state": facts["optimizer_state"],
-        "phases": [_phase(phase) for phase in summary.phases],
+        "phases": _phases(summary.phases),
         "parts": summary.parts,
         "holders": _holders(summary.holders),
         "timeline": {"kinds": list(KINDS), "points": [_sample(sample) for sample in summary.timeline]},
@@ -58,7 +58,7 @@ def _peak(summary: MemorySummary, outside: Context) -> dict[str, Any]:
         "reserved": summary.reserved,
         "process": summary.reserved + outside.expected,
         "process_interval": [summary.reserved + outside.low, summary.reserved + outside.high],
-        "phase": summary.peak.name,
+        "phase": "generate" if summary.peak.name in PASSES else summary.peak.name,
         "step": summary.peak.step,
         "module": summary.peak_module,
         "op": summary.peak_op,
@@ -68,6 +68,22 @@ def _peak(summary: MemorySummary, outside: Context) -> dict[str, Any]:
 def _load(summary: MemorySummary) -> dict[str, int]:
     load = summary.phases[0]
     return {"placed_allocated": summary.placed, "peak_allocated": load.peak, "peak_reserved": load.reserved}
+
+
+PASSES = ("generate", "prefill", "decode")
+"""Phases of a generation, which enters them again for each token: one row each. A peak within is the generation's."""
+
+
+def _phases(phases: list[Phase]) -> list[dict[str, Any]]:
+    """The phases as rows, in the order in which they begin."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for number, phase in enumerate(phases):
+        row = _phase(phase)
+        known = rows.setdefault((phase.step, phase.name) if phase.name in PASSES else number, row)
+        known["allocated_end"] = row["allocated_end"]
+        for peak in ("peak_allocated", "peak_reserved"):
+            known[peak] = max(known[peak], row[peak])
+    return [*rows.values()]
 
 
 def _phase(phase: Phase) -> dict[str, Any]:

@@ -36,6 +36,8 @@ _DURING = {
     "backward": "in the backward pass",
     "optimizer": "in the optimizer step",
     "generate": "while generating",
+    "prefill": "while the prompt is read",
+    "decode": "while a token is made",
 }
 
 
@@ -254,7 +256,7 @@ def parts(answer: dict) -> list[tuple[str, str, int]]:
 
 def step_title(step: int, phase: str) -> str:
     """What a step is called: the load, the generation, the first step, one like all that follow."""
-    if phase == "generate":
+    if phase in ("generate", "prefill", "decode"):
         return "Generation"
     return {0: "Load", 1: "First step", 2: "Steady step"}.get(step, f"Step {step}")
 

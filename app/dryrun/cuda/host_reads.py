@@ -19,7 +19,8 @@ class HostRead(NamedTuple):
     """A function that reads a value, and the answer.
 
     ``function``: its qualified name, in ``module``. ``versions``: of the package, for which the rule was checked.
-    ``answer``: a value, or the name of a fact of the job (``MemoryTracker`` has them: full, single, length, generated).
+    ``answer``: a value, or the name of a fact of the job (``MemoryTracker`` has them: full, single, length, generated,
+    beams).
     """
 
     function: str
@@ -46,6 +47,7 @@ HOST_READS = (
     HostRead("GenerationMixin.generate", _GENERATION, _V5, False),
     # "has every sequence ended?" Not before the job's length: ``new_tokens`` is a minimum too.
     HostRead("StopCheck.__call__", _GENERATION, _V5, "generated"),
+    HostRead("GenerationMixin._beam_search", _GENERATION, _V5, "beams"),
     # "is a gradient infinite?" Then the step would be left out.
     HostRead("GradScaler._maybe_opt_step", "torch.amp.grad_scaler", ">=2.13,<3", False),
     # "is a logit infinite?" Then it would refuse.
