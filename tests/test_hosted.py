@@ -172,9 +172,35 @@ def test_lora_takes_every_argument():
     assert pattern.facts["trainable_parameters"] > plain.facts["trainable_parameters"]
 
 
-@pytest.mark.parametrize("name", ["adagrad", "rmsprop", "torch.optim.Adafactor", "ademamix_8bit"])
+@pytest.mark.parametrize("name", ["adagrad", "rmsprop", "torch.optim.Adafactor", "ademamix_8bit", "stable_adamw"])
 def test_optimizers_by_name(name):
     assert planned(**JOBS["trainer"], optimizer=name).facts["optimizer_state"] > 0
+
+
+@pytest.mark.parametrize("name", ["galore_adamw_8bit", "apollo_adamw"])
+def test_optimizers_that_project_gradients(name):
+    given = {**JOBS["trainer"], "trainer_args": {"optim_target_modules": ["attn", "mlp"]}}
+    assert planned(**given, optimizer=name).facts["optimizer_state"] > 0
+
+
+def test_stable_adamw_runs_its_kernels():
+    """On a card they are Triton's and take no temporaries; without Triton the package takes PyTorch's operators."""
+    plan = planned(**JOBS["trainer"], optimizer="stable_adamw")
+    optimizer = next(phase for phase in plan.summary.phases if (phase.step, phase.name) == (2, "optimizer"))
+    largest = LLAMA["vocab_size"] * LLAMA["hidden_size"] * 2
+    assert optimizer.peak - optimizer.start < 2 * largest
+
+
+def test_adapters_that_nobody_casts_stay_as_they_arrive():
+    job = {**JOBS["trainer"], "method": "lora"}
+    cast, left = (planned(**job, lora={"autocast_adapter_dtype": casts}) for casts in (True, False))
+    assert left.summary.parts["adapters"] == cast.summary.parts["adapters"] / 2
+    assert left.facts["trainable_parameters"] == cast.facts["trainable_parameters"]
+
+
+def test_what_is_learned_of_a_conversation_is_said():
+    plan = planned(**JOBS["sft"], trainer_args={"assistant_only_loss": True})
+    assert any("half of the tokens" in warning for warning in plan.profile.warnings)
 
 
 def test_8_bit_optimizers_keep_the_state_of_embeddings_in_32_bits():

@@ -131,6 +131,13 @@ PATCHES = (
         _BNB,
     ),
     Patch(
+        "torch.ops.bitsandbytes.optimizer_update_32bit",
+        "a norm that it takes as a number is a tensor without a value",
+        _BNB,
+        alone=False,  # who gives it a number gets what was there
+    ),
+    Patch("apollo_torch.random_projector.stable_randn", "the meta device has no generator", "apollo-torch 1.0"),
+    Patch(
         "peft.tuners.lora.dora.DoraLinearLayer.update_layer",
         "what DoRA computes while it adapts is computed on the card",
         _PEFT,

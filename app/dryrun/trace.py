@@ -21,16 +21,19 @@ from ..memory.sizes import SYMBOLS
 from ..memory.table import Table, with_costs
 from ..memory.template import TraceTemplate
 from ..progress import say
+from ..registry.trainers import TRAINERS
 from . import layer_weights as layers
 from .build import prequantized as stored
 from .build.model import base_of
 from .build.model_config import equal_type
+from .build.peft_config import casts_to_float32
 from .build.quantizers import quantized_layers
 from .cuda.card_facts import Card
 from .diagnose import explain_stack_errors
 from .images import images_of
 from .known_values import Images, KnownValues
 from .repeat_layers import folded_log
+from .steps.data_rows import PARTS
 from .steps.dry_run import dry_run
 from .steps.trainer_arguments import without_effect
 from .steps.trainer_models import REFERENCE, REWARD
@@ -114,6 +117,7 @@ def trace(
     warnings += [*([image_warning] if image_warning else []), *_weight_warnings(job, facts["parameters"], linear)]
     if ignored := without_effect(job):
         warnings.append(f"these trainer_args change no memory of a step, and are left out: {', '.join(ignored)}")
+    warnings += [_HALVES.format(name) for name in PARTS if job.trainer_args.get(name)]
     symbols = _symbols(job, conditions) if general and images is None and not job.knows_values else {}
     if symbols:
         _check_length(job.model_copy(update=symbols), base.config, task)
@@ -126,7 +130,7 @@ def trace(
     table = Table.of(with_costs(rows, trace_log, FORWARD_OTHER_CHECKPOINTING, job.gradient_checkpointing != "off"))
     trace_log = trace_log.before_phase(FORWARD_OTHER_CHECKPOINTING)
     facts["trainable_parameters"] = _trainable(trace_log, job)
-    facts["optimizer_state"] = _state_bytes(trace_log)
+    facts["optimizer_state"] = _state_bytes(trace_log, job)
     if not symbols or values is not None:
         conditions |= {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job), strict=False)}
     return Profile(TraceTemplate.of(trace_log, conditions), facts, table, warnings, (*point_of(job), multiprocessors))
@@ -171,6 +175,7 @@ def _symbols(job: Job, conditions: Conditions) -> dict[str, torch.SymInt]:
     return {field: symbol(SYMBOLS[field == "sequence_length"], value, conditions) for field, value in named.items()}
 
 
+_HALVES = "{}: half of the tokens of each sequence are taken to be learned"
 _ROUTED = {
     "balanced": "what runs depends on which experts the router chooses: taken to be each as often as the others (job "
     "field expert_routing: balanced)",
@@ -239,7 +244,8 @@ def _check_length(job: Job, configuration, task: str) -> None:
 def _trainable(trace_log: TraceColumns, job: Job) -> int:
     """How many parameters are trained, by the bytes of their tensors at load.
 
-    In full training these are the weights. Otherwise they are the adapters, in fp32 when they are loaded.
+    In full training these are the weights. Otherwise they are the adapters, in fp32 when they are loaded, unless the
+    job leaves them in its own dtype.
     """
     if job.method == "inference":
         return 0
@@ -248,23 +254,28 @@ def _trainable(trace_log: TraceColumns, job: Job) -> int:
         own = [not fqn.startswith((REFERENCE, REWARD)) for fqn in trace_log.fqns]
         weights = weights[np.array(own, bool)[trace_log.fqn[weights]]]
         return trace_log.total_size(weights) // getattr(torch, job.dtype).itemsize
-    return trace_log.total_size(trace_log.keys_of("adapters", "place")) // 4
+    itemsize = 4 if casts_to_float32(job) else getattr(torch, job.dtype).itemsize
+    return trace_log.total_size(trace_log.keys_of("adapters", "place")) // itemsize
 
 
-def _state_bytes(trace_log: TraceColumns) -> int:
-    """Bytes of the tensors in ``optimizer.state`` on the card, as a script that sums them would count.
+def _state_bytes(trace_log: TraceColumns, job: Job) -> int:
+    """Bytes of the tensors in ``optimizer.state`` on the card.
 
     With bitsandbytes every 8-bit state has an absmax of its own (``torch.zeros``) and refers to one code book of 1024
-    bytes. All parameters share the code books, so they count once for each.
+    bytes, which all parameters share. Of a plain loop they are counted as a script that sums its tensors counts them,
+    once for each; of a trainer once, as they lie there. So did the programs that measured the rows.
 
     Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/optim/optimizer.py#L492
     ``init_state``.
     """
+    state = trace_log.total_size(trace_log.keys_of("optimizer_state"))
+    if TRAINERS[job.trainer].hosted:
+        return state
     zeros = trace_log.size[trace_log.keys_of("optimizer_state", "zeros.default")].tolist()
     scales = sum(trace_log.sizes[number] > 4 for number in zeros)  # a step is one number
     copies = trace_log.size[trace_log.keys_of("optimizer_state", "_to_copy.default")].tolist()
     shared = sum(trace_log.sizes[number] == 1024 for number in copies)
-    return trace_log.total_size(trace_log.keys_of("optimizer_state")) + 1024 * max(scales - shared, 0)
+    return state + 1024 * max(scales - shared, 0)
 
 
 def _kernel_warnings(job: Job, task: str, attention: str, trace_log: TraceColumns) -> list[str]:

@@ -30,9 +30,9 @@ class Optimizer:
     ``constructor`` is None where transformers' own function makes it from the model: then ``package`` is the name of
     the package that has to be installed. ``named_by_transformers``: ``TrainingArguments.optim`` knows the name; the
     others are handed to a Trainer: ready made (``handed_over``), or as a class. ``in_backward``: it works within the
-    backward pass, which only a Trainer arranges. ``fused``, ``eight_bit`` and ``paged``
-    name the optimisers with the same update in one kernel, with its state in 8 bits, and with that state paged to the
-    host.
+    backward pass, which only a Trainer arranges. ``on_triton``: on a card its kernels are Triton's. ``fused``,
+    ``eight_bit`` and ``paged`` name the optimisers with the same update in one kernel, with its state in 8 bits, and
+    with that state paged to the host.
     """
 
     constructor: str | None = None
@@ -41,6 +41,7 @@ class Optimizer:
     handed_over: bool = False
     package: str | None = None
     in_backward: bool = False
+    on_triton: bool = False
     fused: str | None = None
     eight_bit: str | None = None
     paged: str | None = None
@@ -97,7 +98,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "schedule_free_radam": Optimizer(package="schedulefree"),
     "schedule_free_adamw": Optimizer(package="schedulefree"),
     "schedule_free_sgd": Optimizer(package="schedulefree"),
-    "stable_adamw": Optimizer(package="torch-optimi"),
+    "stable_adamw": Optimizer(package="torch-optimi", on_triton=True),
     "adamw_torch_4bit": Optimizer(package="torchao"),
     "adamw_torch_8bit": Optimizer(package="torchao"),
 }

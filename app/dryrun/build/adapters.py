@@ -54,6 +54,8 @@ def adapt(model: torch.nn.Module, job: Job, task: str, device: str) -> torch.nn.
         field = "lora" if job.adapter is None else "adapter"
         raise PlanError(f"PEFT cannot adapt this model: {first_line(error)}", hint, field) from None
     _move(model, device)
+    if not casts:
+        _leave_as_arrived(model)
     return model
 
 
@@ -83,6 +85,13 @@ def _move(model: torch.nn.Module, device: str) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != device:
                 module._buffers[name] = buffer.to(device)
+
+
+def _leave_as_arrived(model: torch.nn.Module) -> None:
+    """Give the adapters the dtype in which they arrive at the card: nobody casts them to float32."""
+    arrival = _dtypes_on_arrival(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(arrival.get(id(parameter), parameter.dtype))
 
 
 @contextlib.contextmanager

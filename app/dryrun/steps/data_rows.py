@@ -26,6 +26,10 @@ def _ids(count: int) -> list[int]:
     return [TOKEN] * count
 
 
+PARTS = ("assistant_only_loss", "completion_only_loss")
+"""Arguments that have SFT learn a part of each sequence: the second half is taken."""
+
+
 def text(job: Job, number: int) -> Row:
     """SFT. Of padded rows the last token is the collator's; packed ones have the lengths of their documents."""
     count = job.sequence_length - (job.attention_mask == "padded")
@@ -36,9 +40,10 @@ def text(job: Job, number: int) -> Row:
         row["seq_lengths"] = [min(document, count - start) for start in range(0, count, document)]
     elif job.packed:
         row["seq_lengths"] = lengths(count)
-    for argument, field in (("assistant_only_loss", "assistant_masks"), ("completion_only_loss", "completion_mask")):
-        if given.get(argument):
-            row[field] = [0] + [1] * (count - 1)
+    if any(given.get(name) for name in PARTS):
+        row["labels"] = [-100] * (count // 2) + _ids(count - count // 2)
+    if given.get("assistant_only_loss"):
+        row["messages"] = [{"role": "assistant", "content": WORD}]  # the trainer asks whether rows are conversations
     return row
 
 

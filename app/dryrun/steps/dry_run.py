@@ -10,6 +10,7 @@ import torch
 
 from ...job import Job
 from ...memory.events import TraceLog
+from ...registry.optimizers import JOIN, optimizer_of
 from ..autocast import Autocast
 from ..build.loading import MetaWeights, load
 from ..cuda.as_if_cuda import as_if_cuda
@@ -18,7 +19,10 @@ from ..known_values import KnownValues
 from ..sandbox import replaced
 from ..token_loops import TOKENS_RUN, TokenLoops
 from ..tracker import MemoryTracker
-from . import loop_of
+from . import empty_triton, loop_of
+
+PARAM_NORM = 7
+"""The position of the argument ``param_norm`` of bitsandbytes' ``optimizer_update_32bit``."""
 
 
 def dry_run(
@@ -38,7 +42,7 @@ def dry_run(
     often a loop over tokens is run; :func:`~vramplan.dryrun.token_loops.repeat_tokens` repeats it.
     """
     tracker = _tracker(job, card)
-    with as_if_cuda(card), paged_states_elsewhere():
+    with as_if_cuda(card), paged_states_elsewhere(), _kernels_of(job):
         model = load(model, job, task, tracker, MetaWeights())
         mode = tracker.autocast
         scans = TokenLoops(tracker, tokens)
@@ -62,6 +66,12 @@ def _tracker(job: Job, card: Card) -> MemoryTracker:
     return tracker
 
 
+def _kernels_of(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Triton, for an optimiser that runs kernels of it on a card."""
+    named = () if job.method == "inference" else job.optimizer.split(JOIN)
+    return empty_triton.installed() if any(optimizer_of(name).on_triton for name in named) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def paged_states_elsewhere() -> Iterator[None]:
     """Paged optimiser state takes nothing of the card's allocator: it is managed memory (``cget_managed_ptr``).
@@ -69,15 +79,21 @@ def paged_states_elsewhere() -> Iterator[None]:
     bitsandbytes makes a CPU tensor over that memory. Here it is one number, expanded to the shape.
 
     Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py#L91
-    ``get_paged``.
+    ``get_paged``. GaLore's AdamW in 8 bit has it take a norm, which is read on the host.
     """
+    update = torch.ops.bitsandbytes.optimizer_update_32bit
 
     def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: object = None) -> torch.Tensor:
         out = torch.zeros((), dtype=dtype).expand(shape)
         out.is_paged = True
         return out
 
+    def update_32bit(*args):
+        return update(*(1.0 if at == PARAM_NORM and torch.is_tensor(value) else value for at, value in enumerate(args)))
+
+    update_32bit.default = update.default  # its kernels are registered by overload
     with (
+        replaced(torch.ops.bitsandbytes, "optimizer_update_32bit", update_32bit),
         replaced(bnb.functional, "get_paged", get_paged),
         replaced(bnb.functional, "prefetch_tensor", lambda *args, **kwargs: None),
         replaced(bnb.functional, "fill", lambda *args, **kwargs: None),

@@ -22,7 +22,9 @@ import torch
 from ..cuda.running import running
 from ..sandbox import changed
 
-PACKAGES = ("triton", "liger_kernel")
+ON_TRITON = ("liger_kernel", "optimi")
+"""The packages that take kernels of Triton on a card, and other ways elsewhere."""
+PACKAGES = ("triton", *ON_TRITON)
 """The packages that a trace has of its own."""
 
 
@@ -49,13 +51,19 @@ class Kernel:
 
 
 class _Anything:
-    """Any name of Triton's language."""
+    """Any name of Triton's language, and an empty list of them."""
 
     def __init__(self, *args, **kwargs):
         pass
 
     def __call__(self, *args, **kwargs):
         return self
+
+    def __add__(self, other):
+        return self
+
+    def __iter__(self):
+        return iter(())
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -86,8 +94,13 @@ AS_ON_CARD = {
     'device.type != "cuda"': 'device.type != "meta"',
     "torch.cuda.get_device_capability(": "card_capability(",
     "torch.cuda.get_device_properties(": "card_properties(",
+    "tensor.is_cuda": "tensor.is_meta",
+    "torch.cuda.is_bf16_supported()": "(card_capability(tensor) >= (8, 0))",
+    "torch.cuda.device_of(tensor)": "nullcontext()",
+    "from torch._inductor.utils import triton_type_to_torch": "",
+    "TORCH_TO_TRITON_DTYPE[param.dtype]": "param.dtype",
 }
-"""What Liger asks of a tensor's device, and how its copy of a trace asks it."""
+"""What these packages ask of a tensor's device, and how their copy of a trace asks it."""
 
 
 def card_capability(device: Any) -> tuple[int, int]:
@@ -100,8 +113,8 @@ def card_properties(device: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(multi_processor_count=int(running.card.multiprocessors))
 
 
-class _LigerLoader(importlib.machinery.SourceFileLoader):
-    """Loads a module of Liger that takes the path of a card on the meta device."""
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a module that takes the path of a card on the meta device."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         path = self.get_filename(fullname)
@@ -116,16 +129,16 @@ class _LigerLoader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder:
-    """Finds ``triton`` and all that is in it, and Liger's modules for a trace."""
+    """Finds ``triton`` and all that is in it, and for a trace the modules of the packages on it."""
 
     @staticmethod
     def find_spec(name: str, path=None, target=None):
         package = name.partition(".")[0]
         if package == "triton":
             return importlib.machinery.ModuleSpec(name, _Finder, is_package=True)
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if package == "liger_kernel" else None
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if package in ON_TRITON else None
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = _LigerLoader(spec.loader.name, spec.loader.path)
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec
 
     @staticmethod

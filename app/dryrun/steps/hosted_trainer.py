@@ -280,7 +280,7 @@ def run_hosted(observer: StepObserver, model, job: Job, task: str, steps: int, o
     with contextlib.ExitStack() as undo:
         folder = undo.enter_context(tempfile.TemporaryDirectory())
         if observer.device == "meta":
-            undo.enter_context(as_one_card(observer, job.trainer == "trl"))
+            undo.enter_context(as_one_card(observer, job))
         try:
             _train(_Setting(observer, model, job, task, steps, other, folder, undo))
         except ImportError as error:
@@ -439,6 +439,10 @@ def _refuse_what_it_does_not_take(setting: _Setting, trainer: type, base) -> Non
         raise PlanError(f"{trainer.__name__}'s rows hold no images here", "measure it with another trainer", "trainer")
 
 
+TURNS = "{% for turn in messages %}{% generation %}{{ turn['content'] }} {% endgeneration %}{% endfor %}"
+"""A chat's template, which adds nothing to what is said."""
+
+
 @functools.cache
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of a few words: TRL's trainers ask for one, the rows are tokens already."""
@@ -448,5 +452,5 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=TURNS
     )

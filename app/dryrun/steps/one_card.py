@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...job import Job
 from .. import sandbox
 from ..observer import StepObserver
 from ..symbols import sym_range
@@ -33,8 +34,9 @@ class _OnCuda:
 
 
 @contextlib.contextmanager
-def as_one_card(observer: StepObserver, trl: bool) -> Iterator[None]:
-    """While the context lasts, trainers find a process with one card, of the observer's device. ``trl``: TRL's too."""
+def as_one_card(observer: StepObserver, job: Job) -> Iterator[None]:
+    """While the context lasts, the job's trainer finds a process with one card, of the observer's device."""
+    trl = job.trainer == "trl"
     if trl:
         import trl.trainer.utils
     before = empty_triton.Kernel.values
@@ -42,7 +44,11 @@ def as_one_card(observer: StepObserver, trl: bool) -> Iterator[None]:
         undo.callback(setattr, empty_triton.Kernel, "values", before)
         empty_triton.Kernel.values = observer.values
         undo.enter_context(sandbox.environment(ACCELERATE_TORCH_DEVICE=observer.device))
-        for holder, name, value in (*_for_trainers(observer), *(_for_trl() if trl else ())):
+        for holder, name, value in (
+            *_for_trainers(observer),
+            *(_for_trl() if trl else ()),
+            *(_for_apollo() if "apollo" in job.optimizer else ()),
+        ):
             undo.enter_context(sandbox.replaced(holder, name, value))
         yield
 
@@ -92,6 +98,17 @@ def _for_trl() -> Iterator[tuple[Any, str, Any]]:
     yield utils, "_supports_trl_loss_kernel", _asked_as_on_cuda(utils._supports_trl_loss_kernel)
     fused = empty_triton.fused_logprob_module().selective_log_softmax_and_entropy
     yield utils, "_fused_logprob_entropy", fused
+
+
+def _for_apollo() -> Iterator[tuple[Any, str, Any]]:
+    """What APOLLO's projector finds replaced: its random numbers, without the generator."""
+    with contextlib.suppress(ImportError):  # transformers tells which package is missing
+        projector = importlib.import_module("apollo_torch.random_projector")
+        yield (
+            projector,
+            "stable_randn",
+            lambda shape, seed, device, dtype: torch.randn(shape, device=device, dtype=dtype),
+        )
 
 
 def _always(value: Any) -> Callable:

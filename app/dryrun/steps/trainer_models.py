@@ -75,7 +75,9 @@ def _length(completions, **kwargs) -> list[float]:
 def _reward_model(observer: StepObserver, job: Job, config: dict, number: int) -> torch.nn.Module:
     with _disable_current_modes():
         made = read_config({**config, "num_labels": 1}, job.attention)
+        caches = getattr(made, "use_cache", None)
         model = build_base(made, "sequence-classification", getattr(torch, job.dtype))
+        made.use_cache = caches  # nobody trains it: it keeps what its config says
     observer.register_model(model, f"{REWARD}{number}.")
     return model.eval()
 
