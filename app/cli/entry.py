@@ -14,6 +14,7 @@ from .demo_command import demo
 from .other_commands import gpus, models, serve, version
 from .plan_commands import compare, estimate, solve
 from .probe_command import probe
+from .run_command import run
 
 app = typer.Typer(
     name="vramplan",
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (estimate, solve, compare, probe, serve, gpus, models, demo, version):
     app.command()(command)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 
 
 def main() -> None:

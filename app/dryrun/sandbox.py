@@ -62,6 +62,8 @@ _ONE_CARD = "asks the machine for cards; meant is the one card that is planned"
 _OWN_STATE = "accelerate keeps one state for the process: a trace has its own"
 _CACHE = "empties the card's cache: the allocator that is planned has to know"
 _MADE_HERE = "TRL makes models for itself; here they are made without weights, and what exists is used"
+_SCRIPT = "in the process of vramplan run, cuda is the dry card"
+_NO_CHECKPOINT = "the weights of a script's model are not read"
 _OFFLOADING = "activation offloading asks for streams and addresses, which only a card has"
 
 PATCHES = (
@@ -184,6 +186,32 @@ PATCHES = (
     Patch("accelerate.state.PartialState._shared_state", _OWN_STATE, _ACCELERATE),
     Patch("accelerate.state.AcceleratorState._shared_state", _OWN_STATE, _ACCELERATE),
     Patch("accelerate.state.GradientState._shared_state", _OWN_STATE, _ACCELERATE),
+    Patch("torch.autograd._engine_run_backward", _SCRIPT, _TORCH),
+    Patch("torch.clear_autocast_cache", _SCRIPT, _TORCH),
+    Patch(
+        "torch.utils.checkpoint._allowed_determinism_checks_to_fns",
+        _SCRIPT,
+        _TORCH,
+        alone=False,  # the process runs nothing but the script
+    ),
+    Patch("torch.Generator", _SCRIPT, _TORCH),
+    Patch("torch.distributed.init_process_group", _SCRIPT, _TORCH),
+    Patch("torch.utils.data.dataloader.DataLoader.__init__", _SCRIPT, _TORCH),
+    Patch("torch.cuda.*", _SCRIPT, _TORCH),
+    Patch("torch.accelerator.*", _SCRIPT, _TORCH),
+    Patch("transformers.modeling_utils._get_resolved_checkpoint_files", _NO_CHECKPOINT, _TRANSFORMERS),
+    Patch("transformers.modeling_utils.PreTrainedModel._from_config", _NO_CHECKPOINT, _TRANSFORMERS),
+    Patch("transformers.modeling_utils.PreTrainedModel._load_pretrained_model", _NO_CHECKPOINT, _TRANSFORMERS),
+    Patch("transformers.modeling_utils.PreTrainedModel._initialize_missing_keys", _NO_CHECKPOINT, _TRANSFORMERS),
+    *(
+        Patch(
+            f"transformers.quantizers.quantizer_bnb_{bits}bit.Bnb{bits}BitHfQuantizer.{name}",
+            _NO_CHECKPOINT,
+            _TRANSFORMERS,
+        )
+        for bits in (4, 8)
+        for name in ("_process_model_before_weight_loading", "validate_environment")
+    ),
     Patch("torch.Tensor.cuda", "LOMO takes a tensor to the card", _TORCH),
     Patch("torch.inference_mode", "in it composite operators reach a dispatch mode whole", _TORCH),
     Patch("torch.accelerator.current_accelerator", _OFFLOADING, _TORCH),

@@ -29,13 +29,13 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
     return {
         "job": {**job.model_dump(exclude={"config"}, mode="json"), "attention": facts["attention"]},
         "model": {**planned.source, **{key: fact for key, fact in facts.items() if key != "optimizer_state"}},
-        "peak": _peak(summary, outside_of(card)),
-        "load": _load(summary),
+        "peak": peak_of(summary, outside_of(card)),
+        "load": load_of(summary),
         "optimizer_state": facts["optimizer_state"],
-        "phases": _phases(summary.phases),
+        "phases": phases_of(summary.phases),
         "parts": summary.parts,
-        "holders": _holders(summary.holders),
-        "timeline": {"kinds": list(KINDS), "points": [_sample(sample) for sample in summary.timeline]},
+        "holders": holders_of(summary.holders),
+        "timeline": timeline_of(summary.timeline),
         "layers": [layer._asdict() for layer in layers],
         "fits": [fit_on(planned, other) for other in (card, *others)],
         "after": asdict(following) if following else None,
@@ -52,7 +52,8 @@ def _following(planned: PlannedJob) -> tuple[After | None, list[str]]:
         return None, [error.message]
 
 
-def _peak(summary: MemorySummary, outside: Context) -> dict[str, Any]:
+def peak_of(summary: MemorySummary, outside: Context) -> dict[str, Any]:
+    """The highest moment as the answer's object; ``outside``: what the process holds beside the allocator."""
     return {
         "allocated": summary.peak.peak,
         "reserved": summary.reserved,
@@ -65,7 +66,8 @@ def _peak(summary: MemorySummary, outside: Context) -> dict[str, Any]:
     }
 
 
-def _load(summary: MemorySummary) -> dict[str, int]:
+def load_of(summary: MemorySummary) -> dict[str, int]:
+    """What the model holds before the first step, and the peak while it loads."""
     load = summary.phases[0]
     return {"placed_allocated": summary.placed, "peak_allocated": load.peak, "peak_reserved": load.reserved}
 
@@ -74,7 +76,7 @@ PASSES = ("generate", "prefill", "decode")
 """Phases of a generation, which enters them again for each token: one row each. A peak within is the generation's."""
 
 
-def _phases(phases: list[Phase]) -> list[dict[str, Any]]:
+def phases_of(phases: list[Phase]) -> list[dict[str, Any]]:
     """The phases as rows, in the order in which they begin."""
     rows: dict[Any, dict[str, Any]] = {}
     for number, phase in enumerate(phases):
@@ -97,6 +99,11 @@ def _phase(phase: Phase) -> dict[str, Any]:
     }
 
 
+def timeline_of(samples: list[TimelineSample]) -> dict[str, Any]:
+    """The step's moments: bytes alive by kind."""
+    return {"kinds": list(KINDS), "points": [_sample(sample) for sample in samples]}
+
+
 def _sample(sample: TimelineSample) -> dict[str, Any]:
     fields = sample._asdict()
     return {**{name: value for name, value in fields.items() if name != "kinds"}, "bytes": list(sample.kinds)}
@@ -107,8 +114,9 @@ def alive(data: Any, event: int) -> list[dict]:
     planned = plan_job(read_job(data))
     if not 0 <= event < planned.concrete.template.events.size:
         raise PlanError(f"the step has no event {event}", "take one of the answer's timeline")
-    return _holders(holders_after(planned.concrete, planned.settings, event))
+    return holders_of(holders_after(planned.concrete, planned.settings, event))
 
 
-def _holders(holders: list[tuple[str, str, int]]) -> list[dict]:
+def holders_of(holders: list[tuple[str, str, int]]) -> list[dict]:
+    """Who holds most, as rows."""
     return [{"module": module, "kind": kind, "bytes": size} for module, kind, size in holders]

@@ -44,15 +44,24 @@ def page(answer: dict, width: int) -> RenderableType:
         f", {words.number(answer['model']['parameters'])} parameters\n",
         (words.settings(answer), "dim"),
     )
-    parts = [head, "", _peaks(answer), "", _bar(answer, width - 2), "", _title("Phases"), _phases(answer)]
-    parts += ["", _title("Layers", "of one; K, M, G are KiB, MiB, GiB"), _layers(answer, width)]
-    parts += ["", _title("Smallest cards that fit"), _cards(answer)]
+    parts = [
+        head,
+        "",
+        peaks(answer),
+        "",
+        bar(answer, words.asked_card(answer), width - 2),
+        "",
+        title("Phases"),
+        phases(answer),
+    ]
+    parts += ["", title("Layers", "of one; K, M, G are KiB, MiB, GiB"), _layers(answer, width)]
+    parts += ["", title("Smallest cards that fit"), _cards(answer)]
     if "advice" in answer:
-        parts += ["", _title("What would make it fit"), _advice(answer)]
+        parts += ["", title("What would make it fit"), _advice(answer)]
         if said := words.merged(answer):
             parts += ["", Padding(Text(said), (0, 0, 0, 2))]
     if answer["warnings"]:
-        parts += ["", _title("Warnings")]
+        parts += ["", title("Warnings")]
         parts += [Padding(Text(f"! {warning}", "yellow"), (0, 0, 0, 2)) for warning in answer["warnings"]]
     parts += ["", Text(words.stack(answer), "dim")]
     return Group(*parts)
@@ -64,11 +73,13 @@ def show(answer: dict, console: Console) -> None:
     console.print(page(answer, width), highlight=False, width=width)
 
 
-def _title(text: str, note: str = "") -> Text:
+def title(text: str, note: str = "") -> Text:
+    """The head of a part of the page."""
     return Text.assemble((text, "bold"), (f"  {note}" if note else "", "dim"))
 
 
-def _peaks(answer: dict) -> RenderableType:
+def peaks(answer: dict) -> RenderableType:
+    """The peaks, and where they come."""
     peak = answer["peak"]
     low, high = peak["process_interval"]
     table = _grid("left", "right", "left")
@@ -88,9 +99,9 @@ def _grid(*justify: str) -> Table:
     return table
 
 
-def _bar(answer: dict, width: int) -> RenderableType:
+def bar(answer: dict, card: dict | None, width: int) -> RenderableType:
     """The process against the card: one glyph and colour a part, what is free as dots."""
-    peak, card = answer["peak"], words.asked_card(answer)
+    peak = answer["peak"]
     total = max(peak["process"], card["memory_bytes"] if card else 0)
     entries = sorted(words.parts(answer), key=lambda part: -part[2])
     named = [(name, count, COLORS.get(kind, "white")) for kind, name, count in entries if count >= total / 1000]
@@ -117,8 +128,9 @@ def _bar(answer: dict, width: int) -> RenderableType:
     return Group(Padding(bar, (0, 0, 0, 2)), legend)
 
 
-def _phases(answer: dict) -> Table:
-    table = _table("", "Phase", "Start", "Peak", "End", "Reserved")
+def phases(answer: dict) -> Table:
+    """A row a phase."""
+    table = quiet_table("", "Phase", "Start", "Peak", "End", "Reserved")
     last = None
     for phase in words.phases(answer):
         title = phase["title"] if phase["title"] != last else ""
@@ -151,7 +163,7 @@ def _layers(answer: dict, width: int) -> RenderableType:
         "activations_checkpointed": "ckpt.",
     }
     used = [field for field in columns if any(layer[field] for layer in answer["layers"])]
-    table = _table("Module", "Params", *(columns[field] for field in used))
+    table = quiet_table("Module", "Params", *(columns[field] for field in used))
     table.padding = (0, 1, 0, 0) if width < WIDEST else table.padding
     table.columns[0].overflow = "fold"
     table.columns[0].no_wrap = False
@@ -169,7 +181,7 @@ def _cards(answer: dict) -> RenderableType:
     cards = words.cards_that_fit(answer)
     if not cards:
         return Padding(Text("None of the catalogue holds this job."), (0, 0, 0, 2))
-    table = _table("Card", "Memory", "To spare", "")
+    table = quiet_table("Card", "Memory", "To spare", "")
     for fit in cards[:CARDS]:
         table.add_row(fit["name"], size(fit["memory_bytes"]), size(fit["headroom"]), words.note(answer, fit))
     return table
@@ -181,7 +193,7 @@ def _advice(answer: dict) -> RenderableType:
     options = words.options(answer["advice"])
     if not options:
         return Padding(Text("No single change does, and no pair that was tried."), (0, 0, 0, 2))
-    table = _table("Change", "Reserved", "To spare", "Costs")
+    table = quiet_table("Change", "Reserved", "To spare", "Costs")
     table.columns[0].no_wrap = table.columns[3].no_wrap = False
     for option in options:
         cost = words.cost(option) + (" (changes the training)" if option["changes_objective"] else "")
@@ -189,7 +201,7 @@ def _advice(answer: dict) -> RenderableType:
     return table
 
 
-def _table(*columns: str) -> Table:
+def quiet_table(*columns: str) -> Table:
     """A quiet table: no lines, a dim head, words to the left and numbers to the right."""
     table = Table(box=None, pad_edge=True, padding=(0, 1, 0, 1), header_style="dim")
     text = {
@@ -213,7 +225,7 @@ def _table(*columns: str) -> Table:
 
 def gpus(cards, prices: dict[str, float], console: Console) -> None:
     """The catalogue of cards."""
-    table = _table("Card", "--gpu", "Memory", "Sold as", "bf16", *(["Price"] if prices else []))
+    table = quiet_table("Card", "--gpu", "Memory", "Sold as", "bf16", *(["Price"] if prices else []))
     for card in cards:
         memory = ("" if card.measured else "~") + size(card.total_memory)
         price = [f"{prices[card.key]:g}"] if prices else []
@@ -256,7 +268,9 @@ def _found(answer: dict, target: str, console: Console) -> None:
     said = f"{lead} {found}" if found else "None of the catalogue does"
     console.print(Text(said, STATES["fits" if found else "does_not_fit"]), highlight=False)
     rows = answer["cards"] if target == "gpu" else answer["tries"]
-    table = _table("Card" if target == "gpu" else "Model", *(["Price"] if prices else []), "Reserved", "To spare", "")
+    table = quiet_table(
+        "Card" if target == "gpu" else "Model", *(["Price"] if prices else []), "Reserved", "To spare", ""
+    )
     for row in rows:
         price = [f"{row['price']:g}"] if prices else []
         word = VERDICTS[row["verdict"]]
@@ -274,7 +288,7 @@ def comparison(answer: dict, console: Console) -> None:
     if not answer["over"] and not told:
         told = ["model", "method"]
     asked = any(row.get("gpu") for row in rows)
-    table = _table(
+    table = quiet_table(
         *answer["over"], *told, "Allocated", "Reserved", "Peak in", *(["Verdict", "To spare"] if asked else [])
     )
     for column in table.columns[: len(answer["over"]) + len(told)]:
@@ -303,7 +317,7 @@ def _cell(value: object) -> str:
 
 def models(found, console: Console) -> None:
     """Models of the catalogue."""
-    table = _table("Model", "Params", "Also called")
+    table = quiet_table("Model", "Params", "Also called")
     table.columns[2].no_wrap = False
     for model in found:
         table.add_row(model.id, words.number(model.parameters), ", ".join(model.aliases))
@@ -312,7 +326,7 @@ def models(found, console: Console) -> None:
 
 def ladder() -> Table:
     """The empty table of ``demo``: one row a model."""
-    return _table("Model", "Params", "Weights", "Peak", "Process", "Smallest card")
+    return quiet_table("Model", "Params", "Weights", "Peak", "Process", "Smallest card")
 
 
 def ladder_row(table: Table, answer: dict) -> None:

@@ -131,12 +131,16 @@ class _Loader(importlib.machinery.SourceFileLoader):
 class _Finder:
     """Finds ``triton`` and all that is in it, and for a trace the modules of the packages on it."""
 
+    on_meta = True
+
     @staticmethod
     def find_spec(name: str, path=None, target=None):
         package = name.partition(".")[0]
         if package == "triton":
             return importlib.machinery.ModuleSpec(name, _Finder, is_package=True)
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if package in ON_TRITON else None
+        spec = (
+            importlib.machinery.PathFinder.find_spec(name, path) if package in ON_TRITON and _Finder.on_meta else None
+        )
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
             spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec
@@ -184,10 +188,15 @@ def _take_out(modules: dict[str, types.ModuleType]) -> None:
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
-    """While the context lasts, ``import triton`` finds this one."""
-    with changed(_EmptyTriton()):
-        yield
+def installed(on_meta: bool = True) -> Iterator[None]:
+    """While the context lasts, ``import triton`` finds this one. ``on_meta``: tensors say that they lie on the meta
+    device, so the packages on it take the meta device for a card."""
+    before, _Finder.on_meta = _Finder.on_meta, on_meta
+    try:
+        with changed(_EmptyTriton()):
+            yield
+    finally:
+        _Finder.on_meta = before
 
 
 @functools.cache
