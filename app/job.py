@@ -16,7 +16,7 @@ from .errors import PlanError
 from .registry.objectives import OBJECTIVES, Objective, ObjectiveName
 from .registry.optimizers import JOIN, OptimizerName
 from .registry.quantizers import QUANTIZERS, Quantizer, QuantizerName
-from .registry.strategies import StrategyName
+from .registry.strategies import STRATEGIES, StrategyName
 from .registry.trainers import TRAINERS, TrainerName
 
 Task = Literal[
@@ -113,8 +113,32 @@ class Allocator(_Strict):
     )
 
 
+class Ddp(_Strict):
+    """Arguments of ``DistributedDataParallel``, by its names; null: what accelerate or the trainer sets."""
+
+    find_unused_parameters: bool | None = Field(None, description="Look for parameters without a gradient.")
+    gradient_as_bucket_view: bool | None = Field(None, description="Gradients are views into the buckets.")
+    bucket_cap_mb: Annotated[float, Field(gt=0, le=1 << 20)] | None = Field(
+        None, description="MiB of a bucket; null: 25."
+    )
+    static_graph: bool | None = Field(None, description="The same parameters are used in every step.")
+
+
+class Fsdp(_Strict):
+    """Arguments of FSDP2's ``fully_shard``, as accelerate's plugin names them."""
+
+    reshard_after_forward: bool = Field(True, description="Free gathered weights after a module's forward pass.")
+    cpu_offload: bool = Field(False, description="Shards, gradients and optimiser state lie on the host.")
+    param_dtype: Dtype | None = Field(None, description="Dtype in which weights are gathered; null: as they are.")
+    reduce_dtype: Dtype | None = Field(None, description="Dtype in which gradients are reduced; null: their own.")
+    activation_checkpointing: bool = Field(False, description="The plugin's own checkpointing of wrapped modules.")
+    wrap: tuple[str, ...] | None = Field(
+        None, description="Classes of the modules that are sharded as one; null: the model's _no_split_modules."
+    )
+
+
 class Job(_Strict):
-    """A training step or a generation, as somebody would run it on one card."""
+    """A training step or a generation, as somebody would run it on one card or on many."""
 
     model: str | None = Field(None, max_length=400, description="Hub id, local folder or path of a config.json.")
     config: dict[str, Any] | None = Field(None, description="The config.json itself; instead of `model`.")
@@ -173,9 +197,20 @@ class Job(_Strict):
     reserve: Annotated[int, Field(ge=0, le=1 << 50)] = Field(
         0, description="Bytes of the card that are not this job's: a display, other processes, room to be left."
     )
-    gpu_count: Annotated[int, Field(ge=1, le=100_000)] = 1
-    nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
-    strategy: StrategyName = "single"
+    gpu_count: Annotated[int, Field(ge=1, le=100_000)] = Field(1, description="Cards in all, on every node.")
+    nodes: Annotated[int, Field(ge=1, le=100_000)] = Field(1, description="Machines that the cards are in.")
+    strategy: StrategyName = Field("single", description="How the job is spread over the cards.")
+    ddp: Ddp | None = Field(None, description="Options of strategy ddp; null: what the trainer sets.")
+    fsdp: Fsdp | None = Field(None, description="Options of strategy fsdp2; null: accelerate's defaults.")
+    deepspeed: dict[str, Any] | None = Field(
+        None, description="Options of zero1, zero2 and zero3, or a DeepSpeed config with transformers' auto values."
+    )
+    device_map: str | dict[str, Any] | None = Field(
+        None, description="As from_pretrained takes it, for strategy device-map; null: auto."
+    )
+    max_memory: dict[str, int | str] | None = Field(
+        None, description='Bytes of each card and of the host that device_map may use: {"0": bytes, "cpu": bytes}.'
+    )
     allocator: Allocator = Allocator()
 
     @model_validator(mode="after")
@@ -192,7 +227,22 @@ class Job(_Strict):
         if self.adapter is not None and self.lora is not None:
             raise ValueError("give one of `lora` and `adapter`")
         self._check_trainer()
+        self._check_cards()
         return self
+
+    def _check_cards(self) -> None:
+        """Refuse a number of cards that the strategy does not take, and options of another one."""
+        strategy = STRATEGIES[self.strategy]
+        for field in CARD_OPTIONS:
+            if getattr(self, field) is not None and field not in strategy.options:
+                owners = ", ".join(name for name, row in STRATEGIES.items() if field in row.options)
+                raise ValueError(f"{field} is of strategy {owners}: set strategy, or leave {field} out")
+        if self.strategy == "single" and self.gpu_count > 1:
+            raise ValueError("strategy single takes one card: set strategy (ddp, fsdp2, …), or gpu_count to 1")
+        if self.gpu_count % self.nodes:
+            raise ValueError("gpu_count is the number of cards in all: it must be a multiple of nodes")
+        if self.nodes > 1 and strategy.one_process:
+            raise ValueError(f"strategy {self.strategy} is one process on one machine: set nodes to 1")
 
     def _check_trainer(self) -> None:
         trainer, goal = TRAINERS[self.trainer], self.goal
@@ -296,7 +346,12 @@ class Job(_Strict):
         return chosen
 
 
-ADDED_FIELDS = ("objective", "prompt_length", "completion_length", "trainer_args", "adapter", "generation_args")
+CARD_OPTIONS = ("ddp", "fsdp", "deepspeed", "device_map", "max_memory")
+"""Fields with options of strategies."""
+ADDED_FIELDS = (
+    *("objective", "prompt_length", "completion_length", "trainer_args", "adapter", "generation_args"),
+    *CARD_OPTIONS,
+)
 """Fields that came after profiles were stored: a job that leaves them at their defaults has the key that it had."""
 
 TARGETS = ("batch_size", "sequence_length", "r", "accumulation_free_batch", "gpu", "model")
@@ -366,6 +421,8 @@ def _fields_at(path: list[str]) -> list[str]:
         "lora": Lora,
         "allocator": Allocator,
         "gpu": OwnGpu,
+        "ddp": Ddp,
+        "fsdp": Fsdp,
     }
     names = list(models.get(path[0], Job).model_fields if path else Job.model_fields)
     return [*names, *LORA_ARGUMENTS] if path == ["lora"] else names

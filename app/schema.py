@@ -141,8 +141,21 @@ class After(_Open):
     save: int = Field(description="Writing what was trained, beside what the training holds.")
 
 
+class Rank(_Open):
+    """What the ranks of one class take, on many cards. They allocate alike."""
+
+    rank_class: str = Field(alias="class", description="Which they are, and why they are not as others.")
+    ranks: tuple[int, int] = Field(description="The first and the last of them.")
+    peak: Peak
+    load: Load
+    optimizer_state: int
+    phases: list[PhaseRow]
+    parts: dict[str, int]
+    holders: list[Holder]
+
+
 class Answer(_Open):
-    """The plan of one job."""
+    """The plan of one job; on many cards that of the worst rank."""
 
     job: dict[str, Any] = Field(description="The job with every default filled in.")
     model: ModelFacts
@@ -158,6 +171,10 @@ class Answer(_Open):
     after: After | None = Field(description="null: nothing is trained.")
     warnings: list[str]
     stack: dict[str, str] = Field(description="The versions that the plan was traced with.")
+    ranks: list[Rank] | None = Field(None, description="Every class of ranks; left out for strategy single.")
+    host: dict[str, int] | None = Field(
+        None, description="Bytes of a node's own memory: load, pinned and pageable; left out for strategy single."
+    )
 
 
 class Solved(_Open):

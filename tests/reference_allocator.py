@@ -2,8 +2,9 @@
 
 A reading of one class, method by method and by its names, ``DeviceCachingAllocator`` in
 https://github.com/pytorch/pytorch/blob/v2.11.0/c10/cuda/CUDACachingAllocator.cpp. It shares no code with the compiled
-one: blocks are objects that know their neighbours, pools are sets of them. It leaves out what one stream without graphs
-never meets (events, private pools), and what is off by default (garbage collection, rounding to parts of powers of 2).
+one: blocks are objects that know their neighbours, pools are sets of them. It leaves out what a step without graphs
+never meets (private pools), events (a free stands where its event has passed), and what is off by default (garbage
+collection, rounding to parts of powers of 2).
 
 Three things are not in the source. Addresses come from the driver: ``cuda_malloc`` has what was measured.
 ``limit`` is both the process's share of the card (asked in ``alloc_block``) and the end of the card (asked again in
@@ -96,7 +97,7 @@ class ReferenceAllocator:
         self.expandable = config.expandable_segments
         self.max_split_size = inf if config.max_split_size is None else config.max_split_size
         self.limit = inf if config.limit is None else config.limit
-        self.small_blocks, self.large_blocks = BlockPool(SMALL_BUFFER), BlockPool(LARGE_SEGMENT_SIZE)
+        self.pools: dict[tuple[int, bool], BlockPool] = {}  # by stream, and whether it is the small one
         self.active_blocks: set[Block] = set()
         self.low, self.rests = ADDRESSES, []
         self.allocated = self.reserved = 0
@@ -105,9 +106,17 @@ class ReferenceAllocator:
         """(address, size) of every block that is allocated, by address."""
         return sorted((block.address, block.size) for block in self.active_blocks)
 
-    def malloc(self, orig_size: int) -> Block:
+    def get_pool(self, size: int, stream: int) -> BlockPool:
+        small = size <= SMALL_SIZE
+        return self.pools.setdefault((stream, small), BlockPool(SMALL_BUFFER if small else LARGE_SEGMENT_SIZE))
+
+    def cached(self) -> list[Block]:
+        """Every free block."""
+        return [block for key in sorted(self.pools) for block in self.pools[key].mapped()]
+
+    def malloc(self, orig_size: int, stream: int = 0) -> Block:
         size = round_up(max(orig_size, 1), MIN_BLOCK_SIZE)  # round_size
-        pool = self.small_blocks if size <= SMALL_SIZE else self.large_blocks  # get_pool
+        pool = self.get_pool(size, stream)
         block = self.get_free_block(pool, size) or self.alloc_block(pool, size)
         if not block and self.release_available_cached_blocks(pool, size):
             block = self.alloc_block(pool, size)
@@ -160,7 +169,7 @@ class ReferenceAllocator:
 
     def should_split(self, block: Block, size: int) -> bool:
         remaining = block.size - size
-        if block.pool is self.small_blocks or self.expandable:
+        if block.pool.page == SMALL_BUFFER or self.expandable:
             return remaining >= MIN_BLOCK_SIZE
         return size < self.max_split_size and remaining > SMALL_SIZE
 
@@ -198,7 +207,7 @@ class ReferenceAllocator:
 
     def empty_cache(self) -> None:
         """``release_cached_blocks``"""
-        for block in self.large_blocks.mapped() + self.small_blocks.mapped():
+        for block in self.cached():
             if self.expandable:
                 self.unmap_block(block)
             elif block.prev is None and block.next is None:

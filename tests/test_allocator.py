@@ -145,7 +145,8 @@ def test_any_number_of_free_blocks_and_sizes(sizes):
     sizes = np.array([*sizes, *sorted(sizes[::2], reverse=True)], np.int64)
     events = np.array([*range(count), *(~n for n in range(0, count, 2)), *range(count, sizes.size)], np.int32)
     numbers = np.arange(sizes.size, dtype=np.int32)
-    replay_input = ReplayInput(events, numbers, np.arange(events.size + 1), np.zeros(0, int), None, count)
+    stream = np.zeros(sizes.size, np.uint8)
+    replay_input = ReplayInput(events, numbers, stream, np.arange(events.size + 1), np.zeros(0, int), None, count)
     found = replay(replay_input, sizes, AllocatorConfig())
     allocator = CachingAllocator()
     for at, event in enumerate(events.tolist()):
@@ -158,7 +159,8 @@ def test_a_large_job_before_leaves_room_for_many_sizes():
     """The arrays of a large replay are used again. Many sizes of free blocks are no sign that rows ran out."""
     count = 100_000
     events, one_size = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
-    large = ReplayInput(events, one_size, np.array([0, count]), np.zeros(0, int), None, count)
+    stream = np.zeros(count, np.uint8)
+    large = ReplayInput(events, one_size, stream, np.array([0, count]), np.zeros(0, int), None, count)
     assert replay(large, np.array([512], np.int64), AllocatorConfig()).served == count
     test_any_number_of_free_blocks_and_sizes([512 * n for n in range(1, 700)])
 
@@ -176,7 +178,8 @@ def test_a_steady_step_is_served_as_long_as_it_opens_segments(before, own, order
     sizes = np.array([*before, *own, *own], np.int64)
     given = RepeatedStep(first + len(step), np.array([takes[-1]]), np.array([takes[-1] + len(own)]))
     numbers = np.arange(sizes.size, dtype=np.int32)
-    replay_input = ReplayInput(events, numbers, np.arange(events.size + 1), np.zeros(0, int), given, sizes.size)
+    cuts, stream = np.arange(events.size + 1), np.zeros(sizes.size, np.uint8)
+    replay_input = ReplayInput(events, numbers, stream, cuts, np.zeros(0, int), given, sizes.size)
     found = replay(replay_input, sizes, how)
 
     allocator = CachingAllocator(how)

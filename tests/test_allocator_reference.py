@@ -48,6 +48,7 @@ SETTINGS = st.builds(
     max_split_size=st.sampled_from([None, 20 * MIB, 33 * MIB]),  # whole MiB, and no less than a large segment
     limit=st.sampled_from([None, 87 * MIB, 152 * MIB]),
 )
+CUDA_STREAMS = st.integers(1, 3)
 A_SMALL_REQUEST_AT_THE_LIMIT = [40 * MIB, 45 * MIB, -1, -1, 1]
 OVERSIZE_ONES_THAT_SUFFICE = [20 * MIB, 20 * MIB, 1, -1, -1, -1, 40 * MIB]
 TWO_HOLES = [60 * MIB, MIB + 1, 40 * MIB, MIB + 1, -4, -2, 0, 20 * MIB]
@@ -62,23 +63,24 @@ def books(allocator: compiled.CachingAllocator | ReferenceAllocator) -> tuple:
     return allocator.allocated, allocator.reserved, allocator.blocks()
 
 
-@given(STEPS, SETTINGS)
-@example(A_SMALL_REQUEST_AT_THE_LIMIT, AllocatorConfig(max_split_size=33 * MIB, limit=87 * MIB))
-@example(OVERSIZE_ONES_THAT_SUFFICE, AllocatorConfig(max_split_size=20 * MIB, limit=62 * MIB))
-@example(TWO_HOLES, AllocatorConfig(expandable_segments=True))
+@given(STEPS, SETTINGS, CUDA_STREAMS)
+@example(A_SMALL_REQUEST_AT_THE_LIMIT, AllocatorConfig(max_split_size=33 * MIB, limit=87 * MIB), 1)
+@example(OVERSIZE_ONES_THAT_SUFFICE, AllocatorConfig(max_split_size=20 * MIB, limit=62 * MIB), 1)
+@example(TWO_HOLES, AllocatorConfig(expandable_segments=True), 1)
 @settings(max_examples=120, deadline=None)
-def test_step_by_step(steps: list[int], how: AllocatorConfig):
+def test_step_by_step(steps: list[int], how: AllocatorConfig, streams: int):
+    """Requests go to the streams in turn."""
     fast, twin = compiled.CachingAllocator(how, len(steps) + 1), ReferenceAllocator(how)
     live = []
     for key, step in enumerate(steps):
         if step > 0:
-            block = served_by_twin(twin, step)
+            block = served_by_twin(twin, step, key % streams)
             if block:
-                fast.malloc(key, step)
+                fast.malloc(key, step, key % streams)
                 live.append((key, block))
             else:
                 with pytest.raises(compiled.OutOfMemory):
-                    fast.malloc(key, step)
+                    fast.malloc(key, step, key % streams)
         elif step == 0:
             fast.empty_cache()
             twin.empty_cache()
@@ -87,18 +89,19 @@ def test_step_by_step(steps: list[int], how: AllocatorConfig):
             fast.free(key)
             twin.free(block)
         assert books(fast) == books(twin)
-        cached = twin.small_blocks.mapped() + twin.large_blocks.mapped()
-        assert twin.allocated + sum(block.size for block in cached) == twin.reserved <= (how.limit or twin.reserved)
+        assert (
+            twin.allocated + sum(block.size for block in twin.cached()) == twin.reserved <= (how.limit or twin.reserved)
+        )
 
 
-def served_by_twin(twin: ReferenceAllocator, size: int):
+def served_by_twin(twin: ReferenceAllocator, size: int, stream: int):
     try:
-        return twin.malloc(size)
+        return twin.malloc(size, stream)
     except OutOfMemory:
         return None
 
 
-def replay_input_of(steps: list[int]) -> tuple[ReplayInput, np.ndarray]:
+def replay_input_of(steps: list[int], streams: int) -> tuple[ReplayInput, np.ndarray]:
     """The same steps as :func:`vramplan.memory.allocator.caching.replay` takes them, with a cut after every event."""
     events, sizes, empties, live = [], [], [], []
     for step in steps:
@@ -111,7 +114,9 @@ def replay_input_of(steps: list[int]) -> tuple[ReplayInput, np.ndarray]:
         elif live:
             events.append(~live.pop(step % len(live)))
     cuts, numbers = np.arange(len(events) + 1), np.arange(len(sizes), dtype=np.int32)
-    replay_input = ReplayInput(np.array(events, np.int32), numbers, cuts, np.array(empties, np.int64), None, len(sizes))
+    stream = (numbers % streams).astype(np.uint8)
+    empty_caches = np.array(empties, np.int64)
+    replay_input = ReplayInput(np.array(events, np.int32), numbers, stream, cuts, empty_caches, None, len(sizes))
     return replay_input, np.array(sizes, np.int64)
 
 
@@ -126,7 +131,7 @@ def check_replay(replay_input: ReplayInput, sizes: np.ndarray, how: AllocatorCon
         if event < 0:
             twin.free(live.pop(~event))
         else:
-            live[event] = served_by_twin(twin, int(sizes[event]))
+            live[event] = served_by_twin(twin, int(sizes[event]), int(replay_input.stream[event]))
             if not live[event]:
                 assert found.served == at
                 return
@@ -135,13 +140,13 @@ def check_replay(replay_input: ReplayInput, sizes: np.ndarray, how: AllocatorCon
     assert found.served == replay_input.events.size
 
 
-@given(STEPS, SETTINGS)
-@example(A_SMALL_REQUEST_AT_THE_LIMIT, AllocatorConfig(max_split_size=33 * MIB, limit=87 * MIB))
-@example(OVERSIZE_ONES_THAT_SUFFICE, AllocatorConfig(max_split_size=20 * MIB, limit=62 * MIB))
-@example(TWO_HOLES, AllocatorConfig(expandable_segments=True))
+@given(STEPS, SETTINGS, CUDA_STREAMS)
+@example(A_SMALL_REQUEST_AT_THE_LIMIT, AllocatorConfig(max_split_size=33 * MIB, limit=87 * MIB), 1)
+@example(OVERSIZE_ONES_THAT_SUFFICE, AllocatorConfig(max_split_size=20 * MIB, limit=62 * MIB), 1)
+@example(TWO_HOLES, AllocatorConfig(expandable_segments=True), 1)
 @settings(max_examples=80, deadline=None)
-def test_a_whole_replay(steps: list[int], how: AllocatorConfig):
-    replay_input, sizes = replay_input_of(steps)
+def test_a_whole_replay(steps: list[int], how: AllocatorConfig, streams: int):
+    replay_input, sizes = replay_input_of(steps, streams)
     if replay_input.events.size:
         check_replay(replay_input, sizes, how)
 
@@ -164,4 +169,5 @@ def recorded(events: list) -> tuple[ReplayInput, np.ndarray]:
     keys = np.where(taken, np.cumsum(taken) - 1, events).astype(np.int32)
     sizes = events[taken]
     numbers = np.arange(sizes.size, dtype=np.int32)
-    return ReplayInput(keys, numbers, np.arange(keys.size + 1), np.zeros(0, np.int64), None, sizes.size), sizes
+    stream, cuts = np.zeros(sizes.size, np.uint8), np.arange(keys.size + 1)
+    return ReplayInput(keys, numbers, stream, cuts, np.zeros(0, np.int64), None, sizes.size), sizes

@@ -64,6 +64,7 @@ _CACHE = "empties the card's cache: the allocator that is planned has to know"
 _MADE_HERE = "TRL makes models for itself; here they are made without weights, and what exists is used"
 _SCRIPT = "in the process of vramplan run, cuda is the dry card"
 _NO_CHECKPOINT = "the weights of a script's model are not read"
+_RANKS = "one rank of many runs in one process, its tensors on the meta device"
 _OFFLOADING = "activation offloading asks for streams and addresses, which only a card has"
 
 PATCHES = (
@@ -217,6 +218,8 @@ PATCHES = (
     Patch("torch.accelerator.current_accelerator", _OFFLOADING, _TORCH),
     Patch("torch.get_device_module", _OFFLOADING, _TORCH),
     Patch("torch.storage.UntypedStorage.data_ptr", _OFFLOADING, _TORCH),
+    Patch("torch.meta", _RANKS, _TORCH, absent="the meta device has no module of its own: that is why it is set"),
+    Patch("torch.storage.UntypedStorage.resize_", "FSDP and DeepSpeed free a weight by it", _TORCH),
 )
 """Every foreign name that is replaced. Beside them a trace registers kernels with PyTorch's dispatcher, and takes them
 back: :data:`AUTOGRAD_META`, and the shape functions of :mod:`vramplan.dryrun.meta_kernels`."""

@@ -32,6 +32,7 @@ from .cuda.card_facts import Card
 from .diagnose import explain_stack_errors
 from .images import images_of
 from .known_values import Images, KnownValues
+from .parallel import strategy_of
 from .repeat_layers import folded_log
 from .steps.data_rows import PARTS
 from .steps.dry_run import dry_run
@@ -97,8 +98,10 @@ def trace(
     multiprocessors: int,
     measured: KernelFacts = KernelFacts(),
     general: bool = False,
+    rank: int = 0,
 ) -> Profile:
-    """The profile of a resolved ``job``, from a run on the meta device as a card of this kind would run it.
+    """The profile of one ``rank`` of a resolved ``job``, from a run on the meta device as a card of this kind would run
+    it.
 
     The profile holds for the job's batch and length, and for any number of multiprocessors with which the program does
     the same. ``general``: also for all other batches and lengths with which it does the same. That takes a few times
@@ -122,18 +125,27 @@ def trace(
     if symbols:
         _check_length(job.model_copy(update=symbols), base.config, task)
     trace_log, values = with_values(
-        lambda values: _trace_log(base, job, task, card, symbols if values is None else {}, values), job, images
+        lambda values: _trace_log(base, job, task, card, symbols if values is None else {}, values, rank), job, images
     )
     if values is not None and values.depends_on_router:
         warnings.append(_ROUTED[job.expert_routing])
     warnings += _kernel_warnings(job, task, facts["attention"], trace_log)
     table = Table.of(with_costs(rows, trace_log, FORWARD_OTHER_CHECKPOINTING, job.gradient_checkpointing != "off"))
     trace_log = trace_log.before_phase(FORWARD_OTHER_CHECKPOINTING)
+    facts |= _facts_of_ranks(base, job)
     facts["trainable_parameters"] = _trainable(trace_log, job)
     facts["optimizer_state"] = _state_bytes(trace_log, job)
     if not symbols or values is not None:
         conditions |= {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job), strict=False)}
     return Profile(TraceTemplate.of(trace_log, conditions), facts, table, warnings, (*point_of(job), multiprocessors))
+
+
+def _facts_of_ranks(base, job: Job) -> dict:
+    """How the ranks of a job on many cards differ, and what its host holds; nothing for one card."""
+    strategy = strategy_of(job)
+    classes, host = strategy.rank_classes(base), strategy.host_bytes(base)
+    ranks = {"rank_classes": [[row.name, row.first, row.last] for row in classes]} if classes else {}
+    return ranks | ({"host": host} if host else {})
 
 
 def _facts(base, task: str, parameters: int) -> dict:
@@ -191,8 +203,9 @@ def _trace_log(
     card: Card,
     symbols: dict,
     values: KnownValues | None,
+    rank: int,
 ) -> TraceColumns:
-    """The trace log of ``job`` on the bare ``model``, from few layers where they repeat.
+    """The trace log of a ``rank`` of ``job`` on the bare ``model``, from few layers where they repeat.
 
     ``symbols``: fields of the job that are symbols. The log has the phase :data:`FORWARD_OTHER_CHECKPOINTING` as well,
     where the model can checkpoint.
@@ -213,7 +226,7 @@ def _trace_log(
 
     def trace_log(tokens: int) -> TraceColumns:
         def run(variant: Job) -> Callable[[torch.nn.Module], TraceLog]:
-            return lambda short: dry_run(short, variant, task, card, 2, other, values, tokens)
+            return lambda short: dry_run(short, variant, task, card, 2, other, values, tokens, rank)
 
         general = run(job.model_copy(update=symbols)) if symbols else None
         return folded_log(model, run(job), names, general, copies).columns()

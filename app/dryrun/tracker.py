@@ -61,9 +61,10 @@ def canonical_fqn(path: str) -> str:
 
 
 class _Watch(weakref.ref):
-    """A weak reference to a storage: ``id`` is its address in C++, ``key`` that of its allocation."""
+    """A weak reference to a storage: ``id`` is its address in C++, ``key`` that of its latest allocation, which is
+    ``freed`` where it was resized to nothing."""
 
-    __slots__ = ("key", "id")
+    __slots__ = ("key", "id", "freed")
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -77,7 +78,8 @@ class MemoryTracker(TorchDispatchMode):
     boolean mask of ``shifted`` elements selects ``labelled`` rows; any other mask is assumed all-true.
 
     ``heads``: the fqns of the output embeddings, whose allocations are of kind ``logits_and_loss``.
-    ``library_workspaces``: the workspaces that cuBLAS has, by (thread, stream, name).
+    ``library_workspaces``: the workspaces that cuBLAS has, by (thread, stream, name). ``stream``: the number of the
+    stream that is current (:mod:`vramplan.dryrun.cuda.streams`).
     """
 
     device = "meta"
@@ -113,6 +115,7 @@ class MemoryTracker(TorchDispatchMode):
         self.fault: OurFault | None = None
         self._closed = False
         self._pinned = PinnedMemory()
+        self.stream = 0
 
     def __enter__(self):
         if not is_tracing():
@@ -236,7 +239,7 @@ class MemoryTracker(TorchDispatchMode):
         """Record an allocation of ``size`` bytes. Returns its key, for :meth:`record_free`."""
         trace_log = self.trace_log
         key = len(trace_log.allocations)
-        trace_log.allocations.append(Allocation(size_of(size), fqn, kind, self.phase, op))
+        trace_log.allocations.append(Allocation(size_of(size), fqn, kind, self.phase, op, self.stream))
         trace_log.events.append(key)
         trace_log.event_fqns.append(fqn)
         return key
@@ -298,18 +301,35 @@ class MemoryTracker(TorchDispatchMode):
         """Attribute ``tensor``, and what is computed from it outside modules, to the module of ``owned``."""
         self._owner[tensor.untyped_storage()._cdata] = self._owner.get(owned.untyped_storage()._cdata, "")
 
+    def record_resize(self, storage: torch.UntypedStorage) -> None:
+        """Record that a storage was resized: what it held is freed, and what it holds now allocated, of the same kind
+        and for the same module."""
+        watch = self._watched.get(storage._cdata)
+        if watch is None:
+            if storage.nbytes():
+                fqn = self.current_fqn
+                self._watch(storage, fqn, self.kind_at(fqn), "resize_")
+            return
+        before = self.trace_log.allocations[watch.key]
+        if not watch.freed:
+            self.record_free(watch.key)
+        watch.freed = not storage.nbytes()
+        if not watch.freed:
+            watch.key = self.record_alloc(storage.nbytes(), before.fqn, before.kind, "resize_")
+
     def _watch(self, storage, fqn: str, kind: str, op: str) -> None:
         identity = storage._cdata
         watch = _Watch(storage, self._storage_freed)
         watch.id = identity
-        watch.key = self.record_alloc(storage.nbytes(), fqn, kind, op)
+        watch.key, watch.freed = self.record_alloc(storage.nbytes(), fqn, kind, op), False
         self._watched[identity] = watch
 
     def _storage_freed(self, watch: _Watch) -> None:
         if self._watched.get(watch.id) is watch:
             del self._watched[watch.id]
             self._owner.pop(watch.id, None)
-        self.record_free(watch.key)
+        if not watch.freed:
+            self.record_free(watch.key)
 
     # --- the dispatcher -------------------------------------------------------------------------------------
 

@@ -4,13 +4,10 @@ Writers are the dry run on the meta device and the probe on a real card; readers
 summary, the timeline and the comparison. They meet only here.
 
 Note [Streams and ranks]
-    An event belongs to one CUDA stream of one rank. Today both are implied: the default stream, a single rank. Where
-    they will stand: a ``stream`` is a column of the allocations, as ``op`` is (:class:`Allocation`,
-    :class:`TraceColumns`, the bytes of :class:`~vramplan.memory.template.TraceTemplate`), since PyTorch frees a block
-    into the pool of the stream that it was allocated on; the allocator's side is Note [Streams] in
-    ``allocator/caching.py``. A ``rank`` is no column: ranks share no memory, so each class of ranks that allocate alike
-    has a log, a profile and a verdict of its own. Neither is written before a job needs it, since every profile that is
-    kept would change.
+    An allocation belongs to one CUDA stream of one rank. The ``stream`` is a column of the allocations, since PyTorch
+    frees a block into the pool of the stream that it was allocated on (Note [Streams] in ``allocator/caching.py``). A
+    ``rank`` is no column: ranks share no memory, so each class of ranks that allocate alike has a log, a profile and a
+    verdict of its own.
 """
 
 from __future__ import annotations
@@ -49,8 +46,8 @@ class Allocation(NamedTuple):
 
     ``size`` is the bytes asked for, before any rounding. ``fqn`` is the dotted name of the module on whose behalf it
     was made (``""``: the model itself or the training loop), as ``named_modules`` has it; ``kind`` is one of
-    :data:`KINDS`, ``phase`` the phase in which it was made and ``op`` the operator that made it. A ``stream`` would
-    stand here, too (Note [Streams and ranks]).
+    :data:`KINDS`, ``phase`` the phase in which it was made and ``op`` the operator that made it. ``stream`` is the
+    number of the CUDA stream that was current (0: the default one).
     """
 
     size: Number
@@ -58,6 +55,7 @@ class Allocation(NamedTuple):
     kind: str
     phase: str
     op: str
+    stream: int = 0
 
 
 class Mark(NamedTuple):
@@ -98,7 +96,9 @@ class TraceLog:
         fqn, fqns = numbered([entry.fqn for entry in entries])
         op, ops = numbered([entry.op for entry in entries])
         kind = np.fromiter((KINDS.index(entry.kind) for entry in entries), np.int8, len(entries))
-        return TraceColumns(np.array(self.events, np.int32), size, fqn, kind, op, sizes, fqns, ops, list(self.marks))
+        stream = np.fromiter((entry.stream for entry in entries), np.uint8, len(entries))
+        events = np.array(self.events, np.int32)
+        return TraceColumns(events, size, fqn, kind, op, stream, sizes, fqns, ops, list(self.marks))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class TraceColumns:
     """A :class:`TraceLog` as arrays.
 
     ``events`` (int32) are the log's. ``size``, ``fqn``, ``op`` (int32) and ``kind`` (int8) have one entry for each
-    allocation: its index in ``sizes`` (bytes), ``fqns``, ``ops`` and :data:`KINDS`.
+    allocation: its index in ``sizes`` (bytes), ``fqns``, ``ops`` and :data:`KINDS`; ``stream`` (uint8) its stream.
     """
 
     events: npt.NDArray[np.int32]
@@ -114,6 +114,7 @@ class TraceColumns:
     fqn: npt.NDArray[np.int32]
     kind: npt.NDArray[np.int8]
     op: npt.NDArray[np.int32]
+    stream: npt.NDArray[np.uint8]
     sizes: Sequence[Number]
     fqns: Sequence[str]
     ops: Sequence[str]
@@ -142,7 +143,7 @@ class TraceColumns:
             return self
         events = self.events[: self.marks[end].at]
         count = np.count_nonzero(events >= 0)
-        columns = {name: vars(self)[name][:count] for name in ("size", "fqn", "kind", "op")}
+        columns = {name: vars(self)[name][:count] for name in ("size", "fqn", "kind", "op", "stream")}
         return replace(self, events=events, marks=self.marks[:end], **columns)
 
 

@@ -30,8 +30,7 @@ _DTYPES: dict[str, type[np.signedinteger[Any]]] = {
     "back": np.int32, "size": np.int32, "fqn": np.int32, "kind": np.int8, "op": np.int32,
 }  # fmt: skip
 """A template's columns as they are kept. ``back``: 0 where an event allocates, else how many allocations ago it was
-that
-the freed one was made."""
+that the freed one was made. Beside them a ``stream`` (uint8), where not all are of the default one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +106,9 @@ class TraceTemplate(TraceColumns):
         stays = np.ones(self.size.size, bool)
         stays[freed] = False
         from_previous, carried_over = np.sort(freed[freed < first_key]), np.flatnonzero(stays[first_key:]) + first_key
-        if from_previous.size != carried_over.size or (self.size[from_previous] != self.size[carried_over]).any():
+        if from_previous.size != carried_over.size:
+            return None
+        if any((column[from_previous] != column[carried_over]).any() for column in (self.size, self.stream)):
             return None
         return RepeatedStep(start, from_previous, carried_over)
 
@@ -150,6 +151,7 @@ class TraceTemplate(TraceColumns):
         return ReplayInput(
             self.events,
             self.size,
+            self.stream,
             interval_bounds,
             self.empty_cache_events,
             self.repeated_step,
@@ -172,8 +174,10 @@ class TraceTemplate(TraceColumns):
             "kind": self.kind,
             "op": self.op,
         }
+        streams = {"stream": self.stream.tobytes()} if self.stream.any() else {}
         return {
             **{name: column.astype(_DTYPES[name]).tobytes() for name, column in columns.items()},
+            **streams,
             "sizes": self.sizes,
             "fqns": self.fqns,
             "ops": self.ops,
@@ -200,6 +204,9 @@ class TraceTemplate(TraceColumns):
                 column = columns[name]
                 if column.size != count or (count and not 0 <= column.min() <= column.max() < len(values)):
                     raise ValueError(f"the column {name} names what is not there")
+            columns["stream"] = np.frombuffer(data.get("stream", bytes(count)), np.uint8)
+            if columns["stream"].size != count:
+                raise ValueError("the column stream has another length")
             marks = [Mark(int(at), str(name), int(step)) for at, name, step in data["marks"]]
             conditions = list(data["conditions"])
             return TraceTemplate(events=events, **columns, **texts, marks=marks, conditions=conditions, digest=digest)
@@ -235,7 +242,7 @@ class ConcreteTrace:
         phases: list[str] = []
         for (start, name), (end, _) in zip(bounds, [*bounds[1:], (len(names), "")], strict=False):
             phases += [name] * (end - start)
-        entries = map(Allocation, self.sizes.tolist(), names, kinds, phases, ops)
+        entries = map(Allocation, self.sizes.tolist(), names, kinds, phases, ops, template.stream.tolist())
         return TraceLog(list(entries), template.events.tolist(), [], list(template.marks))
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ..catalog.gpus import MIB, Gpu, all_gpus, find_gpu
 from ..errors import PlanError
-from ..job import OwnGpu
-from ..memory.budget import Context, MemoryBudget
+from ..job import Job, OwnGpu
+from ..memory.budget import Context, MemoryBudget, with_communicators
+from ..registry.strategies import STRATEGIES
 from .calibration import context_of
 
 MEASURED_KERNELS = (9, 0)
@@ -42,19 +43,22 @@ def known(card: Gpu | OwnGpu) -> Gpu | None:
     return card
 
 
-def outside_of(card: Gpu | OwnGpu) -> Context:
-    """Bytes that a process holds on the card outside the allocator."""
+def outside_of(card: Gpu | OwnGpu, job: Job | None = None) -> Context:
+    """Bytes that a process holds on the card outside the allocator; ``job`` tells of how many ranks it is one."""
     chip = known(card)
-    return context_of(card, chip.compute_capability if chip else None)
+    alone = context_of(card, chip.compute_capability if chip else None)
+    if job is None:
+        return alone
+    return with_communicators(alone, job.gpu_count, STRATEGIES[job.strategy].communicators)
 
 
-def budget_on(card: Gpu | OwnGpu, reserve: int, workspace: int) -> MemoryBudget:
+def budget_on(card: Gpu | OwnGpu, reserve: int, workspace: int, job: Job | None = None) -> MemoryBudget:
     """The bytes that the allocator may reserve on ``card`` when ``reserve`` bytes are left to others.
 
     ``workspace``: bytes of the plan that depend on kernels, not known of a card on which they were not measured.
     """
     chip = known(card)
-    outside = outside_of(card)
+    outside = outside_of(card, job)
     unknown, spare, reasons = outside.high - outside.expected, outside.expected - outside.low, [outside.source]
     if chip is None or chip.compute_capability != MEASURED_KERNELS:
         unknown, spare = unknown + workspace, spare + workspace

@@ -16,6 +16,9 @@ from .fingerprint import stack, stack_warnings
 from .planned_job import After, PlannedJob, after, card_warnings, fit_on, plan_job
 from .profile_cache import trace_general_later
 
+BESIDE = ("optimizer_state", "rank_classes", "host")
+"""Facts of a profile that are no facts of the model."""
+
 
 def estimate(data: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job: a dict of the fields of the wire format. Raises :class:`PlanError`."""
@@ -26,10 +29,10 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
     layers = planned.profile.table.at(planned.point, all_layers)
     others = [other for other in every_card() if other != card]
     warnings = [*planned.profile.warnings, *card_warnings(job, card), *warnings_of(card), *stack_warnings(), *unknown]
-    return {
+    answer = {
         "job": {**job.model_dump(exclude={"config"}, mode="json"), "attention": facts["attention"]},
-        "model": {**planned.source, **{key: fact for key, fact in facts.items() if key != "optimizer_state"}},
-        "peak": peak_of(summary, outside_of(card)),
+        "model": {**planned.source, **{key: fact for key, fact in facts.items() if key not in BESIDE}},
+        "peak": peak_of(summary, outside_of(card, job)),
         "load": load_of(summary),
         "optimizer_state": facts["optimizer_state"],
         "phases": phases_of(summary.phases),
@@ -41,6 +44,28 @@ def estimate(data: Any, *, all_layers: bool = False) -> dict:
         "after": asdict(following) if following else None,
         "warnings": warnings,
         "stack": stack(),
+    }
+    return answer if planned.ranks is None else answer | _ranks(planned)
+
+
+def _ranks(planned: PlannedJob) -> dict[str, Any]:
+    """The classes of ranks of a job on many cards, and what its nodes hold."""
+    return {"ranks": [_rank(one) for one in planned.classes], "host": planned.facts.get("host", {})}
+
+
+def _rank(planned: PlannedJob) -> dict[str, Any]:
+    """What the ranks of one class take: the fields of an answer that differ from rank to rank."""
+    summary, ranks = planned.summary, planned.ranks
+    assert ranks is not None  # a plan of many cards
+    return {
+        "class": ranks.name,
+        "ranks": [ranks.first, ranks.last],
+        "peak": peak_of(summary, outside_of(planned.card, planned.job)),
+        "load": load_of(summary),
+        "optimizer_state": planned.facts["optimizer_state"],
+        "phases": phases_of(summary.phases),
+        "parts": summary.parts,
+        "holders": holders_of(summary.holders),
     }
 
 

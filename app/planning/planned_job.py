@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 from weakref import ref
 
 from ..catalog.gpus import Gpu, find_gpu
@@ -34,15 +35,29 @@ from .resolve import (
 FITTING = ("fits", "tight")
 
 
+class RankClass(NamedTuple):
+    """Ranks that allocate alike: which they are in words, and the first and the last of them."""
+
+    name: str
+    first: int
+    last: int
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedJob:
-    """A job (resolved) with its card, and the profile that holds for it."""
+    """A job (resolved) with its card, and the profile that holds for it: on many cards, for the ranks of a class.
+
+    ``ranks`` are those of its class, and ``classes`` all the classes of the job, this one among them, by rank; both are
+    empty on one card.
+    """
 
     job: Job
     card: Gpu | OwnGpu
     config: dict
     source: dict
     profile: Profile
+    ranks: RankClass | None = None
+    classes: tuple[PlannedJob, ...] = ()
 
     @property
     def settings(self) -> AllocatorConfig:
@@ -101,9 +116,21 @@ def plan_job(job: Job) -> PlannedJob:
     card = card_of(job)
     config, source = config_of(job)
     try:
-        return PlannedJob(job, card, config, source, profile_of(job, config, card))
+        planned = PlannedJob(job, card, config, source, profile_of(job, config, card))
+        return planned if job.strategy == "single" else _worst_rank(planned)
     except PlanError as error:
         raise with_checkpoint_weights(error, job, source) from None
+
+
+def _worst_rank(planned: PlannedJob) -> PlannedJob:
+    """The plan of the class of ranks that needs most, from the plan of rank 0."""
+    job, config, card = planned.job, planned.config, planned.card
+    whole = [("every rank", 0, job.gpu_count - 1)]
+    classes = [RankClass(*row) for row in planned.facts.get("rank_classes", whole)]
+    profiles = [planned.profile, *(profile_of(job, config, card, row.first) for row in classes[1:])]
+    plans = tuple(replace(planned, profile=own, ranks=row) for own, row in zip(profiles, classes, strict=True))
+    worst = max(plans, key=lambda plan: (plan.summary.reserved, plan.summary.peak.peak))
+    return replace(worst, classes=plans)
 
 
 def step_fits_under(planned: PlannedJob, limit: int) -> bool:
@@ -140,7 +167,7 @@ def kind_of(job: Job) -> str:
 
 def verdict_on(planned: PlannedJob, card: Gpu | OwnGpu) -> Verdict:
     """The verdict on a card, from the trace for the job's own card."""
-    budget = budget_on(card, planned.job.reserve, planned.summary.parts.get("kernel_workspace", 0))
+    budget = budget_on(card, planned.job.reserve, planned.summary.parts.get("kernel_workspace", 0), planned.job)
     return _verdict(ref(planned.profile), planned.point, planned.settings, budget, kind_of(planned.job))
 
 

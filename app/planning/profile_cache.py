@@ -147,13 +147,13 @@ def _event_count(trace: Trace) -> int:
     return (trace.template if isinstance(trace, Profile) else trace).events.size
 
 
-def profile_of(job: Job, config: dict, card: Gpu | OwnGpu) -> Profile:
-    """A profile that holds for a resolved job on a card, known or traced now. Raises :class:`PlanError`.
+def profile_of(job: Job, config: dict, card: Gpu | OwnGpu, rank: int = 0) -> Profile:
+    """A profile that holds for a rank of a resolved job on a card, known or traced now. Raises :class:`PlanError`.
 
     The first jobs of a kind get a profile for their own point. The next job gets a general profile, for all points at
     which the software does the same; where general profiles cover few points, each job gets its own again.
     """
-    request, point = request_of(job, config, card), shape_point_of(job, card)
+    request, point = request_of(job, config, card, rank), shape_point_of(job, card)
     found: Profile | None = _profiles.find(request.key, Profile.load, lambda profile: profile.template.holds(point))
     if found is None and _general_is_due(_profiles.in_memory(request.key)):
         try:

@@ -24,20 +24,12 @@ DEFAULT_GPU = "a100-80gb"
 HEADER_SECONDS = 8.0
 """Time to count the weights of a checkpoint that cannot be planned."""
 
-_NOT_YET = {
-    "gpu_count": (1, "several cards are not planned yet", "set gpu_count to 1"),
-    "nodes": (1, "several nodes are not planned yet", "set nodes to 1"),
-}
-
 
 def refuse_unplanned(job: Job) -> None:
     """Raise :class:`PlanError` for what a job can say and nothing here plans."""
     strategy = STRATEGIES[job.strategy]
     if strategy.refusal is not None:
         raise PlanError(f"`strategy` is {job.strategy!r}: {strategy.refusal}", strategy.hint, "strategy")
-    for field, (only, message, hint) in _NOT_YET.items():
-        if getattr(job, field) != only:
-            raise PlanError(f"`{field}` is {getattr(job, field)!r}: {message}", hint, field)
     if job.attention == "flash_attention_2":
         raise PlanError(
             "flash_attention_2 is a package of its own that is not installed here", "use attention sdpa", "attention"

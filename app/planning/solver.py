@@ -309,7 +309,7 @@ def largest_model(data: dict) -> dict:
         raise PlanError("the largest model is sought for a card, and the job names none", "set gpu", "gpu")
     job = read_job({**data, "model": MODELS[0].id}).resolved()
     card = card_of(job)
-    limit = budget_on(card, job.reserve, 0).limit
+    limit = budget_on(card, job.reserve, 0, job).limit
     plain = 4.0 if job.dtype == "float32" else 2.0
     smallest = plain if job.quantizer is None else job.quantizer.least_bytes
     tries, refused, last = [], 0, None

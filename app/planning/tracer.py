@@ -22,13 +22,14 @@ class TraceRequest(NamedTuple):
     """What a :class:`Tracer` needs to run a job.
 
     ``key`` is everything of the job that shapes its trace (:func:`key_of`), ``job`` the resolved job, ``config`` the
-    model's config.json, ``kernels`` the kernels of the card.
+    model's config.json, ``kernels`` the kernels of the card, ``rank`` the rank that is run.
     """
 
     key: str
     job: Job
     config: dict
     kernels: Kernels
+    rank: int = 0
 
 
 class Tracer(Protocol):
@@ -68,11 +69,11 @@ class InProcessTracer:
 
         if process_is_ours:
             sandbox.hold()
-        _, job, config, kernels = request
+        _, job, config, kernels, rank = request
         try:
             with sandbox.active(), _without_collector():
                 if part in ("step", "general"):
-                    return trace(job, config, *kernels, general=part == "general").dump()
+                    return trace(job, config, *kernels, general=part == "general", rank=rank).dump()
                 return packed(merge_and_save.trace(part, job, config, *kernels).dump())
         except OurFault as fault:  # no answer: a search would take it for one
             traced = {"part": part, "job": job.model_dump(mode="json"), "config": config, "kernels": kernels}
@@ -99,13 +100,13 @@ def _without_collector() -> Iterator[None]:
 tracer: ContextVar[Tracer] = ContextVar("tracer", default=InProcessTracer())  # noqa: B039 - it holds nothing
 
 
-def request_of(job: Job, config: dict, card: Gpu | OwnGpu) -> TraceRequest:
-    """A job (resolved) as a :class:`Tracer` takes it."""
+def request_of(job: Job, config: dict, card: Gpu | OwnGpu, rank: int = 0) -> TraceRequest:
+    """A rank of a job (resolved) as a :class:`Tracer` takes it."""
     kernels = kernels_of(card)
-    return TraceRequest(key_of(job, config, kernels), job, config, kernels)
+    return TraceRequest(key_of(job, config, kernels, rank), job, config, kernels, rank)
 
 
-def key_of(job: Job, config: dict, kernels: Kernels) -> str:
+def key_of(job: Job, config: dict, kernels: Kernels, rank: int = 0) -> str:
     """Everything that shapes a profile, as one string (JSON).
 
     It has the job, except for batch, length and the fields that only read a profile; the config; and the kernels,
@@ -121,4 +122,5 @@ def key_of(job: Job, config: dict, kernels: Kernels) -> str:
     if not TRAINERS[job.trainer].fetches_all_batches:
         shape["gradient_accumulation_steps"] = job.batches_run
     capability, _, measured = kernels
-    return json.dumps([shape, config, capability, measured], sort_keys=True, default=str)
+    ranks = [rank] if rank else []
+    return json.dumps([shape, config, capability, measured, *ranks], sort_keys=True, default=str)

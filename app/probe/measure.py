@@ -36,6 +36,8 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     """
     job = read_job(data).resolved()
     refuse_unplanned(job)
+    if job.strategy != "single":
+        raise PlanError("a probe runs one process on one card", "set strategy to single, gpu_count to 1", "strategy")
     config, source = config_of(job)
     model = source["id"] if source["kind"] == "catalogue" else None
     named = {"model": None, "config": config, "gpu": gpu.key if isinstance(gpu, Gpu) else gpu}
@@ -55,7 +57,7 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
     else:
         template = TraceTemplate.of(_log_of_layers(job, config, task, gpu, layers).columns(), [])
     concrete = template.at(shape_point_of(job, gpu))
-    outside = outside_of(gpu).expected
+    outside = outside_of(gpu, job).expected
     return Planned(
         job, model, config, task, gpu, concrete.trace_log(), summarize(concrete, allocator_config_of(job)), outside
     )
@@ -121,7 +123,7 @@ def request_for(planned: Planned, cap: int, layers: int | None, snapshot: str | 
 
 def room_on(state: card.CardState, planned: Planned) -> int:
     """Bytes that the probe's allocator may take: what is free, less the context and what is left to others."""
-    return state.free - outside_of(planned.gpu).high - SPARE
+    return state.free - outside_of(planned.gpu, planned.job).high - SPARE
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How a job is spread over cards. Planned is one card; the others are refused, each with what to do instead.
+"""How a job is spread over cards: the options of each strategy, and where its code is.
 
 A strategy that is planned has no ``refusal``. How to add one: ``docs/add-a-strategy.md``.
 """
@@ -6,28 +6,38 @@ A strategy that is planned has no ``refusal``. How to add one: ``docs/add-a-stra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to spread a job. ``refusal`` says why it is not planned (None: it is), ``hint`` what to do instead."""
+    """One way to spread a job.
 
+    ``plan`` names the class that plans it, relative to ``dryrun.parallel`` (None: nothing changes). ``options`` are the
+    fields of a job that are its own. ``one_process``: one process drives all the cards, on one machine.
+    ``communicators``: how many of NCCL's a rank makes. ``refusal`` says why it is not planned (None: it is), ``hint``
+    what to do instead.
+    """
+
+    plan: str | None = None
+    options: tuple[str, ...] = ()
+    one_process: bool = False
+    communicators: int = 0
     refusal: str | None = None
     hint: str = ""
 
 
-_NOT_YET = Strategy("several cards are not planned yet", "plan one card's share with strategy single")
+_NOT_YET: Any = {"refusal": "it is not planned yet", "hint": "plan it with strategy ddp or fsdp2"}
 
 STRATEGIES: dict[str, Strategy] = {
-    "single": Strategy(),
-    "ddp": _NOT_YET,
-    "fsdp2": _NOT_YET,
-    "zero1": _NOT_YET,
-    "zero2": _NOT_YET,
-    "zero3": _NOT_YET,
-    "tensor-parallel": _NOT_YET,
-    "device-map": _NOT_YET,
+    "single": Strategy(one_process=True),
+    "ddp": Strategy(options=("ddp",), communicators=1, **_NOT_YET),
+    "fsdp2": Strategy(options=("fsdp",), communicators=1, **_NOT_YET),
+    "zero1": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),
+    "zero2": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),
+    "zero3": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),
+    "tensor-parallel": Strategy(communicators=1, **_NOT_YET),
+    "device-map": Strategy(options=("device_map", "max_memory"), one_process=True, **_NOT_YET),
 }
 """By the name that a job gives it."""
 

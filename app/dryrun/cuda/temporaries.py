@@ -7,9 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-DEFAULT_STREAM = 0
-"""The CUDA stream of a step on one card. Everything that is planned today runs on it."""
-
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the elements of ``tensor``."""
@@ -48,7 +45,7 @@ def record_workspaces(tracker, sizes: Iterable[int], fqn: str, op: str) -> None:
     tracker.record_temporary([(measured.size(op, size), "kernel_workspace") for size in sizes], fqn, op)
 
 
-def record_library_workspace(tracker, name: str, size: int, stream: int = DEFAULT_STREAM) -> None:
+def record_library_workspace(tracker, name: str, size: int) -> None:
     """A workspace that cuBLAS or cuBLASLt keeps: allocated at the first call, never freed.
 
     PyTorch keys it by handle and stream. A handle belongs to a thread: the main thread in forward, and the autograd
@@ -57,7 +54,7 @@ def record_library_workspace(tracker, name: str, size: int, stream: int = DEFAUL
     Source: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/cuda/CublasHandlePool.cpp
     ``getCurrentCUDABlasHandle``.
     """
-    key = ("backward" if tracker.in_backward else "forward", stream, name)
+    key = ("backward" if tracker.in_backward else "forward", tracker.stream, name)
     if key not in tracker.library_workspaces:
         tracker.library_workspaces.add(key)
         tracker.record_alloc(size, "", "kernel_workspace", name)

@@ -12,10 +12,11 @@ from ...job import Job
 from ...memory.events import TraceLog
 from ...registry.optimizers import JOIN, optimizer_of
 from ..autocast import Autocast
-from ..build.loading import MetaWeights, load
+from ..build.loading import load
 from ..cuda.as_if_cuda import as_if_cuda
 from ..cuda.card_facts import Card
 from ..known_values import KnownValues
+from ..parallel import strategy_of
 from ..sandbox import replaced
 from ..token_loops import TOKENS_RUN, TokenLoops
 from ..tracker import MemoryTracker
@@ -34,16 +35,17 @@ def dry_run(
     other: bool = False,
     values: KnownValues | None = None,
     tokens: int = TOKENS_RUN,
+    rank: int = 0,
 ) -> TraceLog:
-    """The log of placing the bare ``model`` on ``card`` and running ``steps`` steps of ``job`` (resolved).
+    """The log of a ``rank`` that places the bare ``model`` on ``card`` and runs ``steps`` steps of ``job`` (resolved).
 
     ``other``: then one forward pass with checkpointing the other way round (``FORWARD_OTHER_CHECKPOINTING`` of
     :mod:`vramplan.dryrun.tracker`). ``values``: the values that the job states, which are followed. ``tokens``: how
     often a loop over tokens is run; :func:`~vramplan.dryrun.token_loops.repeat_tokens` repeats it.
     """
-    tracker = _tracker(job, card)
-    with as_if_cuda(card), paged_states_elsewhere(), _kernels_of(job):
-        model = load(model, job, task, tracker, MetaWeights())
+    tracker, strategy = _tracker(job, card), strategy_of(job, rank)
+    with as_if_cuda(card), paged_states_elsewhere(), _kernels_of(job), strategy.environment(tracker):
+        model = load(model, job, task, tracker, strategy.weights())
         mode = tracker.autocast
         scans = TokenLoops(tracker, tokens)
         with (
@@ -53,7 +55,7 @@ def dry_run(
             mode.in_modules_of(model) if mode else contextlib.nullcontext(),
             tracker.track_values(values) if values else contextlib.nullcontext(),
         ):
-            loop_of(job)(tracker, model, job, task, steps, other)
+            loop_of(job)(tracker, strategy.wrap(model, tracker), job, task, steps, other)
         return tracker.close()
 
 

@@ -18,11 +18,10 @@ Note [Compiled rules]
     function stands in, not of those that it calls.
 
 Note [Streams]
-    PyTorch keeps free blocks by stream: one stream's are never used for another. Every event here belongs to the
-    default stream. A pool is a number that :func:`_pool_of` makes of stream and size, and nothing else looks into it:
-    for more streams raise ``STREAMS``, give events a stream (:class:`~vramplan.memory.events.Allocation`) and pass it
-    there. What :class:`_State` has one of per pool then grows by itself. Frees that wait for an event of another stream
-    (``record_stream``) are not represented.
+    PyTorch keeps free blocks by stream: one stream's are never used for another. A pool is a number that
+    :func:`_pool_of` makes of stream and size, and nothing else looks into it; :data:`STREAMS` is how many there are at
+    most. A free that waits for an event of another stream (``record_stream``) stands in the log where that event has
+    passed.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ import numpy.typing as npt
 from numba import njit
 
 from ...errors import PlanError
-from .config import LARGE_BUFFER, MIB, AllocatorConfig, ReplayInput
+from .config import LARGE_BUFFER, MIB, STREAMS, AllocatorConfig, ReplayInput
 
 MIN_BLOCK_SIZE = 512  # kMinBlockSize: every size is rounded up to a multiple of it
 SMALL_SIZE = MIB  # kSmallSize: the largest request served from the small pool
@@ -45,7 +44,6 @@ ROUND_LARGE = 2 * MIB  # kRoundLarge: segments of MIN_LARGE_ALLOC and more are m
 ADDRESS_GRANULE = 32 * MIB  # what cudaMalloc takes of the address space at a time
 ADDRESS_SPACE = 1 << 54  # bytes of the address space, which fills from above
 EXPANDABLE_RANGE = 1 << 50  # the address range that an expandable segment may grow into
-STREAMS = 1  # see Note [Streams]
 REPEATS = 8  # how often a repeated step is served again, at most
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -421,9 +419,9 @@ def _add_gap(st: _State, address: Uint, size: Uint) -> None:
 
 
 @_inlined
-def _malloc(st: _State, config: _Config, key: Uint, size: Uint) -> bool:
-    """Serve ``size`` bytes (rounded, more than 0) under ``key``; False: out of memory."""
-    pool = _pool_of(_0, size)
+def _malloc(st: _State, config: _Config, key: Uint, size: Uint, stream: Uint) -> bool:
+    """Serve ``size`` bytes (rounded, more than 0) under ``key``, to ``stream``; False: out of memory."""
+    pool = _pool_of(stream, size)
     block = _get_free_block(st, config, size, pool)
     if block == _NONE:
         block = _alloc_with_retries(st, config, size, pool)
@@ -724,6 +722,7 @@ def _run(
     config: _Config,
     events: Any,
     size: Any,
+    stream: Any,
     sizes: Uints,
     interval_bounds: Any,
     empty_cache_events: Any,
@@ -758,7 +757,7 @@ def _run(
                     key = _U(event)
                     asked = sizes[size[key]]
                     if asked != _0:
-                        if not _malloc(st, now, key, asked):
+                        if not _malloc(st, now, key, asked, _U(stream[key])):
                             return -1 if numbers[_FULL] else at
                         block_sizes[key] = st.blocks[st.live[key] + _SIZE]
                     reserved = max(reserved, numbers[_RESERVED])
@@ -854,10 +853,8 @@ def _replay_in(st: _State, replay_input: ReplayInput, sizes: Uints, config: _Con
     )
 
     def serve(first: int, last: int, block_sizes: Ints, intervals: Ints) -> int:
-        events, size = replay_input.events, replay_input.size
-        return _run(
-            st, config, events, size, sizes, bounds, empty_caches, limit_from, first, last, block_sizes, intervals
-        )
+        run = replay_input.events, replay_input.size, replay_input.stream
+        return _run(st, config, *run, sizes, bounds, empty_caches, limit_from, first, last, block_sizes, intervals)
 
     last = bounds.size - 1
     first = last if step is None else int(np.searchsorted(bounds, step.start, side="right")) - 1
@@ -931,14 +928,16 @@ class CachingAllocator:
         """What is reserved of the card now, as ``torch.cuda.memory_reserved``."""
         return int(self._state.numbers[_RESERVED])
 
-    def malloc(self, key: int, size: int) -> None:
-        """Serve ``size`` bytes under ``key``.
+    def malloc(self, key: int, size: int, stream: int = 0) -> None:
+        """Serve ``size`` bytes under ``key``, to ``stream``.
 
         Raises :class:`OutOfMemory` where CUDA's allocator would, :class:`ValueError` where there are too many blocks.
         """
+        if not 0 <= stream < STREAMS:
+            raise ValueError(f"a stream is a number below {STREAMS}")
         if not 0 <= key < self._state.live.size or self._state.numbers[_FULL]:
             raise ValueError(f"made for {self._state.live.size} keys")
-        if size and not _malloc(self._state, self._config, _U(key), _U(round_size(size))):
+        if size and not _malloc(self._state, self._config, _U(key), _U(round_size(size)), _U(stream)):
             raise OutOfMemory(int(round_size(size)))
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         self.peak_reserved = max(self.peak_reserved, self.reserved)

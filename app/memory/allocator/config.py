@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 MIB = 1 << 20
+STREAMS = 8
+"""Streams of a process that the allocator keeps pools for, at most."""
 LARGE_BUFFER = 20 * MIB
 """Bytes of a segment for requests of 1 to 10 MiB: ``kLargeBuffer`` in
 https://github.com/pytorch/pytorch/blob/v2.11.0/c10/core/AllocatorConfig.h"""
@@ -46,14 +48,15 @@ class ReplayInput(NamedTuple):
     """A run as the allocator reads it, whatever the batch and the length. A key is the number of an allocation.
 
     ``events`` (int32): ``k`` allocates ``sizes[size[k]]`` bytes, ``~k`` frees them; ``size`` (int32) has one entry for
-    each key. ``interval_bounds`` (int64) divide the events into intervals; of each, the highest moment is told. The
-    last bound is the number of events, and the start of the ``repeated_step`` is one. ``empty_cache_events`` (int64)
-    are the events before which ``empty_cache`` is called. ``most_alive`` is how many allocations are alive at a time,
-    at most.
+    each key, and so has ``stream`` (uint8), the number of its stream. ``interval_bounds`` (int64) divide the events
+    into intervals; of each, the highest moment is told. The last bound is the number of events, and the start of the
+    ``repeated_step`` is one. ``empty_cache_events`` (int64) are the events before which ``empty_cache`` is called.
+    ``most_alive`` is how many allocations are alive at a time, at most.
     """
 
     events: npt.NDArray[np.int32]
     size: npt.NDArray[np.int32]
+    stream: npt.NDArray[np.uint8]
     interval_bounds: npt.NDArray[np.int64]
     empty_cache_events: npt.NDArray[np.int64]
     repeated_step: RepeatedStep | None

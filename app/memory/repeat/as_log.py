@@ -42,8 +42,8 @@ def columns_of(expansion: Expansion) -> TraceColumns:
             size[key] = len(sizes)
             sizes.append(short.sizes[short.size[short_key]] + more)
     fqn, fqns = _modules(expansion, short)
-    kind, op = short.kind[keys], short.op[keys]
-    return TraceColumns(expansion.events, size, fqn, kind, op, sizes, fqns, short.ops, expansion.marks)
+    kind, op, stream = short.kind[keys], short.op[keys], short.stream[keys]
+    return TraceColumns(expansion.events, size, fqn, kind, op, stream, sizes, fqns, short.ops, expansion.marks)
 
 
 def _modules(expansion: Expansion, short: TraceColumns) -> tuple[npt.NDArray[np.int32], list[str]]:
