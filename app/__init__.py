@@ -9,6 +9,7 @@ The way of a request, which is also the direction of the imports::
     usecases        what can be asked; whatever goes wrong leaves as a PlanError
     probe/          the same job on a real GPU, beside its plan
     script/         the user's own training script, on a card that is not there (needs torch)
+    serving/        what an engine's server takes of a card, read off the command that starts it
     planning/       from a job to its profile, to verdicts on cards, to the largest job and to advice
     form            a job as flat text
     hub/            config.json from the Hub, at a pinned commit

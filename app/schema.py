@@ -197,6 +197,53 @@ class Solved(_Open):
     parameters: int | None = None
 
 
+class CacheGroup(_Open):
+    """Layers of a server's KV cache that share a table of blocks."""
+
+    kind: str = Field(description="full, sliding, chunked or latent")
+    layers: int
+    block_size: int = Field(description="Tokens of a block.")
+    bytes_per_token: int = Field(description="Of one layer, on one rank.")
+    reach: int | None = Field(None, description="Tokens of the window or chunk.")
+
+
+class ServerCache(_Open):
+    """What is left to a server's KV cache, on the rank that has least."""
+
+    available: int
+    available_interval: tuple[int, int]
+    blocks: int
+    tokens: int = Field(description="GPU KV cache size, as the engine logs it.")
+    tokens_interval: tuple[int, int]
+    bytes_per_block: int
+    groups: list[CacheGroup]
+
+
+class Serving(_Open):
+    """What a server's command takes of a card, and whether it starts. Of several ranks, the one with least left."""
+
+    engine: dict[str, str] = Field(description="`name` and `version` of the engine whose rules are followed.")
+    model: dict[str, Any]
+    model_class: str
+    parameters: int
+    gpu: str
+    ranks: int = Field(description="Cards that the command needs.")
+    verdict: str = Field(description="starts, tight (within the intervals) or refuses")
+    message: str | None = Field(description="The engine's own words where it refuses.")
+    requested: int = Field(description="What the engine may take of the card.")
+    total: int = Field(description="What PyTorch sees of the card.")
+    parts: dict[str, int] = Field(description="What is taken before the cache, by kind.")
+    intervals: dict[str, tuple[int, int]] = Field(description="What each part lies between.")
+    stages: list[dict[str, int]] = Field(description="The parts of each pipeline stage.")
+    kv_cache: ServerCache
+    concurrency: float = Field(description="Requests of max_model_len tokens that the cache holds.")
+    longest: int = Field(description="The longest max_model_len that starts, up to the one asked for.")
+    utilization_needed: float | None = Field(description="The least --gpu-memory-utilization that starts; null: none.")
+    settings: dict[str, Any] = Field(description="The settings with every default filled in.")
+    ignored: list[str] = Field(description="Flags of the command that cost nothing on the card.")
+    warnings: list[str]
+
+
 class Weights(_Open):
     """What a model that cannot be planned weighs."""
 

@@ -47,6 +47,14 @@ def compare(what: Any) -> dict:
     return _told(lambda: compare(what), what)
 
 
+def serving(asked: Any) -> dict:
+    """What the command of a server takes of a card, and whether it starts. Raises :class:`PlanError` and nothing
+    else."""
+    from .serving.server_plan import answer
+
+    return _told(lambda: answer(asked), asked)
+
+
 def probe(bench: Any, job: Any, **options: Any) -> tuple[dict, Any]:
     """A job measured on a bench beside its plan: the answer, and what it was made from. Raises :class:`PlanError` and
     nothing else."""

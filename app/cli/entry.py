@@ -15,6 +15,7 @@ from .other_commands import gpus, models, serve, version
 from .plan_commands import compare, estimate, solve
 from .probe_command import probe
 from .run_command import run
+from .serving_command import serving
 
 app = typer.Typer(
     name="vramplan",
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (estimate, solve, compare, probe, serve, gpus, models, demo, version):
+for command in (estimate, solve, compare, serving, probe, serve, gpus, models, demo, version):
     app.command()(command)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 

@@ -35,16 +35,16 @@ class TraceRequest(NamedTuple):
 class Tracer(Protocol):
     """Something that runs a job on the meta device.
 
-    ``part`` is ``step`` (for the job's own batch and length), ``general`` (for all that run alike), ``finish`` or
-    ``load``.
+    ``part`` is ``step`` (for the job's own batch and length), ``general`` (for all that run alike), ``finish``,
+    ``load`` or ``served``.
     """
 
     one_shot: bool
     """Whether this process answers one question and ends."""
 
     def trace(self, part: str, request: TraceRequest) -> bytes:
-        """What the run leaves: a :class:`Profile`, or a :class:`TraceTemplate`, as bytes. Raises :class:`PlanError`;
-        :class:`Unanswered` for a fault of ours."""
+        """What the run leaves: a :class:`Profile`, a :class:`TraceTemplate` or what a server loads, as bytes.
+        Raises :class:`PlanError`; :class:`Unanswered` for a fault of ours."""
 
     def later(self, part: str, request: TraceRequest) -> None:
         """Trace it when there is nothing else to do, and store the result."""
@@ -63,7 +63,7 @@ class InProcessTracer:
         """As :meth:`Tracer.trace`. Raises :class:`NotTraced` where torch and its libraries are not installed."""
         if not can_trace():
             raise NotTraced
-        from ..dryrun import sandbox
+        from ..dryrun import sandbox, served_model
         from ..dryrun.steps import merge_and_save
         from ..dryrun.trace import trace
 
@@ -72,6 +72,8 @@ class InProcessTracer:
         _, job, config, kernels, rank = request
         try:
             with sandbox.active(), _without_collector():
+                if part == "served":
+                    return served_model.trace(job, config, *kernels)
                 if part in ("step", "general"):
                     return trace(job, config, *kernels, general=part == "general", rank=rank).dump()
                 return packed(merge_and_save.trace(part, job, config, *kernels).dump())

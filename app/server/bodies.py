@@ -55,6 +55,22 @@ COMPARE_EXAMPLES = {
 }
 
 
+SERVING_EXAMPLES = {
+    "vllm": {
+        "summary": "A 70B model by vLLM on two H100",
+        "value": {"command": "vllm serve llama-3.3-70b --max-model-len 32768 -tp 2", "gpu": "h100"},
+    }
+}
+
+
+class ServingQuestion(BaseModel):
+    """A server's command, and the card that it is to run on."""
+
+    command: str = Field(description="What starts the server, as it would be typed.")
+    gpu: str | dict | None = Field(None, description="A card of the catalogue, or one's own; of each rank.")
+    config: dict | None = Field(None, description="The model's config.json, instead of the one that it names.")
+
+
 class LimitedJob(Job):
     """A job, and how much memory there is where its card is not meant."""
 
@@ -79,3 +95,5 @@ CompareBody = Annotated[Comparable, WrapValidator(lambda value, _: value), Body(
 """A comparison, as it came: the planner reads it."""
 BatchBody = Annotated[list[Job | dict], WrapValidator(lambda value, _: value), Body(openapi_examples=BATCH_EXAMPLES)]
 """A list of jobs, as it came: each is read on its own, so that one that is none fails alone."""
+ServingBody = Annotated[ServingQuestion, WrapValidator(lambda value, _: value), Body(openapi_examples=SERVING_EXAMPLES)]
+"""A command, as it came: the use case reads it."""

@@ -19,9 +19,10 @@ from ..planning.comparison import jobs_of
 from ..planning.fingerprint import can_trace
 from ..render import accuracy
 from ..render.comparison_csv import to_csv
-from ..schema import Advice, Answer, Comparison, GpuRow, Health, Line, ModelRow, Progress, Solved
-from ..usecases import advise, compare, failure, solve, unwrap
-from .bodies import BatchBody, CompareBody, JobBody, SolveBody
+from ..schema import Advice, Answer, Comparison, GpuRow, Health, Line, ModelRow, Progress, Serving, Solved
+from ..serving.server_plan import model_read
+from ..usecases import advise, compare, failure, serving, solve, unwrap
+from .bodies import BatchBody, CompareBody, JobBody, ServingBody, SolveBody
 from .failures import RESPONSES
 from .response_cache import mark_cacheable
 from .runner import runner_of
@@ -113,6 +114,17 @@ async def side_by_side(
     runner.reject_if_full()
     rows = await runner.run(compare, what, request)
     return JSONResponse(rows) if form == "json" else Response(to_csv(rows), media_type="text/csv")
+
+
+@router.post(
+    "/serving", response_model=Serving, responses=RESPONSES, summary="Plan a server: does it start, with what cache"
+)
+async def server_plan(request: Request, asked: ServingBody) -> Response:
+    """What the command of a server takes of a card, and how much it leaves to the KV cache."""
+    runner = runner_of(request)
+    runner.refuse_local({"model": model_read(asked)})
+    runner.reject_if_full()
+    return JSONResponse(await runner.run(serving, asked, request))
 
 
 @router.get("/gpus", summary="The cards of the catalogue, the smallest first")

@@ -209,6 +209,22 @@ def stored_weights(model: transformers.PreTrainedModel, settings: Settings) -> d
     return out | {"bytes": total}
 
 
+def stored_matrices(model: transformers.PreTrainedModel, settings: Settings) -> Iterator[tuple[str, int]]:
+    """(path, bytes with scales) of the matrices that a checkpoint with these settings stores quantised.
+
+    Raises :class:`PlanError` where their layout is not known here.
+    """
+    for path, rows, columns, count in _matrices(model) if settings else ():
+        try:
+            layout = _layout_of(path, settings)
+        except (TypeError, ValueError, KeyError, AttributeError, re.error):
+            raise PlanError(
+                f"how {name_of(settings)} stores {path} is not known here", "name the 16-bit model", "model"
+            ) from None
+        if layout is not None:
+            yield path, count * layout.bytes_of(rows, columns)
+
+
 def _matrices(model: torch.nn.Module) -> Iterator[tuple[str, int, int, int]]:
     """(path, rows, columns, how many) of the matrices that quantisers take: linear layers and fused experts."""
     head = model.get_output_embeddings()

@@ -1,0 +1,202 @@
+"""Servers: commands are read by the engine's own flags, caches are counted in integers, plans agree with starts that
+others published."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from rich.console import Console
+from vramplan import cli
+from vramplan.errors import PlanError
+from vramplan.render import served
+from vramplan.server.app import create_app
+from vramplan.serving import kv_cache
+from vramplan.serving.command import read, start_of, words_of
+from vramplan.serving.kv_cache import CacheLayer, pool_of
+from vramplan.serving.rank_weights import stages
+from vramplan.serving.server_plan import answer
+from vramplan.serving.vllm_flags import FLAGS
+
+CONFIGS = Path(__file__).parents[2] / "shared" / "configs"
+GIB = 1 << 30
+
+
+def config(name):
+    path = CONFIGS / f"{name}.json"
+    if not path.exists():
+        pytest.skip("the configs are not here")
+    return json.loads(path.read_text())
+
+
+def planned(command, gpu, name):
+    return answer({"command": command, "gpu": gpu, "config": config(name)})
+
+
+def parsed(text):
+    environment, words = words_of(text)
+    return read(words[start_of(words, FLAGS.starts) :], environment, FLAGS)
+
+
+def test_a_command_is_read_as_a_shell_reads_it():
+    command = parsed(
+        "VLLM_USE_V1=1 vllm serve org/model --max-model-len 32k -tp 2 \\\n  --gpu-memory-utilization=0.9 "
+        '--no-enable-prefix-caching --served-model-name a b --speculative_config \'{"method": "ngram"}\' # a comment'
+    )
+    assert command.model == "org/model" and command.environment == {"VLLM_USE_V1": "1"}
+    assert command.number("max-model-len", 0) == 32000 and command.number("tensor-parallel-size", 1) == 2
+    assert command.given["enable-prefix-caching"] is False and command.given["served-model-name"] == ["a", "b"]
+    assert command.settings("speculative-config") == {"method": "ngram"}
+    assert command.free == ("enable-prefix-caching", "served-model-name")
+
+
+@pytest.mark.parametrize("flag", sorted(FLAGS.known))
+def test_every_flag_of_vllm_is_read_or_refused_in_a_sentence(flag):
+    value = "" if flag in FLAGS.switches else " 1"
+    try:
+        assert flag in parsed(f"vllm serve m --{flag}{value}").given
+    except PlanError as error:
+        assert flag in FLAGS.refused and error.message.startswith(f"--{flag}: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("", "no command"),
+        ("vllm serve 'm", "cannot be read"),
+        ("rm -rf /", "starts no server"),
+        ("vllm serve m && rm x", "several commands"),
+        ("vllm serve m --max-modl-len 3", "no flag"),
+        ("vllm serve m --max-model-len", "no value"),
+        ("vllm serve m n", "follows no flag"),
+        ("vllm serve m -dp 4", "data and context parallel"),
+        ("vllm serve", "names no model"),
+        ("x" * 30_000, "too long"),
+    ],
+)
+def test_nonsense_is_one_sentence(command, said):
+    with pytest.raises(PlanError, match=said):
+        answer({"command": command, "gpu": "h100"})
+
+
+def test_a_uniform_cache_has_one_group():
+    pool = pool_of([CacheLayer(kv_cache.FULL, 4096)] * 40)
+    assert pool.bytes_per_block == 40 * 16 * 4096 and pool.blocks(33, 0) == 3
+    assert pool.longest(10 * pool.bytes_per_block, 1000, 0) == 9 * 16
+
+
+def test_mixed_layers_are_cut_into_groups_of_equal_size():
+    """As in gpt-oss (12 and 12) and gemma-3-12b (40 and 8): padded to 13 of 13, or cut into groups of 8."""
+    full, sliding = CacheLayer(kv_cache.FULL, 4096), CacheLayer(kv_cache.SLIDING, 4096, 128)
+    assert [group.layers for group in pool_of([full] * 8 + [sliding] * 40).groups] == [8] * 6
+    near = pool_of([full] * 13 + [sliding] * 12)
+    assert [group.layers for group in near.groups] == [13, 12] and near.bytes_per_block == 13 * full.page
+    assert sliding.blocks(10_000, 2048) == -(-(127 + 2048) // 16) + 1
+
+
+def test_layers_over_stages():
+    assert [len(stage) for stage in stages(80, 4)] == [20] * 4
+    assert [len(stage) for stage in stages(30, 4)] == [7, 8, 8, 7]
+
+
+LLMD = "https://github.com/llm-d-incubation/llm-d-planner/blob/e50305af/docs/empirical-vllm-memory-results.md"
+STARTS = [
+    ("deepseek-ai__DeepSeek-R1-Distill-Llama-8B", 1, 14.99),
+    ("Qwen__Qwen3-0.6B", 1, 1.12),
+    ("Qwen__Qwen3-32B", 1, 61.03),
+    ("Qwen__Qwen3-32B", 2, 30.59),
+]
+"""Of :data:`LLMD`: a config of the same sizes, ranks, and GiB that "Model loading took"."""
+
+
+@pytest.mark.parametrize(("name", "ranks", "gib"), STARTS)
+def test_weights_of_published_starts(name, ranks, gib):
+    """vLLM counts the tables of rotary embeddings as weights. Within half a percent, and the two digits printed."""
+    plan = planned(f"vllm serve m -tp {ranks} --max-model-len 16000 --max-num-seqs 1", "h100", name)
+    sampler = plan["settings"]["max_num_seqs"] * config(name)["vocab_size"] * 4.125
+    tables = plan["parts"]["buffers"] - sampler - 32 * (1 << 20) - 8192 * 4
+    assert (plan["parts"]["weights"] + tables) / GIB == pytest.approx(gib, rel=0.005, abs=0.006)
+
+
+def test_a_70b_on_two_cards():
+    command = "vllm serve m --max-model-len 16384 --gpu-memory-utilization 0.92 -tp 2"
+    plan = planned(command, "h100", "deepseek-ai__DeepSeek-R1-Distill-Llama-70B")
+    assert plan["verdict"] == "starts" and plan["ranks"] == 2
+    cache = plan["kv_cache"]
+    assert cache["bytes_per_block"] == 80 * 2 * 4 * 128 * 2 * 16
+    assert cache["tokens"] == pytest.approx(cache["available"] / (80 * 2 * 4 * 128 * 2), rel=0.001)
+    assert plan["requested"] - sum(plan["parts"].values()) == cache["available"]
+
+
+def test_a_refusal_says_vllms_words_and_what_would_do():
+    name = "deepseek-ai__DeepSeek-R1-Distill-Llama-8B"
+    plan = planned("vllm serve m", "rtx-4090", name)
+    assert plan["verdict"] == "refuses" and "To serve at least one request" in plan["message"]
+    longest = plan["longest"]
+    assert 0 < longest < 131072 and f"maximum model length is {longest}" in plan["message"]
+    again = planned(f"vllm serve m --max-model-len {longest}", "rtx-4090", name)
+    assert again["message"] is None and again["concurrency"] >= 1
+    beyond = planned(f"vllm serve m --max-model-len {longest + 16}", "rtx-4090", name)
+    assert beyond["message"]
+
+
+def test_the_utilisation_that_is_named_starts():
+    name = "Qwen__Qwen3-32B"
+    low = planned("vllm serve m --max-model-len 8000 --gpu-memory-utilization 0.8", "h100", name)
+    share = low["utilization_needed"]
+    assert low["message"] and share > 0.8
+    command = "vllm serve m --max-model-len 8000 --gpu-memory-utilization "
+    assert planned(command + str(share), "h100", name)["message"] is None
+    assert planned(command + str(round(share - 0.0001, 4)), "h100", name)["message"]
+
+
+def test_stages_hold_the_model_between_them():
+    name = "deepseek-ai__DeepSeek-R1-Distill-Llama-8B"
+    whole = planned("vllm serve m", "h100", name)["parts"]["weights"]
+    halves = planned("vllm serve m -pp 2", "h100", name)["stages"]
+    assert sum(stage["weights"] for stage in halves) == whole and len(halves) == 2
+
+
+SMALL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "dtype": "bfloat16",
+}
+
+
+def test_the_api_answers_as_the_command_line(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL))
+    monkeypatch.setattr(
+        "sys.argv", ["vramplan", "serving", "vllm serve m", "-g", "8GiB", "--config", str(path), "--json"]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    told = json.loads(capsys.readouterr().out)
+    assert end.value.code in (0, None) and told["verdict"] == "starts"
+    with TestClient(create_app()) as client:
+        asked = {
+            "command": "vllm serve m",
+            "gpu": {"name": "a card of 8 GiB", "memory_bytes": 8 << 30},
+            "config": SMALL,
+        }
+        answered = client.post("/serving", json=asked).json()
+        assert {**answered, "gpu": ""} == {**told, "gpu": ""}
+        refused = client.post("/serving", json={"command": "vllm serve /etc", "gpu": "h100"})
+        assert refused.status_code == 422 and "reads no files" in refused.json()["error"]["message"]
+        for wrong in ([], {"command": 3}, {"command": "vllm serve m", "gpus": 1}, {"command": "vllm serve m -tp x"}):
+            assert client.post("/serving", json=wrong).status_code == 422
+
+
+def test_the_terminal_shows_the_verdict_and_the_parts(capsys):
+    told = answer({"command": "vllm serve m --port 1", "gpu": "rtx-4090", "config": SMALL})
+    served.show(told, Console(width=100))
+    out = capsys.readouterr().out
+    assert out.startswith("Starts on a GeForce RTX 4090: ") and "KV cache" in out and "--port" in out
