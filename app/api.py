@@ -49,7 +49,7 @@ def solve(
 
     >>> from vramplan import solve
     >>> solve({"model": "llama-3.1-8b", "method": "qlora"}, "gpu").gpu
-    'rtx-5070'
+    'rtx-4060'
     >>> job = {"model": "gpt2", "method": "full", "sequence_length": 256}
     >>> solve(job, "batch_size", memory_limit_bytes=4 << 30).batch_size > 1
     True
@@ -64,7 +64,8 @@ def advise(job: JobLike) -> Advice:
     """The changes that make a job fit its card, each planned. Raises :class:`~vramplan.PlanError`.
 
     >>> from vramplan import advise
-    >>> advice = advise({"model": "llama-3.2-1b", "method": "full", "sequence_length": 2048, "gpu": "t4"})
+    >>> job = {"model": "llama-3.2-1b", "method": "full", "trainer": "transformers", "gpu": "t4"}
+    >>> advice = advise({**job, "sequence_length": 2048})
     >>> advice.now.verdict
     'does_not_fit'
     >>> [option.change for option in advice.suggestions if option.title == "gradient checkpointing"]

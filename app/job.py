@@ -17,7 +17,8 @@ from .registry.objectives import OBJECTIVES, Objective, ObjectiveName
 from .registry.optimizers import JOIN, OptimizerName
 from .registry.quantizers import QUANTIZERS, Quantizer, QuantizerName
 from .registry.strategies import STRATEGIES, StrategyName
-from .registry.trainers import TRAINERS, TrainerName
+from .registry.tasks import is_causal
+from .registry.trainers import PLAIN, TRAINERS, Trainer, TrainerName, default_trainer
 
 Task = Literal[
     "causal-lm",
@@ -182,7 +183,9 @@ class Job(_Strict):
         description="What the batch carries; packed: one row of all its tokens, no mask, but positions that start over "
         "in each sequence.",
     )
-    trainer: TrainerName = Field("pytorch", description="Whose step it is.")
+    trainer: TrainerName | None = Field(
+        None, description="Whose step it is; null: TRL's for causal language models, transformers' elsewhere."
+    )
     objective: ObjectiveName = Field("sft", description="Which of TRL's trainers; with another trainer: sft.")
     prompt_length: Count | None = Field(None, description="Tokens of a prompt, where the objective has prompts.")
     completion_length: Count | None = Field(None, description="Tokens of a completion, where it has completions.")
@@ -245,7 +248,7 @@ class Job(_Strict):
             raise ValueError(f"strategy {self.strategy} is one process on one machine: set nodes to 1")
 
     def _check_trainer(self) -> None:
-        trainer, goal = TRAINERS[self.trainer], self.goal
+        trainer, goal = TRAINERS[self.trainer or default_trainer("causal-lm")], self.goal
         if self.objective != "sft" and not trainer.has_objectives:
             raise ValueError(f"objective {self.objective} is one of TRL's: set trainer to trl")
         if goal.refusal is not None:
@@ -282,9 +285,15 @@ class Job(_Strict):
         return OBJECTIVES[self.objective]
 
     @property
+    def whose(self) -> Trainer:
+        """The facts of the trainer of a job (resolved)."""
+        assert self.trainer is not None
+        return TRAINERS[self.trainer]
+
+    @property
     def states_rows(self) -> bool:
         """Whether the batch is made by the trainer's own collator, of rows that the job states."""
-        return TRAINERS[self.trainer].has_objectives and (self.objective != "sft" or bool(self.trainer_args))
+        return self.whose.has_objectives and (self.objective != "sft" or bool(self.trainer_args))
 
     @property
     def knows_values(self) -> bool:
@@ -301,9 +310,19 @@ class Job(_Strict):
         """How many of a step's accumulated batches a trace runs: two, for a third is like the second."""
         return min(self.gradient_accumulation_steps, 2)
 
-    def resolved(self) -> Job:
-        """The same job with every null replaced by what the stack would do."""
-        return self.model_copy(update={**self._resolved_method(), **self._resolved_step()})
+    def resolved(self, config: dict[str, Any] | None = None) -> Job:
+        """The same job with every null replaced by what the stack would do. ``config`` is its model's, where the job
+        does not hold it itself: who trains a model by default depends on it."""
+        chosen = self if self.trainer else self.model_copy(update={"trainer": self._own_trainer(config or self.config)})
+        return chosen.model_copy(update={**chosen._resolved_method(), **chosen._resolved_step()})
+
+    def _own_trainer(self, config: dict[str, Any] | None) -> str:
+        """The trainer of a job that names none. A config that is not known is taken for a causal language model's."""
+        if self.method == "inference":
+            return PLAIN
+        causal = self.objective != "sft" or config is None or is_causal(config)
+        own = "causal-lm" if causal else None
+        return default_trainer(own if self.objective != "sft" else self.task or own)
 
     def _resolved_method(self) -> dict[str, Any]:
         """Defaults of the layout and of the adapters."""
@@ -314,13 +333,13 @@ class Job(_Strict):
         if self.method in ("lora", "qlora") and self.lora is None and self.adapter is None:
             fill["lora"] = Lora()
         if self.prepare_for_kbit_training is None:
-            prepares = TRAINERS[self.trainer].prepares_for_kbit_training
+            prepares = self.whose.prepares_for_kbit_training
             fill["prepare_for_kbit_training"] = self.method != "inference" and is_quantized and prepares
         return fill
 
     def _resolved_step(self) -> dict[str, Any]:
         """Defaults of the step: those of the trainer, or of a generation."""
-        trainer, is_training = TRAINERS[self.trainer], self.method != "inference"
+        trainer, is_training = self.whose, self.method != "inference"
         fill: dict[str, Any] = {"gradient_checkpointing": self._resolved_checkpointing()}
         if self.mixed_precision is None:
             fill["mixed_precision"] = trainer.mixed_precision if is_training else "no"
@@ -340,7 +359,7 @@ class Job(_Strict):
             return "off"
         chosen = self.gradient_checkpointing
         if chosen is None:
-            chosen = self.method == "qlora" or TRAINERS[self.trainer].checkpoints
+            chosen = self.method == "qlora" or self.whose.checkpoints
         if isinstance(chosen, bool):
             return "non_reentrant" if chosen else "off"
         return chosen

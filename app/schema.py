@@ -154,6 +154,16 @@ class Rank(_Open):
     holders: list[Holder]
 
 
+class OtherTrainer(_Open):
+    """The same job with another trainer: what it takes, and what that trainer does otherwise."""
+
+    trainer: str
+    peak: dict[str, int] = Field(description="allocated and reserved")
+    verdict: Word
+    headroom: int
+    why: list[str]
+
+
 class Answer(_Open):
     """The plan of one job; on many cards that of the worst rank."""
 
@@ -169,6 +179,9 @@ class Answer(_Open):
     layers: list[Layer]
     fits: list[Fit] = Field(description="The job's own card first, then the catalogue, smallest first.")
     after: After | None = Field(description="null: nothing is trained.")
+    other_trainers: list[OtherTrainer] | None = Field(
+        None, description="The same job with the other trainers, where that is asked for."
+    )
     warnings: list[str]
     stack: dict[str, str] = Field(description="The versions that the plan was traced with.")
     ranks: list[Rank] | None = Field(None, description="Every class of ranks; left out for strategy single.")

@@ -19,6 +19,14 @@ def plan(job: Any, *, all_layers: bool = False) -> dict:
     return _told(lambda: estimate(job, all_layers=all_layers), job)
 
 
+def other_trainers(job: Any, *, trace: bool = True) -> list[dict]:
+    """What one job takes with the other trainers, as far as it can be planned; without ``trace``, as far as it is
+    known. Raises :class:`PlanError` and nothing else."""
+    from .planning.other_trainers import other_trainers
+
+    return _told(lambda: other_trainers(job, trace=trace), job)
+
+
 def alive(job: Any, event: int) -> list[dict]:
     """Who holds most after an event of one job's timeline. Raises :class:`PlanError` and nothing else."""
     from .planning.estimate import alive

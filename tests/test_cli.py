@@ -265,6 +265,7 @@ def test_the_demo_answers_the_main_question_and_climbs_the_ladder(vramplan, monk
 
     asked = []
     monkeypatch.setattr(demo_command, "plan", lambda job: asked.append(job) or plan({**JOB, "gpu": job.get("gpu")}))
+    monkeypatch.setattr(demo_command, "other_trainers", lambda job, trace: [])
     code, out, _ = vramplan("demo")
     assert code == 0 and "Fits an A100-SXM4-80GB" in out and "RTX A6000" in out
     assert [job["model"] for job in asked] == ["llama-3.1-70b", *demo_command.LADDER]

@@ -171,8 +171,8 @@ def test_a_reserve_is_left_to_others():
 @pytest.mark.traces
 def test_merging_takes_the_base_in_16_bit_and_the_product_of_the_factors_twice():
     config = {**WIDE, "vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
-    job = {"config": {**config, "num_key_value_heads": 16}, "method": "qlora", "sequence_length": 64,
-           "lora": {"r": 8, "target_modules": ["down_proj"]}}  # fmt: skip
+    job = {"config": {**config, "num_key_value_heads": 16}, "method": "qlora", "trainer": "pytorch",
+           "sequence_length": 64, "lora": {"r": 8, "target_modules": ["down_proj"]}}  # fmt: skip
     planned = plan_job(read_job(with_limit(job, 1 << 30)))
     base = 2 * (2 * 2048 * 1024 + 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 5 * 1024)
     product = 4 * 1024 * 4096
@@ -189,7 +189,9 @@ def test_writing_a_fused_mixture_of_experts_copies_what_the_checkpoint_holds_apa
     moe = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 256, "vocab_size": 512,
            "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
            "num_local_experts": 8}  # fmt: skip
-    planned = plan_job(read_job({"config": moe, "method": "full", "sequence_length": 32, "optimizer": "sgd"}))
+    planned = plan_job(
+        read_job({"config": moe, "method": "full", "trainer": "pytorch", "sequence_length": 32, "optimizer": "sgd"})
+    )
     gate_and_up = 2 * 2 * 8 * 2 * 256 * 512
     held = planned.summary.phases[-1].end
     assert gate_and_up <= after(planned).save - held <= gate_and_up + 2 * MIB
@@ -347,7 +349,10 @@ def test_the_largest_model_rules_out_every_larger_one(monkeypatch):
     monkeypatch.setattr("vramplan.planning.resolve.find_model", {model.id: model for model in sizes}.get)
     base = with_limit({"method": "full", "batch_size": 1, "sequence_length": 128}, 0)["gpu"]
     needs = {
-        n: plan_job(read_job({"config": sizes[n].config, "method": "full", "sequence_length": 128})) for n in (2, 3)
+        n: plan_job(
+            read_job({"config": sizes[n].config, "method": "full", "trainer": "pytorch", "sequence_length": 128})
+        )
+        for n in (2, 3)
     }
     limit = needs[3].summary.reserved - MIN_MARGIN
     assert limit > needs[2].summary.reserved
@@ -384,7 +389,7 @@ def test_bad_questions_are_refused_with_what_is_near():
 
 # --- advice -------------------------------------------------------------------------------------------------
 
-FULL = {"config": WIDE, "method": "full", "sequence_length": 512, "batch_size": 4}
+FULL = {"config": WIDE, "method": "full", "trainer": "pytorch", "sequence_length": 512, "batch_size": 4}
 BIG = {**WIDE, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 16,
        "num_key_value_heads": 16}  # fmt: skip
 REFUSED = {
@@ -403,7 +408,7 @@ REFUSED = {
     "lora, long": {**JOB, "config": BIG, "sequence_length": 4096, "batch_size": 1},
     "lora, padded": {**JOB, "attention_mask": "padded"},
     "lora, SFTTrainer": {**JOB, "trainer": "trl", "gradient_checkpointing": False},
-    "qlora": {**JOB, "config": BIG, "method": "qlora"},
+    "qlora": {**JOB, "config": BIG, "method": "qlora", "trainer": "pytorch"},
     "qlora, single quantisation": {
         **JOB,
         "config": BIG,
@@ -412,7 +417,13 @@ REFUSED = {
         "sequence_length": 64,
         "quantization": {"type": "nf4", "double_quant": False},
     },
-    "qlora, not checkpointed": {**JOB, "config": BIG, "method": "qlora", "gradient_checkpointing": False},
+    "qlora, not checkpointed": {
+        **JOB,
+        "config": BIG,
+        "method": "qlora",
+        "trainer": "pytorch",
+        "gradient_checkpointing": False,
+    },
     "inference": {"config": BIG, "method": "inference", "batch_size": 8, "sequence_length": 512, "new_tokens": 4},
     "inference, one": {"config": BIG, "method": "inference", "sequence_length": 64, "new_tokens": 4},
 }

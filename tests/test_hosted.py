@@ -12,11 +12,14 @@ import pytest
 import torch
 import transformers
 from tiny import LLAMA
+from vramplan import plan
 from vramplan.dryrun import sandbox
 from vramplan.errors import PlanError
 from vramplan.job import read_job
 from vramplan.planning.planned_job import plan_job
 from vramplan.planning.tracer import key_of
+from vramplan.render import words
+from vramplan.usecases import other_trainers
 
 TINY = {"config": LLAMA, "method": "full", "trainer": "trl", "gpu": "h100", "batch_size": 2}
 PAIRS = {**TINY, "prompt_length": 24, "completion_length": 8}
@@ -211,6 +214,32 @@ def test_8_bit_optimizers_keep_the_state_of_embeddings_in_32_bits():
         for trainer in ("transformers", "pytorch")
     )
     assert by_trainer - by_loop > 5 * embedding
+
+
+def test_what_the_other_trainers_take_and_why():
+    job = {"config": LLAMA, "method": "qlora", "gpu": "h100", "sequence_length": 32}
+    rows = {row["trainer"]: row for row in other_trainers(job)}
+    assert rows.keys() == {"pytorch", "transformers"}
+    for name, row in rows.items():
+        alone = planned(**job, trainer=name).summary
+        assert row["peak"] == {"allocated": alone.peak.peak, "reserved": alone.reserved}
+    assert rows["pytorch"]["why"] == [
+        "no autocast",
+        "adamw_torch",
+        "what is not quantised in float32",
+        "all logits at once",
+    ]
+    told = words.other_trainers({**plan(job).model_dump(), "other_trainers": [*rows.values()]})
+    assert "a plain loop (no autocast" in told and "with TRL's SFTTrainer." in told
+
+
+def test_other_trainers_that_are_not_known_are_not_traced():
+    job = {"config": LLAMA, "method": "qlora", "gpu": "h100", "sequence_length": 31}
+    planned(**job)
+    assert other_trainers(job, trace=False) == []
+    planned(**job, trainer="pytorch")
+    assert [row["trainer"] for row in other_trainers(job, trace=False)] == ["pytorch"]
+    assert other_trainers(JOBS["dpo"]) == []
 
 
 def test_everything_is_as_before_after_a_trace():

@@ -66,7 +66,9 @@ LOOP = {  # experts one by one, each of the tokens that chose it
 
 
 def ask(config: dict, **fields) -> dict:
-    return plan({"config": config, "method": "full", "sequence_length": 512, "gpu": "h100", **fields})
+    return plan(
+        {"config": config, "method": "full", "trainer": "pytorch", "sequence_length": 512, "gpu": "h100", **fields}
+    )
 
 
 def said(answer: dict, text: str) -> bool:

@@ -171,7 +171,13 @@ def test_an_error_stands_at_its_field_and_the_rest_of_the_form_is_kept(client, c
 
 
 def test_a_config_is_planned_and_its_address_holds_it(client):
-    form = {"model": "left over", "method": "lora", "sequence_length": "64", "config": json.dumps(LLAMA, indent=4)}
+    form = {
+        "model": "left over",
+        "method": "lora",
+        "trainer": "pytorch",
+        "sequence_length": "64",
+        "config": json.dumps(LLAMA, indent=4),
+    }
     response = client.post("/", data=form)
     assert response.status_code == 200 and "LlamaForCausalLM" in response.text
     assert "&#34;hidden_size&#34;: 64" in response.text
@@ -184,7 +190,9 @@ def test_a_config_is_planned_and_its_address_holds_it(client):
 
 def test_a_config_that_is_too_long_for_an_address_is_planned_where_it_was_sent(client):
     config = json.dumps({**LLAMA, "id2label": {str(i): f"label {i}" for i in range(2000)}})
-    response = client.post("/", data={"method": "lora", "sequence_length": "64", "config": config})
+    response = client.post(
+        "/", data={"method": "lora", "trainer": "pytorch", "sequence_length": "64", "config": config}
+    )
     assert response.status_code == 200 and urlsplit(str(response.url)).query == ""
     assert "LlamaForCausalLM" in response.text and "no link holds this result" in response.text
     assert "/estimate.json?" not in response.text and response.headers["hx-replace-url"] == "false"

@@ -49,7 +49,7 @@ GIB = 1 << 30
 
 
 def job(**fields) -> dict:
-    return {"config": LLAMA, "method": "lora", "sequence_length": 64, **fields}
+    return {"config": LLAMA, "method": "lora", "trainer": "pytorch", "sequence_length": 64, **fields}
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,14 @@ def measure(data: dict, monkeypatch, breaks_in=None, trace_log=None, layers=None
     return planned, child.measure(planned.job, planned.task, meter, layers, steps=2)
 
 
-IMAGES = {"config": GRID, "method": "full", "sequence_length": 64, "images": 2, "image_size": [112, 112]}
+IMAGES = {
+    "config": GRID,
+    "method": "full",
+    "trainer": "pytorch",
+    "sequence_length": 64,
+    "images": 2,
+    "image_size": [112, 112],
+}
 JOBS = {
     "full": job(method="full", mixed_precision="bf16", dtype="float32"),
     "qlora": job(method="qlora", optimizer="adamw_8bit", gradient_accumulation_steps=3),
@@ -660,7 +667,14 @@ def test_kernels_of_a_probed_card_change_later_plans_and_are_said(found, moves):
     """Workspaces, kernels' temporaries and the attention kernel that runs, each where the sources say otherwise."""
     from vramplan.planning.estimate import estimate
 
-    one = {"config": WIDE, "method": "full", "gpu": "h100", "batch_size": 8, "sequence_length": 256}
+    one = {
+        "config": WIDE,
+        "method": "full",
+        "trainer": "pytorch",
+        "gpu": "h100",
+        "batch_size": 8,
+        "sequence_length": 256,
+    }
     before, elsewhere = estimate(one), estimate({**one, "gpu": "h200"})
     calibration.store(facts(kernels=KernelFacts(**found)), calibrated=True)
     after = estimate(one)

@@ -42,7 +42,7 @@ JOBS = [
     {"model": "bert-base-uncased", "method": "full", "dtype": "float32", "attention_mask": "padded"},
     {"model": "vit-base-patch16-224-in21k", "method": "full", "gpu": "rtx-4090"},
     {"model": "t5-small", "method": "full", "gpu": "t4"},
-    {"config": WINDOW, "method": "full", "gradient_checkpointing": "reentrant"},
+    {"config": WINDOW, "method": "full", "trainer": "pytorch", "gradient_checkpointing": "reentrant"},
     {"model": "llama-3.2-1b", "method": "inference", "sequence_length": 100, "new_tokens": 3},
 ]
 
@@ -185,7 +185,8 @@ def test_sizes_are_what_integers_are(tree, batch, length, multiprocessors):
 def test_damaged_bytes_are_no_profile():
     data = bytearray(
         traced(
-            read_job({"config": LLAMA, "method": "full", "sequence_length": 64, "gpu": "h100"}), general=False
+            read_job({"config": LLAMA, "method": "full", "trainer": "pytorch", "sequence_length": 64, "gpu": "h100"}),
+            general=False,
         ).dump()
     )
     assert Profile.load(bytes(data)).template.events.dtype == np.int32

@@ -13,10 +13,12 @@ import peft
 import pytest
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames
 from vramplan.dryrun import steps
 from vramplan.dryrun.build import quantizers as layouts
+from vramplan.dryrun.build.model_config import _TASKS_TRIED, AUTO
 from vramplan.errors import PlanError
 from vramplan.job import LORA_ARGUMENTS, Job, Lora, read_job
 from vramplan.memory.fit import MEASURED
@@ -27,6 +29,7 @@ from vramplan.registry.objectives import OBJECTIVES
 from vramplan.registry.optimizers import LEARNING_RATE, OPTIMIZERS, TORCH, TORCH_CLASSES, optimizer_of, optimizers_for
 from vramplan.registry.quantizers import QUANTIZERS, WEIGHT_COLUMNS
 from vramplan.registry.strategies import STRATEGIES
+from vramplan.registry.tasks import CAUSAL_TYPES
 from vramplan.registry.trainers import TRAINERS
 
 MADE_HERE = [name for name, row in OPTIMIZERS.items() if row.constructor is not None]
@@ -36,7 +39,8 @@ LEFT_OUT = {"adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"}
 
 def names_of(field: str) -> set[str]:
     """The names that a job's field takes."""
-    return set(get_args(Job.model_fields[field].annotation)) - {type(None)}
+    options = get_args(Job.model_fields[field].annotation)
+    return {name for option in options for name in get_args(option) or (option,)} - {type(None)}
 
 
 def test_a_job_takes_the_names_of_the_tables():
@@ -47,11 +51,41 @@ def test_a_job_takes_the_names_of_the_tables():
     assert names_of("strategy") == STRATEGIES.keys()
 
 
+def test_the_types_of_causal_language_models_are_the_installed_ones():
+    """Those whose configs, where they name no class, mean one."""
+
+    def is_causal(known: type) -> bool:
+        first = next((task for task in _TASKS_TRIED if known in AUTO[task]._model_mapping), None)
+        return first == "causal-lm"
+
+    assert {kind for kind in CONFIG_MAPPING if is_causal(CONFIG_MAPPING[kind])} == CAUSAL_TYPES
+
+
+@pytest.mark.parametrize(
+    "fields, trainer",
+    [
+        ({"config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}}, "trl"),
+        ({"config": {"model_type": "llama"}}, "trl"),
+        ({"config": {"model_type": "bert", "architectures": ["BertForMaskedLM"]}}, "transformers"),
+        ({"config": {"model_type": "t5"}}, "transformers"),
+        ({"config": {"model_type": "llama"}, "task": "sequence-classification"}, "transformers"),
+        ({"config": {"model_type": "bert"}, "task": "causal-lm"}, "trl"),
+        ({"config": {"model_type": "llama"}, "trainer": "pytorch"}, "pytorch"),
+        ({"config": {"model_type": "llama"}, "method": "inference"}, "pytorch"),
+        ({"config": {"model_type": "t5"}, "objective": "reward", "prompt_length": 8, "completion_length": 8}, "trl"),
+    ],
+    ids=str,
+)
+def test_whose_step_it_is_where_a_job_does_not_say(fields, trainer):
+    job = read_job(fields).resolved()
+    assert job.trainer == trainer and job.mixed_precision == ("no" if trainer == "pytorch" else "bf16")
+
+
 def test_the_tables_need_no_torch():
     code = (
         "import sys, vramplan.job, vramplan.registry.objectives, vramplan.registry.optimizers, "
         "vramplan.registry.quantizers, "
-        "vramplan.registry.strategies, vramplan.registry.trainers; "
+        "vramplan.registry.strategies, vramplan.registry.tasks, vramplan.registry.trainers; "
         "sys.exit(bool({'torch', 'transformers', 'bitsandbytes', 'peft', 'trl'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -326,7 +326,9 @@ def test_seeds_of_the_efficient_attention_lie_on_the_host(card, kernel, seeds):
 
 def placed(**fields) -> TraceLog:
     """The books of placing a small model."""
-    job = read_job({"config": LLAMA, "method": "lora", "sequence_length": 64, "gpu": "h100", **fields}).resolved()
+    job = read_job(
+        {"config": LLAMA, "method": "lora", "trainer": "pytorch", "sequence_length": 64, "gpu": "h100", **fields}
+    ).resolved()
     return load_of(job, job.config, find_gpu("h100")).trace_log()
 
 
@@ -400,7 +402,7 @@ def test_values_that_are_followed_change_nothing_but_what_they_tell():
     from vramplan.dryrun.known_values import KnownValues
     from vramplan.dryrun.steps.dry_run import dry_run
 
-    job = read_job({"config": LLAMA, "method": "full", "sequence_length": 64}).resolved()
+    job = read_job({"config": LLAMA, "method": "full", "trainer": "pytorch", "sequence_length": 64}).resolved()
 
     def events(values):
         trace_log = dry_run(bare(LLAMA, None, job.dtype, None)[0], job, "causal-lm", CARD, values=values)

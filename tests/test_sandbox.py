@@ -333,8 +333,8 @@ sys.path[:0] = [{root!r}, {tests!r}]
 if {planned}:
     from tiny import LLAMA
     from vramplan.usecases import plan
-    plan({{"config": LLAMA, "method": "lora", "sequence_length": 32, "vocab": 1}} if 0 else
-         {{"config": {{**LLAMA, "vocab_size": 136}}, "method": "lora", "sequence_length": 32}})
+    plan({{"config": LLAMA, "method": "lora", "trainer": "pytorch", "sequence_length": 32, "vocab": 1}} if 0 else
+         {{"config": {{**LLAMA, "vocab_size": 136}}, "method": "lora", "trainer": "pytorch", "sequence_length": 32}})
 from torch.utils._python_dispatch import TorchDispatchMode
 
 class Logs(TorchDispatchMode):

@@ -20,7 +20,7 @@ from vramplan.planning.resolve import card_of, config_of, shape_point_of
 
 from tests.tiny import LLAMA
 
-JOB = {"config": LLAMA, "method": "lora", "sequence_length": 32, "gpu": "rtx-4090"}
+JOB = {"config": LLAMA, "method": "lora", "trainer": "pytorch", "sequence_length": 32, "gpu": "rtx-4090"}
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ WINDOW = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalL
 
 def ask(length: int) -> str:
     """A length of one kind: what it is stored under."""
-    job = read_job({"config": WINDOW, "method": "full", "sequence_length": length}).resolved()
+    job = read_job({"config": WINDOW, "method": "full", "trainer": "pytorch", "sequence_length": length}).resolved()
     card = card_of(job)
     assert profile_cache.profile_of(job, WINDOW, card).template.holds(shape_point_of(job, card))
     return tracer.request_of(job, WINDOW, card).key

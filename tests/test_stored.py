@@ -92,7 +92,10 @@ def test_what_the_stack_cannot_train_is_told_with_its_weights(name, method):
     error = told.value
     assert name in error.message and "16-bit" in error.hint and "qlora" in error.hint
     assert error.weights["bytes"] < 2 * error.weights["parameters"]
-    assert plan({"config": CONFIG, "method": "qlora", "sequence_length": 64})["peak"]["allocated"] > 0
+    assert (
+        plan({"config": CONFIG, "method": "qlora", "trainer": "pytorch", "sequence_length": 64})["peak"]["allocated"]
+        > 0
+    )
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4"])
@@ -103,7 +106,7 @@ def test_what_is_dequantised_as_it_loads_is_planned_in_16_bits(name):
         assert answer["peak"]["allocated"] == plain["peak"]["allocated"]
         assert any(f"stored as {name}" in warning and "dequantised" in warning for warning in answer["warnings"])
     with pytest.raises(PlanError, match="does not quantise again") as told:
-        plan({"config": stored, "method": "qlora", "sequence_length": 64})
+        plan({"config": stored, "method": "qlora", "trainer": "pytorch", "sequence_length": 64})
     assert "method lora" in told.value.hint and told.value.weights["bytes"] > 0
 
 
@@ -125,7 +128,16 @@ def test_an_adapter_goes_over_the_layout_that_is_stored(name, own):
 
 def test_a_class_that_transformers_has_is_planned_though_its_code_is_elsewhere():
     auto = {"auto_map": {"AutoModelForCausalLM": "modeling_mine.LlamaForCausalLM"}}
-    answer = plan({"config": {**LLAMA, **auto, "model_type": "mine"}, "method": "full", "sequence_length": 64})
+    answer = plan(
+        {
+            "config": {**LLAMA, **auto, "model_type": "mine"},
+            "method": "full",
+            "trainer": "pytorch",
+            "sequence_length": 64,
+        }
+    )
     assert answer["model"]["class"] == "LlamaForCausalLM"
-    assert answer["peak"] == plan({"config": LLAMA, "method": "full", "sequence_length": 64})["peak"]
+    assert (
+        answer["peak"] == plan({"config": LLAMA, "method": "full", "trainer": "pytorch", "sequence_length": 64})["peak"]
+    )
     assert any("is not run and may differ" in warning for warning in answer["warnings"])

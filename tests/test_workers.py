@@ -27,11 +27,13 @@ from tests.tiny import LLAMA
 
 
 def request_for(**changes):
-    job = read_job({"config": LLAMA, "method": "lora", "sequence_length": 32, **changes}).resolved()
+    job = read_job(
+        {"config": LLAMA, "method": "lora", "trainer": "pytorch", "sequence_length": 32, **changes}
+    ).resolved()
     return request_of(job, config_of(job)[0], card_of(job))
 
 
-SLOW = {"config": {**LLAMA, "num_hidden_layers": 500}, "method": "full", "dtype": "float32"}
+SLOW = {"config": {**LLAMA, "num_hidden_layers": 500}, "method": "full", "trainer": "pytorch", "dtype": "float32"}
 """Hundreds of layers: seconds."""
 
 
@@ -211,7 +213,12 @@ def test_a_search_whose_client_leaves_finds_nothing():
 
     traced = []
     runner = RequestRunner(local_files=False, pool=Until(slots=1))
-    job = {"config": {**LLAMA, "hidden_size": 96, "vocab_size": 72}, "method": "full", "sequence_length": 32}
+    job = {
+        "config": {**LLAMA, "hidden_size": 96, "vocab_size": 72},
+        "method": "full",
+        "trainer": "pytorch",
+        "sequence_length": 32,
+    }
     job |= {"gpu": {"name": "a card", "memory_bytes": 1 << 30}}
     with pytest.raises(Abandoned):
         anyio.run(runner.run, partial(solve, target="batch_size"), job)

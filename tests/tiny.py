@@ -33,7 +33,7 @@ GRID = {
     "vision_config": {"model_type": "qwen2_vl_vision", "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4},
 }
 """Sees: patches of an image of any size, whose grid the host reads."""
-JOB = {"config": LLAMA, "method": "lora", "sequence_length": 64}
+JOB = {"config": LLAMA, "method": "lora", "trainer": "pytorch", "sequence_length": 64}
 
 BAD = {
     "unknown field": ({**JOB, "batchsize": 2}, "unknown field `batchsize`", "batch_size", "batchsize"),

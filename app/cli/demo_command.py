@@ -8,7 +8,7 @@ from rich.text import Text
 from ..planning.fingerprint import can_trace
 from ..planning.pretrace import ASKED, QUESTION
 from ..render import terminal, words
-from ..usecases import plan
+from ..usecases import other_trainers, plan
 from .console import waiting
 
 LADDER = ASKED[:4]
@@ -19,7 +19,8 @@ def demo() -> None:
     """Answer the main question: QLoRA of a 70B model, on 80 GB and on 48 GB; then what 7B to 70B need."""
     console = Console()
     with waiting(f"Planning {LADDER[-1]}"):
-        answer = plan({**QUESTION, "model": LADDER[-1], "gpu": "a100-80gb"})
+        job = {**QUESTION, "model": LADDER[-1], "gpu": "a100-80gb"}
+        answer = {**plan(job), "other_trainers": other_trainers(job, trace=False)}
     terminal.show(answer, console)
     smaller = _on(answer, "a6000")
     console.print()

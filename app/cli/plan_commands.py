@@ -15,7 +15,7 @@ from ..job import TARGETS
 from ..planning.cards import read_prices
 from ..render import probed, terminal, words
 from ..render.comparison_csv import to_csv
-from ..usecases import advise, plan, unwrap
+from ..usecases import advise, other_trainers, plan, unwrap
 from ..usecases import compare as side_by_side
 from ..usecases import probe as measure
 from ..usecases import solve as largest
@@ -32,6 +32,9 @@ def estimate(
     as_json: Json = False,
     advised: Annotated[bool, typer.Option("--advise", help="Plan every change that could make it fit.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Every layer, repeated ones too.")] = False,
+    trainers: Annotated[
+        bool, typer.Option("--trainers", help="Plan the other trainers' steps too; else what is known is said.")
+    ] = False,
     run: Annotated[bool, typer.Option("--probe", help="Run it on this machine's GPU too, beside the plan.")] = False,
 ) -> None:
     """Plan the memory of one step: does it fit, how much is left, what takes it.
@@ -39,7 +42,7 @@ def estimate(
     Exit codes: 0 fits, 1 does not fit the card of --gpu, 2 cannot say.
     """
     if jobs is not None:
-        if whole is not None or advised or run:
+        if whole is not None or advised or run or trainers:
             raise PlanError("--jobs takes every job from its own line", "leave the other options out", "jobs")
         raise typer.Exit(each_line(jobs, lambda one: plan(one, all_layers=layers)))
     with told_as(as_json):
@@ -48,6 +51,9 @@ def estimate(
         if advised:
             with waiting("Planning every change"):
                 answer["advice"] = advise(whole)
+        if trainers or not as_json:
+            with waiting("Planning it with the other trainers"):
+                answer["other_trainers"] = other_trainers(whole or {}, trace=trainers)
         if run:
             with bench_of(False, PROBE_SECONDS) as bench:
                 answer["probe"], _ = measure(bench, whole)

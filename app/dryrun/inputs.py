@@ -9,7 +9,6 @@ from peft import PeftModel
 
 from ..errors import PlanError
 from ..job import Job
-from ..registry.trainers import TRAINERS
 from .known_values import LIMIT, Images
 from .observer import StepObserver
 
@@ -32,10 +31,10 @@ def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, t
         _refuse_packed(model, tracker, batch)
         batch |= _packed_inputs(tracker, job)
     elif "input_ids" in batch and (
-        job.attention_mask != "absent" or job.method == "inference" or TRAINERS[job.trainer].masks_always
+        job.attention_mask != "absent" or job.method == "inference" or job.whose.masks_always
     ):
         batch["attention_mask"] = _empty(tracker.device, b, s)
-        if job.method != "inference" and TRAINERS[job.trainer].masks_always and job.attention_mask == "padded":
+        if job.method != "inference" and job.whose.masks_always and job.attention_mask == "padded":
             tracker.shifted, tracker.labelled = b * (s - 1), b * (s - 2)  # its collator pads one label a row
     stated = {} if tracker.images is None and tracker.values is None else _stated(model, job, tracker.images)
     for name, value in stated.items():
@@ -47,7 +46,7 @@ def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, t
         batch["position_ids"].copy_(_positions(b, s))
     if task == "zero-shot-image-classification":
         batch["return_loss"] = True  # of every text against every image
-    if job.packed and TRAINERS[job.trainer].packs_with_bounds:
+    if job.packed and job.whose.packs_with_bounds:
         batch |= dict.fromkeys(("max_length_q", "max_length_k"), -(-s // PACKED))
     return batch
 
@@ -82,7 +81,7 @@ def _packed_inputs(tracker: StepObserver, job: Job) -> dict[str, torch.Tensor]:
     """The inputs that tell packed sequences apart, and TRL's labels: the first of each sequence is ignored."""
     b, s = job.batch_size, job.sequence_length
     batch = {"position_ids": _empty(tracker.device, 1, b * s)}
-    if TRAINERS[job.trainer].packs_with_bounds:
+    if job.whose.packs_with_bounds:
         tracker.shifted, tracker.labelled = b * s - 1, b * s - PACKED * b
         for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
             batch[name] = _empty(tracker.device, PACKED * b + 1, dtype=torch.int32)

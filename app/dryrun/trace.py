@@ -21,7 +21,6 @@ from ..memory.sizes import SYMBOLS
 from ..memory.table import Table, with_costs
 from ..memory.template import TraceTemplate
 from ..progress import say
-from ..registry.trainers import TRAINERS
 from . import layer_weights as layers
 from .build import prequantized as stored
 from .build.model import base_of
@@ -282,7 +281,7 @@ def _state_bytes(trace_log: TraceColumns, job: Job) -> int:
     ``init_state``.
     """
     state = trace_log.total_size(trace_log.keys_of("optimizer_state"))
-    if TRAINERS[job.trainer].hosted:
+    if job.whose.hosted:
         return state
     zeros = trace_log.size[trace_log.keys_of("optimizer_state", "zeros.default")].tolist()
     scales = sum(trace_log.sizes[number] > 4 for number in zeros)  # a step is one number

@@ -10,7 +10,6 @@ from typing import Any
 from ..errors import PlanError
 from ..job import Job, read_job
 from ..registry.optimizers import JOIN, Optimizer, optimizer_of
-from ..registry.trainers import TRAINERS
 from .cards import known
 from .fingerprint import NotTraced
 from .planned_job import FITTING, PlannedJob, plan_job, summary, written
@@ -35,7 +34,7 @@ class Change:
 
 def _optimizer(job: Job) -> Optimizer:
     """The facts of the optimiser of a job (resolved); of two joined ones, none that could be changed."""
-    name = job.optimizer or TRAINERS[job.trainer].optimizer
+    name = job.optimizer or job.whose.optimizer
     return Optimizer() if JOIN in name else optimizer_of(name)
 
 
@@ -108,7 +107,7 @@ def _one_sequence(job: Job) -> Change | None:
 
 
 def _chunked_loss(job: Job) -> Change | None:
-    if TRAINERS[job.trainer].chunks_loss or job.method == "inference" or job.task not in (None, "causal-lm"):
+    if job.whose.chunks_loss or job.method == "inference" or job.task not in (None, "causal-lm"):
         return None
     patch = {"trainer": "trl", "mixed_precision": "bf16"}
     return Change("TRL's chunked loss", (patch,), "logits are computed twice, in tiles; SFTTrainer's step", False, 3)

@@ -111,10 +111,10 @@ def _alive(profile: ref[Profile]) -> Profile:
 
 def plan_job(job: Job) -> PlannedJob:
     """The plan of a job: its card, its config and a profile that holds for it. Raises :class:`PlanError`."""
-    job = job.resolved()
     refuse_unplanned(job)
     card = card_of(job)
     config, source = config_of(job)
+    job = job.resolved(config)
     try:
         planned = PlannedJob(job, card, config, source, profile_of(job, config, card))
         return planned if job.strategy == "single" else _worst_rank(planned)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from ..errors import PlanError
 from ..job import Job, read_job
+from ..registry.trainers import TRAINERS
 from .fingerprint import SHIPPED_STACK, installed_stack
 from .profile_cache import SHIPPED, build_shipped, store_trace
-from .resolve import card_of, config_of
+from .resolve import card_of, config_of, resolved
 from .tracer import InProcessTracer, request_of
 
 METHODS = ("full", "lora", "qlora")
@@ -55,11 +56,12 @@ SHOWN = (
 
 
 def usual_jobs() -> list[dict]:
-    """What people ask first of each model of the catalogue, on the default card's kernels; and what the page shows
-    first, so that its advice, too, is there in a moment."""
+    """What people ask first of each model of the catalogue, on the default card's kernels; and what the demo and the
+    page show first, with every trainer, so that the advice, too, is there in a moment."""
     jobs = [{"model": name, "method": method} for name in USUAL for method in METHODS]
     jobs += [{"model": name, "method": "full"} for name in IN_FULL]
-    return [*jobs, *({**QUESTION, "model": name} for name in ASKED), *SHOWN]
+    shown = [*({**QUESTION, "model": name} for name in ASKED), *SHOWN]
+    return [*jobs, *shown, *({**job, "trainer": name} for job in shown for name in TRAINERS)]
 
 
 def pretrace(job: Job) -> None:
@@ -74,7 +76,7 @@ def pretrace(job: Job) -> None:
 def _one(path: Path, job: dict) -> str:
     build_shipped(path)
     try:
-        pretrace(read_job(job).resolved())
+        pretrace(resolved(read_job(job)))
     except PlanError as error:
         return f"{job['model']} {job['method']}: {error.message}"
     return ""

@@ -71,6 +71,11 @@ def config_of(job: Job) -> tuple[dict, dict]:
     return config, source
 
 
+def resolved(job: Job) -> Job:
+    """The job with every null replaced by what the stack would do with its model."""
+    return job.resolved(config_of(job)[0])
+
+
 def _config_of(job: Job) -> tuple[dict, dict]:
     if job.config is not None:
         return job.config, {"kind": "inline", "id": None}

@@ -19,7 +19,7 @@ from .cards import budget_on, check_prices, every_card
 from .fingerprint import NotTraced
 from .planned_job import FITTING, PlannedJob, plan_job, step_fits_under, summary, verdict_on
 from .profile_cache import load_of
-from .resolve import allocator_config_of, card_of, config_of
+from .resolve import allocator_config_of, card_of, config_of, resolved
 
 LARGEST = {"batch_size": 1 << 16, "sequence_length": 1 << 22, "r": 1 << 12, "accumulation_free_batch": 1 << 16}
 """What the largest is sought of, with where the search ends."""
@@ -51,7 +51,7 @@ def solve(data: Any, target: str = "batch_size") -> dict:
         return smallest_card(read_job(data), None if prices is None else check_prices(prices, "`prices`"))
     if target == "model":
         return largest_model(data)
-    job = read_job(data).resolved()
+    job = resolved(read_job(data))
     if target == "r" and job.lora is None:
         raise PlanError("a job without adapters has no rank to solve for", "use method lora or qlora", "for")
     if target == "sequence_length" and job.sequence_length is None:
@@ -307,7 +307,8 @@ def largest_model(data: dict) -> dict:
         raise PlanError("the largest model is sought, and the job names one", "leave model out", "model")
     if data.get("gpu") is None:
         raise PlanError("the largest model is sought for a card, and the job names none", "set gpu", "gpu")
-    job = read_job({**data, "model": MODELS[0].id}).resolved()
+    asked = read_job({**data, "model": MODELS[0].id})
+    job = resolved(asked)
     card = card_of(job)
     limit = budget_on(card, job.reserve, 0, job).limit
     plain = 4.0 if job.dtype == "float32" else 2.0
@@ -317,7 +318,7 @@ def largest_model(data: dict) -> dict:
         if model.parameters * smallest > limit or last == model.facts:
             continue
         last = model.facts
-        mine = job.model_copy(update={"model": model.id})
+        mine = resolved(asked.model_copy(update={"model": model.id}))
         loads = _loads(mine, card, limit)
         refused += loads is None
         if not loads:

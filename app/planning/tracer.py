@@ -13,7 +13,6 @@ from ..catalog.gpus import Gpu
 from ..errors import OurFault, Unanswered
 from ..job import ADDED_FIELDS, Job, OwnGpu
 from ..memory.template import packed
-from ..registry.trainers import TRAINERS
 from .fingerprint import NotTraced, can_trace
 from .resolve import Kernels, kernels_of
 
@@ -121,7 +120,7 @@ def key_of(job: Job, config: dict, kernels: Kernels, rank: int = 0) -> str:
     for name in ADDED_FIELDS:
         if shape[name] == Job.model_fields[name].default:
             del shape[name]
-    if not TRAINERS[job.trainer].fetches_all_batches:
+    if not job.whose.fetches_all_batches:
         shape["gradient_accumulation_steps"] = job.batches_run
     capability, _, measured = kernels
     ranks = [rank] if rank else []

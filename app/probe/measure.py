@@ -34,11 +34,12 @@ def plan_for(data: Any, gpu: Gpu | OwnGpu, layers: int | None = None) -> Planned
 
     Raises :class:`PlanError`.
     """
-    job = read_job(data).resolved()
+    job = read_job(data)
     refuse_unplanned(job)
     if job.strategy != "single":
         raise PlanError("a probe runs one process on one card", "set strategy to single, gpu_count to 1", "strategy")
     config, source = config_of(job)
+    job = job.resolved(config)
     model = source["id"] if source["kind"] == "catalogue" else None
     named = {"model": None, "config": config, "gpu": gpu.key if isinstance(gpu, Gpu) else gpu}
     job = job.model_copy(update={**named, "gradient_accumulation_steps": job.batches_run})

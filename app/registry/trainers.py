@@ -57,6 +57,15 @@ TRAINERS: dict[str, Trainer] = {
 }
 """By the name that a job gives it: a plain loop, ``transformers.Trainer``, ``trl.SFTTrainer``."""
 
+PLAIN = "pytorch"
+"""A plain loop; what a job names that trains nothing."""
+
+
+def default_trainer(task: str | None) -> str:
+    """Whose step a job means that names no trainer, by its task."""
+    return "trl" if task == "causal-lm" else "transformers"
+
+
 if TYPE_CHECKING:
     TrainerName = str
 else:

@@ -61,10 +61,9 @@ EXAMPLES = {
     },
 }
 
-MAIN = ("model", "method", "gpu", "batch_size", "sequence_length")
+MAIN = ("model", "method", "trainer", "gpu", "batch_size", "sequence_length")
 FOLDED = {
     "Training": (
-        "trainer",
         "optimizer",
         "gradient_checkpointing",
         "gradient_accumulation_steps",
@@ -101,6 +100,7 @@ FOLDED = {
     "Allocator": ("allocator.expandable_segments", "allocator.max_split_size_mb"),
 }
 LABELS = {
+    "trainer": "Whose step",
     "gpu": "GPU",
     "batch_size": "Batch size",
     "sequence_length": "Length",
@@ -217,13 +217,15 @@ def page(view: View, live: bool = False) -> str:
 
 def parts_of(answer: dict) -> list[str]:
     """What there is to say beside an answer, in the order of the page: what would make the job fit its card, or
-    what its merged model takes; how many sequences it holds, how long they may be."""
+    what its merged model takes; how many sequences it holds, how long they may be; what other trainers take."""
+    job = answer["job"]
     if words.asked_card(answer) is None:
         return []
     largest = ["batch_size", "sequence_length"][: 2 if words.length(answer) else 1]
+    whose = [] if job["method"] == "inference" or job["objective"] != "sft" or job["trainer_args"] else ["trainers"]
     if words.state(answer) == "does_not_fit":
-        return ["changes", *largest]
-    return [*largest, "changes"] if answer["job"]["lora"] else largest
+        return ["changes", *largest, *whose]
+    return [*largest, *(["changes"] if job["lora"] else []), *whose]
 
 
 def part(view: View, name: str) -> str:

@@ -191,6 +191,24 @@ def peak_place(answer: dict) -> str:
     return f"{place}, at {operator(peak['module'], peak['op'])}"
 
 
+TRAINERS = {"pytorch": "a plain loop", "transformers": "transformers' Trainer", "trl": "TRL's SFTTrainer"}
+"""Whose step it is, in a sentence."""
+
+
+def other_trainers(answer: dict) -> str:
+    """What the same job takes with the other trainers, and why; empty where none is known."""
+    rows = answer.get("other_trainers")
+    if not rows:
+        return ""
+    mine = answer["peak"]["reserved"]
+    told = [
+        f"{size(row['peak']['reserved'])} with {TRAINERS[row['trainer']]}"
+        + (f" ({', '.join(row['why'])})" if row["why"] and row["peak"]["reserved"] != mine else "")
+        for row in rows
+    ]
+    return f"The same job reserves {' and '.join(told)}; here {size(mine)} with {TRAINERS[answer['job']['trainer']]}."
+
+
 def holders(found: list[dict]) -> list[dict]:
     """The largest of what is alive, by module and kind, with what it is called."""
     return [

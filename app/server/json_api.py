@@ -37,11 +37,11 @@ router = APIRouter()
 
 
 @router.post("/estimate", response_model=Answer, responses=RESPONSES, summary="Plan one job")
-async def estimate(request: Request, job: JobBody, all_layers: bool = False) -> Response:
-    """The plan of one job."""
+async def estimate(request: Request, job: JobBody, all_layers: bool = False, other_trainers: bool = False) -> Response:
+    """The plan of one job; with `other_trainers` what it takes with the others, too."""
     runner = runner_of(request)
     runner.reject_if_full()
-    answer = await runner.plan(job, request, all_layers=all_layers)
+    answer = await runner.plan(job, request, all_layers=all_layers, trainers=other_trainers)
     mark_cacheable(request.scope, job)
     return JSONResponse(answer)
 

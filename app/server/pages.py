@@ -17,7 +17,7 @@ from ..form import to_job
 from ..planning.comparison import JOBS
 from ..render import html
 from ..schema import Comparison
-from ..usecases import advise, alive, compare, solve
+from ..usecases import advise, alive, compare, other_trainers, solve
 from .failures import BODY_LIMIT, RESPONSES, status_of
 from .response_cache import PARTS, mark_cacheable
 from .runner import RequestRunner, runner_of
@@ -154,9 +154,12 @@ async def _view_of(request: Request, pairs: Pairs, advised: bool = False) -> htm
 
 
 async def _part(runner: RequestRunner, part: str, job: dict, answer: dict, request: Request) -> Any:
-    """A part of the advice on a job that names a card: what would make it fit, or how far one of its fields goes."""
+    """A part of the advice on a job that names a card: what would make it fit, how far one of its fields goes, or what
+    it takes with the other trainers."""
     if part == "changes":
         return await runner.run(advise, job, request)
+    if part == "trainers":
+        return await runner.run(other_trainers, job, request)
     limit = {"memory_limit_bytes": answer["fits"][0]["limit"], "multiple_of": LENGTHS if part != "batch_size" else 1}
     return (await runner.run(partial(solve, target=part), {**job, **limit}, request))[part]
 

@@ -18,7 +18,7 @@ LIMIT = 16 << 20
 """Bytes of requests and responses that are kept."""
 LARGEST = 1 << 16
 """Bytes of the largest request body that is looked up."""
-PARTS = ("changes", "batch_size", "sequence_length")
+PARTS = ("changes", "batch_size", "sequence_length", "trainers")
 """The parts of the page's advice: what would make a job fit, the largest batch, the largest length."""
 PATHS = dict.fromkeys(("/estimate", "/solve", "/advise"), "POST") | {f"/advice/{part}": "GET" for part in PARTS}
 """The paths whose responses are kept, and their methods."""

@@ -20,7 +20,7 @@ from ..catalog.models import find_model
 from ..errors import OurFault, PlanError, Unanswered
 from ..job import Job
 from ..planning.tracer import TraceRequest, tracer
-from ..usecases import plan
+from ..usecases import other_trainers, plan
 from .trace_pool import QUEUE_LIMIT, Abandoned, Busy, RequestHandle, TracePool
 
 log = logging.getLogger("vramplan")
@@ -83,9 +83,14 @@ class RequestRunner:
             return {"state": "running", "line": 0, "doing": in_flight.doing or "starting", "seconds": seconds}
         return {"state": "waiting", "line": self.waiting, "doing": "", "seconds": seconds}
 
-    async def plan(self, job: Any, request: Request | None = None, *, all_layers: bool = False) -> dict:
-        """The answer to ``job``. Raises :class:`PlanError`."""
-        return await self.run(partial(plan, all_layers=all_layers), job, request)
+    async def plan(
+        self, job: Any, request: Request | None = None, *, all_layers: bool = False, trainers: bool = False
+    ) -> dict:
+        """The answer to ``job``; with ``trainers`` what it takes with the others. Raises :class:`PlanError`."""
+        answer = await self.run(partial(plan, all_layers=all_layers), job, request)
+        if trainers:
+            answer["other_trainers"] = await self.run(other_trainers, job, request)
+        return answer
 
     async def run(self, use_case: Callable[[Any], Any], job: Any, request: Request | None = None) -> Any:
         """The result of ``use_case`` for ``job``, computed on a thread. Its traces are ended when the client leaves."""

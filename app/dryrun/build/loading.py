@@ -13,7 +13,6 @@ import torch
 
 from ...errors import PlanError
 from ...job import Job
-from ...registry.trainers import TRAINERS
 from ..observer import StepObserver
 from ..tracker import MemoryTracker
 from .adapters import adapt, initialisation_recorded, record_adapters
@@ -106,7 +105,7 @@ def _prepared(model: torch.nn.Module, job: Job, task: str, observer: StepObserve
 
 def _enable_checkpointing(model: torch.nn.Module, job: Job) -> None:
     """Switch gradient checkpointing on where the job has it on, unless the trainer does so itself."""
-    if job.gradient_checkpointing != "off" and not TRAINERS[job.trainer].hosted:
+    if job.gradient_checkpointing != "off" and not job.whose.hosted:
         model.gradient_checkpointing_enable({"use_reentrant": job.gradient_checkpointing == "reentrant"})
 
 

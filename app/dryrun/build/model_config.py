@@ -14,6 +14,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import PlanError
+from ...registry.tasks import named_tasks, names_in
 from ..diagnose import raise_if_ours
 from ..sandbox import replaced
 
@@ -71,17 +72,12 @@ def equal_type(kind: str, data: dict[str, Any]) -> str | None:
 
 def _type_of_class(data: dict[str, Any]) -> str | None:
     """The model_type of the first class that the config's ``architectures`` name and transformers has."""
-    named = set(_names_in(data.get("architectures")))
+    named = set(names_in(data.get("architectures")))
     for auto in AUTO.values():
         for kind, classes in auto._model_mapping._model_mapping.items():
             if named & ({classes} if isinstance(classes, str) else set(classes)):
                 return kind
     return None
-
-
-def _names_in(architectures: Any) -> list[str]:
-    """The class names of a config's ``architectures``, whatever else a stranger's config may hold there."""
-    return [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
 
 
 def _unknown_type(kind: str, data: dict[str, Any]) -> PlanError:
@@ -121,16 +117,6 @@ def _refuse_without_sizes(kind: str, data: dict[str, Any]) -> None:
         )
 
 
-_SUFFIXES = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForSequenceClassification": "sequence-classification",
-    "ForTokenClassification": "token-classification",
-    "ForImageClassification": "image-classification",
-    "ForMaskedLM": "masked-lm",
-    "ForSpeechSeq2Seq": "speech-seq2seq",
-}
-"""Tasks by the end of a class's name, where the name decides."""
 _TASKS_TRIED = (
     "image-text-to-text",
     "zero-shot-image-classification",
@@ -145,9 +131,8 @@ _TASKS_TRIED = (
 
 def task_of(config: transformers.PretrainedConfig) -> str:
     """The task that the config's own architecture was made for. Raises :class:`PlanError` where it is none of them."""
-    names = _names_in(config.architectures)
-    named = [task for name in names for end, task in _SUFFIXES.items() if name.endswith(end)]
-    for task in (*named, *_TASKS_TRIED):
+    names = names_in(config.architectures)
+    for task in (*named_tasks(config.architectures), *_TASKS_TRIED):
         if type(config) in AUTO[task]._model_mapping:
             return task
     raise PlanError(

@@ -12,7 +12,6 @@ import torch
 
 from ...job import Job
 from ...registry import load
-from ...registry.trainers import TRAINERS
 from ..observer import StepObserver
 
 GENERATE = ".generate:run_generate"
@@ -30,4 +29,4 @@ class Loop(Protocol):
 
 def loop_of(job: Job) -> Loop:
     """The function that runs the job's steps."""
-    return load(GENERATE if job.method == "inference" else TRAINERS[job.trainer].loop, __package__)
+    return load(GENERATE if job.method == "inference" else job.whose.loop, __package__)
