@@ -36,6 +36,9 @@ JOBS = {
     "cpo": {**PAIRS, "objective": "cpo"},
     "grpo": {**GROUPS, "objective": "grpo"},
     "rloo": {**GROUPS, "objective": "rloo"},
+    "gkd": {**PAIRS, "objective": "gkd", "trainer_args": {"max_new_tokens": 8}},
+    "distillation": {**PAIRS, "objective": "distillation", "trainer_args": {"max_completion_length": 8}},
+    "online dpo": {**PAIRS, "method": "lora", "objective": "online_dpo", "trainer_args": {"max_new_tokens": 8}},
 }
 
 
@@ -100,6 +103,15 @@ def test_a_reference_is_a_copy_of_the_model():
     assert weights > 1.9 * planned(**JOBS["sft"]).summary.parts["weights"]
 
 
+def test_a_teacher_is_the_model_once_more_or_another():
+    own = planned(**JOBS["distillation"])
+    assert "reference.model.layers.1.mlp.up_proj" in modules(own)
+    larger = {**LLAMA, "num_hidden_layers": 4}
+    other = planned(**{**JOBS["distillation"], "trainer_args": {"teacher_model": larger, "max_completion_length": 8}})
+    assert other.summary.parts["weights"] > own.summary.parts["weights"]
+    assert other.facts["trainable_parameters"] == own.facts["trainable_parameters"]
+
+
 def test_with_adapters_the_reference_is_the_model_without_them():
     adapted = planned(**{**JOBS["dpo"], "method": "lora"})
     assert not [fqn for fqn in modules(adapted) if fqn.startswith("reference.")] and "reference" in phases(adapted)
@@ -129,8 +141,6 @@ def test_a_trainer_s_argument_changes_its_step():
         ({"objective": "grpo", "trainer": "transformers"}, "set trainer to trl"),
         ({"objective": "dpo"}, "prompt_length and completion_length"),
         ({"objective": "dpoo"}, "dpo"),
-        ({"objective": "gkd"}, "not planned yet"),
-        ({"objective": "online_dpo"}, "not planned yet"),
         ({"prompt_length": 8}, "set sequence_length"),
         ({"trainer_args": {"max_grad_nrom": 1}}, "max_grad_norm"),
         ({"trainer": "transformers", "trainer_args": {"packing": True}}, "no argument"),

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 READERS = (
     *("/transformers/trainer", "/trl/trainer/", "/trl/experimental/", "/accelerate/"),
     *("/optimi/", "/grokadamw/", "/lomo_optim/", "/schedulefree/", "/galore_torch/", "/apollo_torch/"),
-    "/liger_kernel/",
+    *("/liger_kernel/", "/transformers/utils/generic"),
 )
 """Parts of the paths of the packages that read values for their log, or for a step that allocates the same anyhow."""
 ANSWERS = {"Trainer._run_epoch": False}

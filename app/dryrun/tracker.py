@@ -110,6 +110,7 @@ class MemoryTracker(TorchDispatchMode):
         self._stack: list[str] = []
         self._links: tuple[list[int], list[str]] = ([], [])
         self._site: str | None = None
+        self._cast_in_forward: dict[int, bool] = {}
         self.library_workspaces: set[tuple[str, int, str]] = set()
         self.forwards_left: int | None = None
         self.fault: OurFault | None = None
@@ -175,7 +176,7 @@ class MemoryTracker(TorchDispatchMode):
                 return original(module, *args, **kwargs)
             if not fqn and not stack and self.forwards_left is not None:
                 self._count_forward()
-            recompute = self.autocast is not None and self.in_backward and not stack
+            recompute = self._recomputes_under_autocast(module)
             stack.append(fqn)
             try:
                 with self.autocast.on() if recompute else nullcontext():  # a checkpoint enters its own autocast
@@ -185,6 +186,14 @@ class MemoryTracker(TorchDispatchMode):
 
         with replaced(torch.nn.Module, "__call__", call), self:
             yield self
+
+    def _recomputes_under_autocast(self, module: torch.nn.Module) -> bool:
+        """Whether a checkpoint runs ``module`` anew, and autocast was on when it ran first."""
+        if self.autocast is None:
+            return False
+        if not self.in_backward:
+            self._cast_in_forward[id(module)] = self.autocast.active
+        return self.in_backward and not self._stack and self._cast_in_forward.get(id(module), True)
 
     def _count_forward(self) -> None:
         """A model's forward pass begins: of a generation there is an end to them."""

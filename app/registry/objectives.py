@@ -19,6 +19,7 @@ class Objective:
     ``rows`` makes a row of its data set. ``pairs``: a row has a prompt and completions, of the job's ``prompt_length``
     and ``completion_length``; else it is a sequence of ``sequence_length`` tokens. ``generates``: a step generates its
     completions, ``generations`` of a prompt unless the job says ``num_generations``; a batch is whole groups of them.
+    ``rewards``: functions or models score the completions. ``teaches``: it learns from a teacher, a model of its own.
     ``task``: the Auto class that it trains, None: the job's own. ``refusal``: why it is not planned.
     """
 
@@ -29,6 +30,8 @@ class Objective:
     pairs: bool = True
     generates: bool = False
     generations: int = 1
+    rewards: bool = False
+    teaches: bool = False
     task: str | None = None
     refusal: str | None = None
 
@@ -37,8 +40,6 @@ def _of(name: str, rows: str, module: str = "trl", **others: Any) -> Objective:
     return Objective(f"{name}Trainer", f"{name}Config", f".data_rows:{rows}", module, **others)
 
 
-_STUDENT = Objective(refusal="its teacher's step is not modelled")
-
 OBJECTIVES: dict[str, Objective] = {
     "sft": _of("SFT", "text", pairs=False),
     "dpo": _of("DPO", "preference"),
@@ -46,11 +47,11 @@ OBJECTIVES: dict[str, Objective] = {
     "reward": _of("Reward", "two_texts", task="sequence-classification"),
     "orpo": _of("ORPO", "tokenized_preference", "trl.experimental.orpo"),
     "cpo": _of("CPO", "tokenized_preference", "trl.experimental.cpo"),
-    "grpo": _of("GRPO", "prompt", generates=True, generations=8),
-    "rloo": _of("RLOO", "prompt", generates=True, generations=2),
-    "gkd": _STUDENT,
-    "distillation": _STUDENT,
-    "online_dpo": Objective(refusal="its generation and its judge are not modelled"),
+    "grpo": _of("GRPO", "prompt", generates=True, generations=8, rewards=True),
+    "rloo": _of("RLOO", "prompt", generates=True, generations=2, rewards=True),
+    "gkd": _of("GKD", "conversation", "trl.experimental.gkd", generates=True, teaches=True),
+    "distillation": _of("Distillation", "prompt", generates=True, teaches=True),
+    "online_dpo": _of("OnlineDPO", "prompt", "trl.experimental.online_dpo", generates=True, rewards=True),
 }
 """By the name that a job gives it."""
 

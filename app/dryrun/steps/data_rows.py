@@ -79,8 +79,18 @@ def tokenized_preference(job: Job, number: int) -> Row:
 
 
 def prompt(job: Job, number: int) -> Row:
-    """GRPO and RLOO."""
-    return {"prompt": " ".join([WORD] * job.prompt_length)}
+    """What generates its completions: GRPO, RLOO, distillation, online DPO."""
+    return {"prompt": _words(job.prompt_length)}
+
+
+def conversation(job: Job, number: int) -> Row:
+    """GKD: a question and its answer, to which the template adds nothing."""
+    turns = (("user", job.prompt_length), ("assistant", job.completion_length))
+    return {"messages": [{"role": role, "content": _words(count)} for role, count in turns]}
+
+
+def _words(count: int) -> str:
+    return " ".join([WORD] * count)
 
 
 PERIOD = 2

@@ -38,7 +38,7 @@ from .one_card import as_one_card
 from .phases import begin_forward, label_grads_and_state
 from .short_generation import few_tokens
 from .trainer_arguments import arguments_of, common_arguments, number_of
-from .trainer_models import made_here, reward_functions, reward_tokenizers
+from .trainer_models import made_here, reward_functions, reward_tokenizers, teacher_of
 
 EVAL_BATCHES = 256
 """Batches that an evaluation runs at most; each is run."""
@@ -120,6 +120,10 @@ class Watched:
         with self.observer.during("generate"):
             return super()._generate_single_turn(*args, **kwargs)
 
+    def _generate(self, *args, **kwargs):
+        with self.observer.during("generate"):
+            return super()._generate(*args, **kwargs)
+
     def _calculate_rewards(self, *args, **kwargs):
         with self.observer.during("reward"):
             return super()._calculate_rewards(*args, **kwargs)
@@ -160,6 +164,8 @@ class OnMeta(Watched):
 
     def _observed(self, backward: Callable) -> Callable:
         def run(*args, **kwargs):
+            if self.observer.phase == "forward":  # a step that computes its loss itself
+                self.observer.mark("backward", self.state.global_step + 1, "activation_gradients")
             self.observer.in_backward = True
             try:
                 return backward(*args, **kwargs)
@@ -204,10 +210,6 @@ class OnMeta(Watched):
         rest = {name: tensor.new_empty(more, *tensor.shape) for name, tensor in tensors.items()}
         self.observer.register_batch(rest, {})
         return rest
-
-    def _generate_single_turn(self, *args, **kwargs):
-        with few_tokens(self.observer):
-            return super()._generate_single_turn(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
         """The reference's probabilities of one batch, as of every batch of the data set; they are kept on the host."""
@@ -376,8 +378,11 @@ def _trl_trainer(setting: _Setting):
     given = {"model": model}
     if base is not model:  # adapted already: the trainer asks for that, too
         given = {"model": base, "peft_config": model.peft_config[model.active_adapter]}
-    if goal.generates:
-        observer.length = job.prompt_length + job.completion_length
+    if goal.teaches:
+        given["teacher_model"] = teacher_of(observer, job, model, base)
+    if goal.generates and setting.on_meta:
+        setting.undo.enter_context(few_tokens(observer))
+    if goal.rewards:
         given["reward_funcs"] = functions = reward_functions(observer, job)
         given["reward_processing_classes"] = reward_tokenizers(functions, tokenizer())
     needed = job.states_rows or not setting.on_meta

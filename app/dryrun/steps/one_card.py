@@ -83,21 +83,38 @@ def _for_trl() -> Iterator[tuple[Any, str, Any]]:
 
     Source: https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py#L52 ``_addmm_fp32``.
     """
-    chunked = importlib.import_module("trl.kernels.chunked_logprob")
+    chunked = [importlib.import_module(f"trl.kernels.chunked_{name}") for name in ("logprob", "divergence")]
     utils = importlib.import_module("trl.trainer.utils")
     base = importlib.import_module("trl.trainer.base_trainer")
     yield base._BaseTrainer, "_send_telemetry", _always(None)
-    yield chunked, "_forward_kernel", empty_triton.Kernel(None)
-    yield chunked, "_backward_kernel", empty_triton.Kernel(None)
-    yield chunked, "_use_triton", _always(True)
-    yield chunked, "_addmm_fp32", _always(None)
-    yield chunked, "range", sym_range
-    yield chunked, "triton", type("triton", (), {"cdiv": staticmethod(lambda a, b: -(-a // b))})
+    for module in chunked:
+        for kernel in ("_forward_kernel", "_stats_kernel", "_jsd_kernel", "_backward_kernel"):
+            yield module, kernel, empty_triton.Kernel(None)
+        yield module, "_use_triton", _always(True)
+        yield module, "_addmm_fp32", _always(None)
+        yield module, "range", sym_range
+        yield module, "triton", type("triton", (), {"cdiv": staticmethod(lambda a, b: -(-a // b))})
+    yield chunked[1], "_project", _projected(chunked[1]._project)
     yield utils, "_use_triton", _always(True)
     yield utils, "is_triton_available", _always(True)
     yield utils, "_supports_trl_loss_kernel", _asked_as_on_cuda(utils._supports_trl_loss_kernel)
     fused = empty_triton.fused_logprob_module().selective_log_softmax_and_entropy
     yield utils, "_fused_logprob_entropy", fused
+
+
+def _projected(whole: Callable) -> Callable:
+    """``_project`` of the chunked divergence: on CUDA a product of half precision is written where it is wanted.
+
+    Source: https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_divergence.py#L360 ``_project``.
+    """
+
+    def project(tile, hidden, weight, bias, start, end, dtype) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            return whole(tile, hidden, weight, bias, start, end, dtype)
+        weight[start:end].to(dtype)
+        return None if bias is None else tile.add_(bias[start:end].float())
+
+    return project
 
 
 def _for_apollo() -> Iterator[tuple[Any, str, Any]]:

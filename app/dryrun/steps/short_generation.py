@@ -29,7 +29,11 @@ def few_tokens(observer: StepObserver) -> Iterator[None]:
 def _short(whole: Callable, observer: StepObserver) -> Callable:
     def generate(model, *args, generation_config=None, **kwargs):
         new = getattr(generation_config, "max_new_tokens", None)
-        if args or new is None or new <= 2 * FEW + 1 or generation_config.cache_implementation is not None:
+        if args or new is None:
+            return whole(model, *args, generation_config=generation_config, **kwargs)
+        observer.length = kwargs["input_ids"].shape[1] + new
+        grows = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if new <= 2 * FEW + 1 or not grows:
             return whole(model, *args, generation_config=generation_config, **kwargs)
         settings = copy.deepcopy(generation_config)
         settings.max_new_tokens, settings.return_dict_in_generate = FEW, True

@@ -16,7 +16,7 @@ from ...errors import PlanError
 from ...job import Job
 from ...registry.optimizers import JOIN, optimizer_of
 
-OURS = frozenset({"compute_metrics", "eval_rows", "document_length", "reward_funcs", "margin"})
+OURS = frozenset({"compute_metrics", "eval_rows", "document_length", "reward_funcs", "margin", "teacher_model"})
 """Keys of ``trainer_args`` that no config class has."""
 SAID_BY_FIELDS = {
     "per_device_train_batch_size": "batch_size",
@@ -45,6 +45,8 @@ REFUSED = {
     "chat_template_path": "rows are tokens already: no file is read",
     "model_init_kwargs": "the model is the job's",
     "ref_model_init_kwargs": "the reference is the job's model",
+    "teacher_model_init_kwargs": "the teacher is trainer_args' teacher_model, a config",
+    "teacher_model_name_or_path": "the teacher is trainer_args' teacher_model, a config",
     "reward_model_path": "reward models are reward_funcs, by their configs",
     "tools": "calls of tools are not modelled",
 }
@@ -85,6 +87,8 @@ def _check_ours(job: Job) -> None:
             raise PlanError(
                 f"trainer_args.{name} should be a whole number from 1 on (got {value!r})", "", "trainer_args"
             )
+    if not isinstance(given.get("teacher_model", {}), dict):
+        raise PlanError("trainer_args.teacher_model should be a config", "give its config.json", "trainer_args")
     rewards = given.get("reward_funcs", [])
     if not isinstance(rewards, list) or not all(isinstance(config, dict) for config in rewards):
         raise PlanError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,17 +27,22 @@ REWARD = "reward."
 def made_here(trainer: type, observer: StepObserver, model, base) -> Iterator[None]:
     """While this trainer is made and runs: its adapters are those of ``model``, its reference is a copy of ``base``,
     and a reference pass is a phase of its own."""
-    module = sys.modules[trainer.__module__]
+    names = {kind.__module__ for kind in trainer.__mro__ if kind.__module__.startswith("trl.")} | {UTILITIES}
+    bare = copied(base) if base is model else None
     with contextlib.ExitStack() as undo:
-        for name, value in _functions(module, observer, model, base):
-            if hasattr(module, name):
-                undo.enter_context(replaced(module, name, value))
+        for module in (sys.modules[name] for name in sorted(names) if name in sys.modules):
+            for name, value in _functions(module, observer, model, bare):
+                if hasattr(module, name):
+                    undo.enter_context(replaced(module, name, value))
         yield
 
 
-def _functions(module, observer: StepObserver, model, base) -> Iterator[tuple[str, Callable]]:
+UTILITIES = "trl.experimental.utils"
+"""What experimental trainers share."""
+
+
+def _functions(module, observer: StepObserver, model, bare) -> Iterator[tuple[str, Callable]]:
     """The functions of a trainer's module that are replaced."""
-    bare = copied(base) if hasattr(module, "create_model_from_path") and base is model else None
 
     def reference(*args, **kwargs):
         observer.register_model(bare, REFERENCE)
@@ -44,9 +50,26 @@ def _functions(module, observer: StepObserver, model, base) -> Iterator[tuple[st
 
     yield "get_peft_model", lambda *args, **kwargs: model
     yield "create_model_from_path", reference
+    yield "create_reference_model", reference
     yield "hash_module", lambda *args: ""
+    yield "empty_cache", lambda: observer.empty_cache()
     if hasattr(module, "disable_gradient_checkpointing"):
         yield "disable_gradient_checkpointing", _as_phase(module.disable_gradient_checkpointing, observer)
+
+
+def teacher_of(observer: StepObserver, job: Job, model, base) -> torch.nn.Module:
+    """The teacher: of the job's ``teacher_model``, a config; without one the model itself, once more."""
+    given = job.trainer_args.get("teacher_model")
+    with _disable_current_modes():
+        if given is None and base is model:
+            teacher = copied(base)
+        else:
+            config = read_config(given, job.attention) if given else copy.deepcopy(base.config)
+            teacher = build_base(config, "causal-lm", getattr(torch, job.dtype))
+    teacher.config = copy.deepcopy(teacher.config)
+    teacher.config.use_cache = True  # nobody trains it: it keeps what configs say
+    observer.register_model(teacher, REFERENCE)
+    return teacher.requires_grad_(False).eval()
 
 
 def _as_phase(context: Callable, observer: StepObserver) -> Callable:
