@@ -175,7 +175,7 @@ class Job(_Strict):
         "balanced", description="Where experts run one by one: each gets as many tokens, or every token the same ones."
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(1, description="Batches a step.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = Field(
         None, description="attn_implementation; null: sdpa, or eager where the model's class has no sdpa."
     )
     attention_mask: Literal["absent", "full", "padded", "packed"] = Field(

@@ -70,8 +70,8 @@ POST_TRAINING = {
 """Rows of objectives, trainers' arguments, adapters, optimisers and generation: file and title by table."""
 SAMPLE = 9
 """``make test`` plans every so many of these rows."""
-NOT_PLANNED = ("not planned yet", "not modelled", "`attention`", "needs the package")
-"""What an answer says that refuses a row. Its job is said to be not planned, or a package is not installed."""
+NOT_PLANNED = ("not modelled", "PEFT cannot adapt")
+"""What an answer says that refuses a row."""
 
 Errors = dict[str, list[tuple[float, str, int, int]]]
 """By figure, a row each: the error in percent, the row's id, the bytes planned and the bytes measured."""

@@ -154,7 +154,7 @@ def test_a_trainer_s_argument_changes_its_step():
         ({"method": "lora", "adapter": {"peft_type": "IA3", "target_module": ["q_proj"]}}, "target_modules"),
         ({"method": "lora", "lora": {"rank_patern": {}}}, "rank_pattern"),
         ({"adapter": {"peft_type": "IA3"}}, "method lora"),
-        ({"attention": "flex_attention"}, "attention"),
+        ({"attention": "flex_attention", "method": "inference"}, "attention"),
         ({"trainer": "transformers", "optimizer": "torch.optim.Muon+adamw_torch"}, "one optimizer"),
     ],
     ids=str,

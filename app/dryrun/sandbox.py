@@ -52,6 +52,7 @@ _FOREACH = "torch.optim takes its for-each and fused kernels by device type: the
 _NO_VALUES = "weights that do not exist need no initialisation"
 _PAGED = "paged optimizer state lies in managed memory, which the caching allocator does not hand out"
 _FUSED_HEAD = "SFTTrainer's fused head takes its Triton kernels on a GPU; they allocate nothing"
+_COMPILED = "it is compiled on a card, for the card"
 _TORCH = "torch 2.13"
 _BNB = "bitsandbytes 0.50"
 _TRL = "trl 1.16"
@@ -139,6 +140,8 @@ PATCHES = (
         _BNB,
         alone=False,  # who gives it a number gets what was there
     ),
+    Patch("transformers.integrations.flex_attention.compile_friendly_flex_attention", _COMPILED, _TRANSFORMERS),
+    Patch("transformers.masking_utils.create_block_mask", _COMPILED, _TRANSFORMERS),
     Patch("apollo_torch.random_projector.stable_randn", "the meta device has no generator", "apollo-torch 1.0"),
     Patch(
         "peft.tuners.lora.dora.DoraLinearLayer.update_layer",

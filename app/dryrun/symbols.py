@@ -482,6 +482,11 @@ def _explored(question: Callable[..., bool], numbers: tuple) -> tuple[bool, str]
     return answer, " or ".join(f"({condition})" for result, condition in results if result == answer)
 
 
+def number_of(size: int | torch.SymInt) -> int:
+    """A symbol's own value in this run, which becomes no condition."""
+    return size.node.value if isinstance(size, torch.SymInt) else size
+
+
 def size_of(number: int | torch.SymInt) -> Number:
     """What ``number`` is computed from: a polynomial, or an integer as it is."""
     return number.node.form if isinstance(number, torch.SymInt) else number

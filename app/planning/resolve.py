@@ -30,6 +30,8 @@ def refuse_unplanned(job: Job) -> None:
     strategy = STRATEGIES[job.strategy]
     if strategy.refusal is not None:
         raise PlanError(f"`strategy` is {job.strategy!r}: {strategy.refusal}", strategy.hint, "strategy")
+    if job.attention == "flex_attention" and job.method == "inference":
+        raise PlanError("decoding with flex_attention is not modelled", "use attention sdpa", "attention")
     if job.attention == "flash_attention_2":
         raise PlanError(
             "flash_attention_2 is a package of its own that is not installed here", "use attention sdpa", "attention"

@@ -15,6 +15,7 @@ from ..autocast import Autocast
 from ..build.loading import load
 from ..cuda.as_if_cuda import as_if_cuda
 from ..cuda.card_facts import Card
+from ..cuda.flex_attention import compiled_flex_attention
 from ..known_values import KnownValues
 from ..parallel import strategy_of
 from ..sandbox import replaced
@@ -44,7 +45,13 @@ def dry_run(
     often a loop over tokens is run; :func:`~vramplan.dryrun.token_loops.repeat_tokens` repeats it.
     """
     tracker, strategy = _tracker(job, card), strategy_of(job, rank)
-    with as_if_cuda(card), paged_states_elsewhere(), _kernels_of(job), strategy.environment(tracker):
+    with (
+        as_if_cuda(card),
+        paged_states_elsewhere(),
+        _kernels_of(job),
+        _attention_of(job),
+        strategy.environment(tracker),
+    ):
         model = load(model, job, task, tracker, strategy.weights())
         mode = tracker.autocast
         scans = TokenLoops(tracker, tokens)
@@ -72,6 +79,11 @@ def _kernels_of(job: Job) -> contextlib.AbstractContextManager[None]:
     """Triton, for an optimiser that runs kernels of it on a card."""
     named = () if job.method == "inference" else job.optimizer.split(JOIN)
     return empty_triton.installed() if any(optimizer_of(name).on_triton for name in named) else contextlib.nullcontext()
+
+
+def _attention_of(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Flex attention as it is on a card, for a job that names it."""
+    return compiled_flex_attention() if job.attention == "flex_attention" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

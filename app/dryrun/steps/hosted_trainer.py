@@ -30,6 +30,7 @@ from ...registry.optimizers import LEARNING_RATE, optimizer_of, refused
 from ..inputs import base_of, make_batch
 from ..observer import StepObserver
 from ..sandbox import names_restored
+from ..symbols import number_of
 from . import empty_triton
 from .data_rows import PERIOD, dataset_of, repeated
 from .host_rows import HostRows
@@ -37,7 +38,7 @@ from .offloading import streams_and_addresses
 from .one_card import as_one_card
 from .phases import begin_forward, label_grads_and_state
 from .short_generation import few_tokens
-from .trainer_arguments import arguments_of, common_arguments, number_of
+from .trainer_arguments import arguments_of, common_arguments
 from .trainer_models import made_here, reward_functions, reward_tokenizers, teacher_of
 
 EVAL_BATCHES = 256

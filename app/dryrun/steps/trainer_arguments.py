@@ -10,11 +10,10 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
-import torch
-
 from ...errors import PlanError
 from ...job import Job
 from ...registry.optimizers import JOIN, optimizer_of
+from ..symbols import number_of
 
 OURS = frozenset({"compute_metrics", "eval_rows", "document_length", "reward_funcs", "margin", "teacher_model"})
 """Keys of ``trainer_args`` that no config class has."""
@@ -135,8 +134,3 @@ def common_arguments(job: Job, steps: int, batches: int, folder: str) -> dict[st
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": kwargs,
     }
-
-
-def number_of(size: int | torch.SymInt) -> int:
-    """A symbol's own value."""
-    return size.node.value if isinstance(size, torch.SymInt) else size
