@@ -218,10 +218,12 @@ def test_advice_comes_in_parts_and_is_remembered(client, monkeypatch):
         "/advice/changes",
         "/advice/batch_size",
         "/advice/sequence_length",
+        "/advice/trainers",
     ]
     parts = [client.get(place).text for place in places]
     assert all(Tags(part).open == [] and "<html" not in part for part in parts)
     assert '<ul class="changes">' in parts[0] and "the largest batch" in parts[1] and "tokens" in parts[2]
+    assert "The same job reserves" in parts[3]
     whole = client.get("/advice?" + urlsplit(places[0]).query).text
     assert all(part.strip() in whole for part in parts)
     monkeypatch.setattr(runner, "plan", lambda *_, **__: pytest.fail("planned again"))

@@ -155,6 +155,8 @@ def _where(error: Exception, job: Job) -> tuple[str, str]:
             running.append(module)
             line = linecache.getline(frame.f_code.co_filename, number)
     hint = "the installed transformers would fail the same way on a GPU; check the sizes in the config, or the job"
+    if job.trainer == "trl" and _is_raised_by_trl(error):
+        hint = "TRL's trainer would fail the same way on a GPU: set trainer to transformers"
     if not running:
         return "", hint
     paths = {id(module): canonical_fqn(name) for name, module in running[0].named_modules()}
@@ -174,6 +176,17 @@ def _where(error: Exception, job: Job) -> tuple[str, str]:
             f"quantization.skip_modules {left}"
         )
     return f" at {path}" if path else "", hint
+
+
+def _is_raised_by_trl(error: Exception) -> bool:
+    """Whether TRL's own code ran last, and no module that it had called."""
+    last = False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if "/trl/" in frame.f_code.co_filename:
+            last = True
+        elif isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            last = False
+    return last
 
 
 _WEIGHT = re.compile(r"self\.(\w+)\.weight")
