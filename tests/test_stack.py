@@ -97,7 +97,13 @@ PLANNED = {
 
 
 def job_of(name: str, method: str, fields: dict) -> Job:
-    job = {"config": CONFIGS[name], "method": method, "sequence_length": 64, "gradient_checkpointing": True, "trainer": "pytorch"}
+    job = {
+        "config": CONFIGS[name],
+        "method": method,
+        "sequence_length": 64,
+        "gradient_checkpointing": True,
+        "trainer": "pytorch",
+    }
     return read_job(job | fields)
 
 

@@ -61,7 +61,7 @@ def page(answer: dict, width: int) -> RenderableType:
         if said := words.merged(answer):
             parts += ["", Padding(Text(said), (0, 0, 0, 2))]
     if whose := words.other_trainers(answer):
-        parts += ["", _title("Whose step"), Padding(Text(whose), (0, 0, 0, 2))]
+        parts += ["", title("Whose step"), Padding(Text(whose), (0, 0, 0, 2))]
     if answer["warnings"]:
         parts += ["", title("Warnings")]
         parts += [Padding(Text(f"! {warning}", "yellow"), (0, 0, 0, 2)) for warning in answer["warnings"]]
