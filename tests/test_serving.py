@@ -16,6 +16,7 @@ from vramplan.serving.command import read, start_of, words_of
 from vramplan.serving.kv_cache import CacheLayer, pool_of
 from vramplan.serving.rank_weights import stages
 from vramplan.serving.server_plan import answer
+from vramplan.serving.sglang_flags import FLAGS as SGLANG
 from vramplan.serving.vllm_flags import FLAGS
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "configs"
@@ -97,6 +98,35 @@ def test_mixed_layers_are_cut_into_groups_of_equal_size():
 def test_layers_over_stages():
     assert [len(stage) for stage in stages(80, 4)] == [20] * 4
     assert [len(stage) for stage in stages(30, 4)] == [7, 8, 8, 7]
+
+
+@pytest.mark.parametrize("flag", sorted(SGLANG.known))
+def test_every_flag_of_sglang_is_read_or_refused_in_a_sentence(flag):
+    words = ["--model-path", "m", f"--{flag}", *([] if flag in SGLANG.switches else ["1"])]
+    try:
+        assert flag in read(words, {}, SGLANG).given
+    except PlanError as error:
+        assert flag in SGLANG.refused and error.message.startswith(f"--{flag}: ")
+
+
+def test_sglang_names_its_share_by_its_own_rule():
+    """An H100 of 81559 MiB: 512, a chunk's 8192 × 1.5, an eighth of a GiB, 256 × 2, 8 each of 58 prefill graphs."""
+    plan = planned("python3 -m sglang.launch_server --model-path m", "h100", "Qwen__Qwen3-32B")
+    reserve = 512 + 8192 * 1.5 + 128 + 256 * 2 + 8 * 58
+    assert plan["settings"]["mem_fraction_static"] == round((81559 - reserve) / 81559, 3)
+    cache = plan["kv_cache"]
+    assert cache["tokens"] == cache["available"] // (64 * 2 * 8 * 128 * 2)
+    assert plan["total"] - sum(plan["parts"].values()) == pytest.approx(cache["available"], abs=2)
+
+
+def test_sglang_refuses_in_its_own_words():
+    name = "Qwen__Qwen3-32B"
+    plan = planned("sglang serve --model-path m --mem-fraction-static 0.7", "h100", name)
+    assert plan["verdict"] == "refuses" and "Raise --mem-fraction-static above" in plan["message"]
+    share = plan["utilization_needed"]
+    assert (
+        planned(f"sglang serve --model-path m --mem-fraction-static {share + 0.001}", "h100", name)["message"] is None
+    )
 
 
 LLMD = "https://github.com/llm-d-incubation/llm-d-planner/blob/e50305af/docs/empirical-vllm-memory-results.md"

@@ -18,6 +18,7 @@ PARTS = {
     "activations": "Activations, sampler",
     "graphs": "CUDA graphs",
     "outside": "Outside PyTorch",
+    "reserve": "Kept for the rest",
 }
 """Names of the parts, in the order in which they are shown."""
 

@@ -144,6 +144,9 @@ def _flag(name: str, flags: Flags) -> tuple[str, str]:
         return plain, nested
     if plain.startswith("no-") and plain[3:] in flags.switches:
         return plain[3:], ""
+    begun = [flag for flag in flags.known if len(plain) > 1 and flag.startswith(plain)]  # argparse takes abbreviations
+    if len(begun) == 1:
+        return begun[0], nested
     raise PlanError(f"{name[:80]!r} is no flag of this command", near(plain, sorted(flags.known)), "command")
 
 

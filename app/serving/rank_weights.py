@@ -99,3 +99,9 @@ def adapters(model: Served, stage: range, slots: int, rank: int, ranks: int, ite
         outs, ins = (-(-outs // ranks), ins) if weight.split == "columns" else (outs, -(-ins // ranks))
         total += slots * rank * (outs + ins) * itemsize
     return total
+
+
+def cache_heads(model: Served) -> int:
+    """Heads of keys and values in the whole model."""
+    text = model.text
+    return text.get("num_key_value_heads") or text.get("num_kv_heads") or text["num_attention_heads"]

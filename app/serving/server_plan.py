@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
+from ..catalog.gpus import Gpu
 from ..errors import PlanError
 from ..form import to_job
 from ..job import OwnGpu, read_job
 from ..planning.cards import id_of
 from ..planning.resolve import card_of
-from . import vllm
-from .command import Command, read, start_of, words_of
+from . import sglang, vllm
+from .command import Command, Flags, read, start_of, words_of
 from .named_model import config_named
+from .sglang_flags import FLAGS as SGLANG
 from .vllm_flags import FLAGS as VLLM
 
-ENGINES = {"vllm": (VLLM, vllm)}
+
+class Engine(Protocol):
+    """A module that plans an engine's servers."""
+
+    VERSION: str
+    """The release whose rules it follows."""
+
+    def plan(self, command: Command, config: dict, card: Gpu | OwnGpu) -> dict[str, Any]:
+        """The fields of the answer that are the engine's. Raises :class:`PlanError`."""
+
+
+ENGINES: dict[str, tuple[Flags, Engine]] = {"vllm": (VLLM, vllm), "sglang": (SGLANG, sglang)}
 """By name: the flags of an engine's command, and the module that plans it."""
 FIELDS = ("command", "gpu", "config")
 

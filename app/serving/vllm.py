@@ -21,7 +21,7 @@ from .amounts import GIB, Amount
 from .cache_layers import cache_layers, itemsize_of
 from .command import Command
 from .named_model import look_at
-from .rank_weights import Served, adapters, stages, weights_of_stage
+from .rank_weights import Served, adapters, cache_heads, stages, weights_of_stage
 from .vllm_settings import Settings, batch_of, derived_length, dtype_of, quantised, refuse_drafts, settings_of
 
 VERSION = "0.33.0"
@@ -134,12 +134,6 @@ def _stage(command: Command, model: Served, settings: Settings, card: Gpu | OwnG
         slots, rank = command.number("max-loras", 1), command.number("max-lora-rank", 16)
         out["adapters"] = Amount.exact(adapters(model, stage, slots, rank, settings.ranks, item))
     return out
-
-
-def cache_heads(model: Served) -> int:
-    """Heads of keys and values in the whole model."""
-    text = model.text
-    return text.get("num_key_value_heads") or text.get("num_kv_heads") or text["num_attention_heads"]
 
 
 def _graphs(command: Command) -> Amount:
