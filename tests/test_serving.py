@@ -8,12 +8,15 @@ import pytest
 from fastapi.testclient import TestClient
 from rich.console import Console
 from vramplan import cli
+from vramplan.catalog.gpus import find_gpu
 from vramplan.errors import PlanError
 from vramplan.render import served
 from vramplan.server.app import create_app
-from vramplan.serving import kv_cache
+from vramplan.serving import gguf, kv_cache
 from vramplan.serving.command import read, start_of, words_of
 from vramplan.serving.kv_cache import CacheLayer, pool_of
+from vramplan.serving.llamacpp_flags import FLAGS as LLAMA
+from vramplan.serving.named_model import look_at
 from vramplan.serving.rank_weights import stages
 from vramplan.serving.server_plan import answer
 from vramplan.serving.sglang_flags import FLAGS as SGLANG
@@ -127,6 +130,60 @@ def test_sglang_refuses_in_its_own_words():
     assert (
         planned(f"sglang serve --model-path m --mem-fraction-static {share + 0.001}", "h100", name)["message"] is None
     )
+
+
+@pytest.mark.parametrize("flag", sorted(LLAMA.known))
+def test_every_flag_of_llama_server_is_read_or_refused_in_a_sentence(flag):
+    words = [f"--{flag}", *([] if flag in LLAMA.switches else ["1"])]
+    try:
+        assert flag in read(words, {}, LLAMA).given
+    except PlanError as error:
+        assert flag in LLAMA.refused and error.message.startswith(f"--{flag}: ")
+
+
+FILES = {
+    # https://ozeki.chat/p_8590-understanding-ai-model-files.html (bartowski's Llama-3.1-Nemotron-70B-Instruct-HF)
+    "deepseek-ai__DeepSeek-R1-Distill-Llama-70B": "Q8_0 74.98 Q6_K 57.89 Q5_K_M 49.95 Q5_K_S 48.66 Q4_K_M 42.52 Q4_K_S "
+    "40.35 Q3_K_L 37.14 Q3_K_M 34.27 Q3_K_S 30.91",
+    # https://huggingface.co/tensorblock/Alphatao_Affine-9459823-GGUF (the shape of Qwen3-8B)
+    "Qwen__Qwen3-8B": "Q3_K_S 3.770 Q3_K_M 4.124 Q3_K_L 4.431 Q4_0 4.775 Q4_K_S 4.802 Q4_K_M 5.028 Q5_0 5.721 Q5_K_S "
+    "5.721 Q5_K_M 5.851 Q6_K 6.726 Q8_0 8.710",
+    # https://huggingface.co/bartowski/Qwen_Qwen3-32B-GGUF
+    "Qwen__Qwen3-32B": "Q5_K_M 23.21 Q5_K_S 22.64 Q4_1 20.64 Q4_K_M 19.76 Q4_K_S 18.77",
+    # https://huggingface.co/bartowski/LLaMA3-iterative-DPO-final-GGUF (the shape of Llama-3-8B)
+    "deepseek-ai__DeepSeek-R1-Distill-Llama-8B": "Q8_0 8.54 Q6_K 6.59 Q5_K_M 5.73 Q5_K_S 5.59 Q4_K_M 4.92 Q4_K_S 4.69",
+}
+"""Published files: mixtures and GB."""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sizes_of_published_files(name):
+    """Within 0.2 % and the digits printed. A file also holds its tokeniser, of some 8 MB."""
+    model = look_at(config(name), find_gpu("h100"), "float16", 1, 1)
+    words = FILES[name].split()
+    for mixture, printed in zip(words[::2], words[1::2], strict=True):
+        size = sum(bytes_of for _, _, bytes_of in gguf.tensors(model, mixture)) + 8e6
+        digit = 0.5 * 10 ** -len(printed.partition(".")[2])
+        assert size / 1e9 == pytest.approx(float(printed), rel=0.002, abs=digit), mixture
+
+
+def test_llama_server_fits_its_context_and_then_its_layers():
+    name = "Qwen__Qwen3-32B"
+    ample = planned("llama-server -hf Qwen/Qwen3-32B-GGUF:Q4_K_M", "h100", name)
+    assert ample["settings"]["max_model_len"] == 40960 and ample["kv_cache"]["available"] == 40960 * 64 * 2 * 1024 * 2
+    short = planned("llama-server -m Qwen3-32B-Q4_K_M.gguf", "rtx-4090", name)
+    assert 4096 <= short["settings"]["max_model_len"] < 40960 and short["verdict"] == "starts"
+    few = planned("llama-server -m Qwen3-32B-Q8_0.gguf", "rtx-4090", name)
+    assert few["settings"]["max_model_len"] == 4096 and few["settings"]["layers_on_card"] < 65
+    assert few["total"] - sum(few["parts"].values()) - few["kv_cache"]["available"] > 1 << 30
+    off = planned("llama-server -m Qwen3-32B-Q8_0.gguf --fit off", "rtx-4090", name)
+    assert off["verdict"] == "refuses"
+
+
+def test_llama_servers_buffers_of_published_logs():
+    """https://github.com/SciSharp/LLamaSharp/issues/1099: Qwen2.5-3B, 512 tokens, 4096 cells: 300.75 and 144 MiB."""
+    plan = planned("llama-server -m qwen2.5-3b-q8_0.gguf -c 4096 --fit off", "rtx-4090", "Qwen__Qwen2.5-3B")
+    assert plan["parts"]["activations"] == 300.75 * (1 << 20) and plan["kv_cache"]["available"] == 144 << 20
 
 
 LLMD = "https://github.com/llm-d-incubation/llm-d-planner/blob/e50305af/docs/empirical-vllm-memory-results.md"

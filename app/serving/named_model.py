@@ -28,6 +28,10 @@ def config_named(model: str | None, config: dict | None, revision: str | None) -
     """The config of a command's model, or the one that was sent beside it, and where it came from."""
     if config is None and not model:
         raise PlanError("the command names no model", "vllm serve MODEL", "command")
+    if config is None and str(model).endswith(".gguf"):
+        raise PlanError(
+            "the header of a GGUF file is not read yet", "give the config.json of the model it was made from", "command"
+        )
     job = Job(model=model, revision=revision) if config is None else Job(config=config)
     found, source = config_of(job)
     return found, source if config is None else {**source, "id": model}

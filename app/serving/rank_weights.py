@@ -22,6 +22,11 @@ class Weight(NamedTuple):
     columns: int
     split: str
 
+    @property
+    def of_tower(self) -> bool:
+        """Whether it belongs to an encoder of images or sound."""
+        return any(part.startswith(("vision", "visual", "audio", "multi_modal")) for part in self.path.split("."))
+
     def on_rank(self, ranks: int, kv_ranks: int) -> int:
         """Bytes on each of ``ranks`` ranks; keys and values are split over ``kv_ranks`` of them only."""
         if self.split == "table":
@@ -70,7 +75,7 @@ def weights_of_stage(model: Served, stage: range, last: int, ranks: int, kv_rank
     number = -1
     for weight in model.weights:
         found = _LAYER.search(weight.path)
-        is_tower = "vision" in weight.path or "audio" in weight.path
+        is_tower = weight.of_tower
         number = int(found[1]) if found and not is_tower else last if number == last and not found else number
         size = weight.on_rank(ranks, kv_ranks)
         tables += weight.split == "table"

@@ -10,8 +10,9 @@ from ..form import to_job
 from ..job import OwnGpu, read_job
 from ..planning.cards import id_of
 from ..planning.resolve import card_of
-from . import sglang, vllm
+from . import llamacpp, sglang, vllm
 from .command import Command, Flags, read, start_of, words_of
+from .llamacpp_flags import FLAGS as LLAMA
 from .named_model import config_named
 from .sglang_flags import FLAGS as SGLANG
 from .vllm_flags import FLAGS as VLLM
@@ -27,7 +28,11 @@ class Engine(Protocol):
         """The fields of the answer that are the engine's. Raises :class:`PlanError`."""
 
 
-ENGINES: dict[str, tuple[Flags, Engine]] = {"vllm": (VLLM, vllm), "sglang": (SGLANG, sglang)}
+ENGINES: dict[str, tuple[Flags, Engine]] = {
+    "vllm": (VLLM, vllm),
+    "sglang": (SGLANG, sglang),
+    "llama.cpp": (LLAMA, llamacpp),
+}
 """By name: the flags of an engine's command, and the module that plans it."""
 FIELDS = ("command", "gpu", "config")
 
@@ -73,6 +78,10 @@ def _command(text: Any) -> tuple[str, Command]:
 
 
 def _named(command: Command) -> str | None:
+    """The model whose config a command means; a repository of GGUF files stands for what it was made from."""
+    repository = command.given.get("hf-repo")
+    if repository:
+        return str(repository).partition(":")[0].removesuffix("-GGUF")
     return command.given.get("model") or command.given.get("model-path") or command.model
 
 
