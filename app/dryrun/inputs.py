@@ -6,6 +6,7 @@ import inspect
 
 import torch
 from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import PlanError
 from ..job import Job
@@ -26,7 +27,7 @@ def make_batch(tracker: StepObserver, model, job: Job, task: str) -> dict[str, t
     b, s = job.batch_size, job.sequence_length
     if s is None and task != "image-classification":
         raise PlanError("this task needs a `sequence_length`", "set sequence_length", "sequence_length")
-    batch = _main_inputs(model.config, job, task, tracker.device)
+    batch = _main_inputs(base_of(model).config, job, task, tracker.device)
     if job.packed:
         _refuse_packed(model, tracker, batch)
         batch |= _packed_inputs(tracker, job)
@@ -146,7 +147,8 @@ def _positions(batch: int, length: int) -> torch.Tensor:
 
 
 def base_of(model):
-    """The model without PEFT's wrapper."""
+    """The model without PEFT's and DDP's wrappers."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

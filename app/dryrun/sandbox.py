@@ -224,6 +224,26 @@ PATCHES = (
     Patch("torch.get_device_module", _OFFLOADING, _TORCH),
     Patch("torch.storage.UntypedStorage.data_ptr", _OFFLOADING, _TORCH),
     Patch("torch.meta", _RANKS, _TORCH, absent="the meta device has no module of its own: that is why it is set"),
+    Patch(
+        "torch.distributed.tensor._sharding_prop.ShardingPropagator._propagate_tensor_meta_non_cached",
+        "a DTensor's shape is found with fake tensors, which take nothing of a card",
+        _TORCH,
+    ),
+    Patch("torch.distributed.fsdp.fully_shard", _RANKS, _TORCH),
+    Patch("torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device", _RANKS, _TORCH),
+    Patch("torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh", _RANKS, _TORCH),
+    Patch("torch.distributed.fsdp._fully_shard._fully_shard._get_device_from_mesh", _RANKS, _TORCH),
+    Patch(
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._validate_no_meta_params", _RANKS, _TORCH
+    ),
+    Patch("torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam.alloc_all_gather_outputs", _RANKS, _TORCH),
+    Patch("torch.distributed.Reducer", "DDP's reducer is C++ that reads where gradients lie", _TORCH),
+    Patch("torch.distributed.Logger", "it logs what the reducer does", _TORCH),
+    Patch("torch.nn.parallel.distributed._verify_param_shape_across_processes", _RANKS, _TORCH),
+    Patch("torch.Tensor.data_ptr", "accelerate tells parameters apart by where they lie", _TORCH),
+    Patch("accelerate.accelerator.fsdp2_prepare_model", _RANKS, _ACCELERATE),
+    Patch("accelerate.state.PartialState._prepare_backend", _RANKS, _ACCELERATE),
+    Patch("accelerate.state.PartialState.set_device", _RANKS, _ACCELERATE),
     Patch("torch.storage.UntypedStorage.resize_", "FSDP and DeepSpeed free a weight by it", _TORCH),
 )
 """Every foreign name that is replaced. Beside them a trace registers kernels with PyTorch's dispatcher, and takes them

@@ -218,14 +218,14 @@ def _trace_log(
         *(job.quantization.skip_modules if job.quantization else ()),
     )
 
-    trains = job.method != "inference"
+    trains, steps = job.method != "inference", strategy_of(job).steps
     generates = trains and job.trainer == "trl" and job.goal.generates
     other = trains and model.supports_gradient_checkpointing and not generates
     copies = ("", REFERENCE) if trains and job.states_rows and job.method == "full" else ("",)
 
     def trace_log(tokens: int) -> TraceColumns:
         def run(variant: Job) -> Callable[[torch.nn.Module], TraceLog]:
-            return lambda short: dry_run(short, variant, task, card, 2, other, values, tokens, rank)
+            return lambda short: dry_run(short, variant, task, card, steps, other, values, tokens, rank)
 
         general = run(job.model_copy(update=symbols)) if symbols else None
         return folded_log(model, run(job), names, general, copies).columns()

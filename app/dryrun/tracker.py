@@ -60,6 +60,11 @@ def canonical_fqn(path: str) -> str:
     return path.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a DTensor that lies on this rank; any other tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 class _Watch(weakref.ref):
     """A weak reference to a storage: ``id`` is its address in C++, ``key`` that of its latest allocation, which is
     ``freed`` where it was resized to nothing."""
@@ -80,6 +85,9 @@ class MemoryTracker(TorchDispatchMode):
     ``heads``: the fqns of the output embeddings, whose allocations are of kind ``logits_and_loss``.
     ``library_workspaces``: the workspaces that cuBLAS has, by (thread, stream, name). ``stream``: the number of the
     stream that is current (:mod:`vramplan.dryrun.cuda.streams`).
+
+    ``passed_on``: subclasses of tensors whose operators run operators on plain tensors: those are recorded.
+    ``on_host``: what is made now lies on the host, and nothing is recorded.
     """
 
     device = "meta"
@@ -117,6 +125,8 @@ class MemoryTracker(TorchDispatchMode):
         self._closed = False
         self._pinned = PinnedMemory()
         self.stream = 0
+        self.passed_on: tuple[type, ...] = ()
+        self.on_host = False
 
     def __enter__(self):
         if not is_tracing():
@@ -144,6 +154,10 @@ class MemoryTracker(TorchDispatchMode):
         finally:
             self.mark(*before)
             self._links = links
+
+    def fqn_of(self, module: torch.nn.Module) -> str:
+        """The fqn of a module that is watched; empty for any other."""
+        return self._paths.get(id(module), "")
 
     def register_model(self, model: torch.nn.Module, prefix: str) -> None:
         """Know one more model, whose weights are on the card now: its fqns begin with ``prefix``."""
@@ -270,13 +284,14 @@ class MemoryTracker(TorchDispatchMode):
 
     def record_temporary(self, sizes: list[tuple[int, str]], fqn: str, op: str) -> None:
         """Record what a kernel allocates and frees within one call: (bytes, kind) each. The dispatcher sees none."""
-        for key in [self.record_alloc(size, fqn, kind, op) for size, kind in sizes]:
-            self.record_free(key)
+        if not self.on_host:
+            for key in [self.record_alloc(size, fqn, kind, op) for size, kind in sizes]:
+                self.record_free(key)
 
     def register_existing(self, tensor: torch.Tensor, fqn: str, kind: str) -> None:
         """Record the allocation of a tensor that exists already: a parameter, a buffer, a batch."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._watched and storage.nbytes():
+        if storage._cdata not in self._watched and storage.nbytes() and not self.on_host:
             self._watch(storage, fqn, kind, "place")
         self._owner.setdefault(storage._cdata, fqn)
 
@@ -295,7 +310,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def key_of(self, tensor: torch.Tensor) -> int | None:
         """The key of the allocation of ``tensor``; None where there is none."""
-        watch = self._watched.get(tensor.untyped_storage()._cdata)
+        watch = self._watched.get(local_of(tensor).untyped_storage()._cdata)
         return None if watch is None else watch.key
 
     def reclassify(self, tensor: torch.Tensor, kind: str, fqn: str | None = None) -> None:
@@ -308,14 +323,15 @@ class MemoryTracker(TorchDispatchMode):
 
     def inherit_owner(self, tensor: torch.Tensor, owned: torch.Tensor) -> None:
         """Attribute ``tensor``, and what is computed from it outside modules, to the module of ``owned``."""
-        self._owner[tensor.untyped_storage()._cdata] = self._owner.get(owned.untyped_storage()._cdata, "")
+        owner = self._owner.get(local_of(owned).untyped_storage()._cdata, "")
+        self._owner[local_of(tensor).untyped_storage()._cdata] = owner
 
     def record_resize(self, storage: torch.UntypedStorage) -> None:
         """Record that a storage was resized: what it held is freed, and what it holds now allocated, of the same kind
         and for the same module."""
         watch = self._watched.get(storage._cdata)
         if watch is None:
-            if storage.nbytes():
+            if storage.nbytes() and not self.on_host:
                 fqn = self.current_fqn
                 self._watch(storage, fqn, self.kind_at(fqn), "resize_")
             return
@@ -343,6 +359,8 @@ class MemoryTracker(TorchDispatchMode):
     # --- the dispatcher -------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.passed_on and any(kind in self.passed_on for kind in types):
+            return NotImplemented
         try:
             if func in PARKING:
                 result = self._pinned.run(self, func, args, kwargs or {})
@@ -405,7 +423,7 @@ class MemoryTracker(TorchDispatchMode):
                     self._record_new(storage, func, args, current_fqn, index)
 
     def _record_new(self, storage, func, args, current_fqn, index: int) -> None:
-        if not storage.nbytes() or storage.device.type != "meta":
+        if not storage.nbytes() or storage.device.type != "meta" or self.on_host:
             return
         if current_fqn is None or self._site is None:
             current_fqn = self._owned_by(args, index)

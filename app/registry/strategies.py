@@ -31,8 +31,8 @@ _NOT_YET: Any = {"refusal": "it is not planned yet", "hint": "plan it with strat
 
 STRATEGIES: dict[str, Strategy] = {
     "single": Strategy(one_process=True),
-    "ddp": Strategy(options=("ddp",), communicators=1, **_NOT_YET),
-    "fsdp2": Strategy(options=("fsdp",), communicators=1, **_NOT_YET),
+    "ddp": Strategy(".ddp:Ddp", options=("ddp",), communicators=1),
+    "fsdp2": Strategy(".fsdp2:Fsdp2", options=("fsdp",), communicators=1),
     "zero1": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),
     "zero2": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),
     "zero3": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),

@@ -12,6 +12,7 @@ from . import (  # noqa: F401  (each registers its rules)
     attention,
     autograd_engine,
     bitsandbytes_ops,
+    collectives,
     convolution,
     elementwise,
     indexing,

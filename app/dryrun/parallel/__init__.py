@@ -16,7 +16,6 @@ import torch
 from ...job import Job
 from ...registry import load
 from ...registry.strategies import STRATEGIES
-from ..build.loading import MetaWeights
 from ..tracker import MemoryTracker
 
 
@@ -38,6 +37,9 @@ class RankStrategy:
     One object serves one dry run of one ``rank`` of ``job`` (resolved).
     """
 
+    steps = 2
+    """How many steps are run: the last one is what the steps after it are, too."""
+
     def __init__(self, job: Job, rank: int = 0):
         self.job, self.rank = job, rank
 
@@ -46,13 +48,13 @@ class RankStrategy:
         """What others' code finds while the whole dry run lasts: a process group, streams, a launcher's variables."""
         yield
 
-    def weights(self) -> MetaWeights:
-        """Where the weights of the model come to lie while it is loaded."""
-        return MetaWeights()
-
     def wrap(self, model: torch.nn.Module, tracker: MemoryTracker) -> torch.nn.Module:
         """The model that lies on the card as this rank's loop is given it. A hosted trainer wraps it by itself."""
         return model
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments of a hosted trainer's config class that ask for this strategy."""
+        return {}
 
     def rank_classes(self, model: torch.nn.Module) -> list[RankClass]:
         """The classes of ranks of the bare ``model``, the one of rank 0 first; of one class the list may be empty."""

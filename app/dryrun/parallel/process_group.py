@@ -6,11 +6,14 @@ whose streams are those of the tracker.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...errors import OurFault
 from ..cuda.streams import streams_of
@@ -51,10 +54,30 @@ def process_group(size: int, rank: int, nodes: int, tracker: MemoryTracker) -> I
     }
     with (
         environment(**variables),
+        warnings.catch_warnings(action="ignore", category=FutureWarning),  # torch's own, of names of its collectives
         changed(_Group(size, rank)),
         replaced(torch, "meta", streams_of(tracker)),
         resizing_recorded(tracker),
+        dtensors_passed_on(tracker),
     ):
+        yield
+
+
+@contextmanager
+def dtensors_passed_on(tracker: MemoryTracker) -> Iterator[None]:
+    """What is recorded of a DTensor's operator is what it runs on its local tensors, and not what it runs on fake ones
+    to know its result's shape."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unrecorded(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return propagate(*args, **kwargs)
+
+    tracker.passed_on = (DTensor,)
+    with replaced(ShardingPropagator, "_propagate_tensor_meta_non_cached", unrecorded):
         yield
 
 

@@ -29,6 +29,7 @@ from ...registry import load
 from ...registry.optimizers import LEARNING_RATE, optimizer_of, refused
 from ..inputs import base_of, make_batch
 from ..observer import StepObserver
+from ..parallel import strategy_of
 from ..sandbox import names_restored
 from ..symbols import number_of
 from . import empty_triton
@@ -261,14 +262,17 @@ class _Loader:
 
 
 class _StepEnds(transformers.TrainerCallback):
-    """Where the optimiser has run, and where the step ends; ``builds``: the trainer has made models of its own."""
+    """Where the optimiser has run, and where the step ends; ``builds``: the trainer has made models of its own;
+    ``shards``: it has sharded the model."""
 
-    def __init__(self, observer: StepObserver, builds: bool = False):
-        self.observer, self.builds = observer, builds
+    def __init__(self, observer: StepObserver, builds: bool = False, shards: bool = False):
+        self.observer, self.builds, self.shards = observer, builds, shards
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.builds:  # they lie beside the model before the first step
+        if self.builds or self.shards:  # what it made lies there before the first step
             self.observer.mark(SETUP, 0, "adapters")
+        if self.shards:
+            self.observer.empty_cache()
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         label_grads_and_state(self.observer, [p for p in model.parameters() if p.requires_grad], optimizer)
@@ -321,6 +325,7 @@ class _Setting:
         self.rows = number_of(job.batch_size) * batches * (steps + other)
         self.common = common_arguments(job, steps + other, batches, folder)
         self.common["dataloader_pin_memory"] = not self.on_meta
+        self.common |= strategy_of(job).trainer_arguments() if self.on_meta else {}
         if observer.device == "cpu":
             self.common["use_cpu"] = True
 
@@ -350,7 +355,10 @@ def _trainer(setting: _Setting):
     _use_empty_triton(setting, arguments)
     given = _data_on_meta(job) if setting.on_meta else _data_on_host(setting)
     return setting.watched(transformers.Trainer)(
-        model=setting.model, args=arguments, callbacks=[_StepEnds(setting.observer)], **given
+        model=setting.model,
+        args=arguments,
+        callbacks=[_StepEnds(setting.observer, shards=job.strategy != "single")],
+        **given,
     )
 
 
@@ -392,7 +400,7 @@ def _trl_trainer(setting: _Setting):
         args=arguments,
         train_dataset=dataset_of(job, setting.rows if needed else 1),
         processing_class=tokenizer(),
-        callbacks=[_StepEnds(observer, builds=goal.pairs)],
+        callbacks=[_StepEnds(observer, goal.pairs, job.strategy != "single")],
         **_evaluation(job, functools.partial(dataset_of, job)),
     )
 

@@ -64,6 +64,10 @@ def _for_trainers(observer: StepObserver) -> Iterator[tuple[Any, str, Any]]:
 
     for state in ("PartialState", "AcceleratorState", "GradientState"):
         yield getattr(accelerate.state, state), "_shared_state", {}
+    if torch.distributed.is_initialized():
+        many = accelerate.state.DistributedType.MULTI_GPU
+        yield accelerate.state.PartialState, "_prepare_backend", lambda *args, **kwargs: ("fake", many)
+        yield accelerate.state.PartialState, "set_device", _set_device(observer)
     yield transformers.training_args.TrainingArguments, "_setup_devices", _device_of(observer)
     yield transformers.training_args, "is_torch_bf16_gpu_available", _always(True)
     yield accelerate.accelerator, "is_bf16_available", _always(True)
@@ -126,6 +130,15 @@ def _for_apollo() -> Iterator[tuple[Any, str, Any]]:
             "stable_randn",
             lambda shape, seed, device, dtype: torch.randn(shape, device=device, dtype=dtype),
         )
+
+
+def _set_device(observer: StepObserver) -> Callable:
+    """``PartialState.set_device`` of a process whose card is the observer's device."""
+
+    def set_device(state) -> None:
+        state.device = torch.device(observer.device)
+
+    return set_device
 
 
 def _always(value: Any) -> Callable:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -41,6 +42,16 @@ def _remove_input_hooks(base: torch.nn.Module) -> None:
         for number, hook in [*module._forward_hooks.items()]:
             if hook.__qualname__.startswith("PreTrainedModel.enable_input_require_grads"):
                 del module._forward_hooks[number]
+
+
+@contextlib.contextmanager
+def gradients_kept_apart(model: torch.nn.Module, apart: bool) -> Iterator[None]:
+    """While the context lasts, the ranks of a wrapped model do not reduce their gradients, if ``apart``: there are more
+    batches to accumulate. A model that is not wrapped has no ranks."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(not apart)
+    with model.no_sync() if apart and hasattr(model, "no_sync") else contextlib.nullcontext():  # DDP
+        yield
 
 
 def label_grads_and_state(

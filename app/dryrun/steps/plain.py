@@ -10,7 +10,7 @@ from ...job import Job
 from ...registry.optimizers import optimizers_for
 from ..inputs import make_batch
 from ..observer import StepObserver
-from .phases import begin_forward, label_grads_and_state
+from .phases import begin_forward, gradients_kept_apart, label_grads_and_state
 
 
 def run_plain(
@@ -22,16 +22,17 @@ def run_plain(
     batch = make_batch(observer, model, job, task)
     optimizers = optimizers_for(job.optimizer, model)
     for step in range(1, steps + other + 1):
-        for _ in range(job.batches_run):
+        for number in range(job.batches_run):
             begin_forward(observer, model, job, step, steps)
-            with observer.autocast.on() if observer.autocast else contextlib.nullcontext():
-                loss = model(**batch).loss
-            if step > steps:
-                break
-            observer.mark("backward", step, "activation_gradients")
-            observer.in_backward = True
-            loss.backward()
-            observer.in_backward = False
+            with gradients_kept_apart(model, number < job.batches_run - 1):
+                with observer.autocast.on() if observer.autocast else contextlib.nullcontext():
+                    loss = model(**batch).loss
+                if step > steps:
+                    break
+                observer.mark("backward", step, "activation_gradients")
+                observer.in_backward = True
+                loss.backward()
+                observer.in_backward = False
             label_grads_and_state(observer, parameters)
         else:
             observer.mark("optimizer", step, "optimizer_temporaries")
