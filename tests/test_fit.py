@@ -42,6 +42,7 @@ WIDE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_laye
 JOB = {
     "config": WIDE,
     "method": "lora",
+    "trainer": "pytorch",
     "sequence_length": 512,
     "batch_size": 4,
     "lora": {"target_modules": ["q_proj"]},
