@@ -83,6 +83,20 @@ def test_nonsense_is_one_sentence(command, said):
         answer({"command": command, "gpu": "h100"})
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("openai__whisper-large-v2", "encoder-decoder"),
+        ("Qwen__Qwen3.5-35B-A3B", "keep a state"),
+        ("BAAI__bge-reranker-v2-m3", "writes no text"),
+        ("deepseek-ai__DeepSeek-V3.2", "sparse index"),
+    ],
+)
+def test_models_that_are_not_planned_are_refused_in_a_sentence(name, said):
+    with pytest.raises(PlanError, match=said):
+        planned("vllm serve m", "h100", name)
+
+
 def test_a_uniform_cache_has_one_group():
     pool = pool_of([CacheLayer(kv_cache.FULL, 4096)] * 40)
     assert pool.bytes_per_block == 40 * 16 * 4096 and pool.blocks(33, 0) == 3
@@ -159,7 +173,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_sizes_of_published_files(name):
     """Within 0.2 % and the digits printed. A file also holds its tokeniser, of some 8 MB."""
-    model = look_at(config(name), find_gpu("h100"), "float16", 1, 1)
+    model = look_at(config(name), find_gpu("h100"), "float16")
     words = FILES[name].split()
     for mixture, printed in zip(words[::2], words[1::2], strict=True):
         size = sum(bytes_of for _, _, bytes_of in gguf.tensors(model, mixture)) + 8e6

@@ -46,10 +46,22 @@ STATES = ("layers_block_type", "mamba_d_state", "mamba_num_heads", "ssm_state_si
 """Fields of a config whose model keeps a state beside, or instead of, keys and values."""
 
 
+TASKS = ("causal-lm", "image-text-to-text")
+"""Tasks whose models a server generates with, by a decoder alone."""
+KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layers whose forward pass is worth running: a server's cache of others is not modelled."""
+
+
 def trace(
-    job: Job, config: dict, capability: tuple[int, int], multiprocessors: int, measured: KernelFacts = KernelFacts()
+    part: str,
+    job: Job,
+    config: dict,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    measured: KernelFacts = KernelFacts(),
 ) -> bytes:
-    """What a server loads of a model, and the peak of its forward pass, :func:`packed`.
+    """What a server loads of a model and (``part``: ``served``, not ``listed``) the peak of its forward pass,
+    :func:`packed`.
 
     ``weights``: (path, bytes in the job's dtype, bytes as stored, rows, columns, how it is split) of each parameter;
     ``text``: the sizes of the text model; ``forward``: bytes above the weights at the peak of a pass over the job's
@@ -59,12 +71,16 @@ def trace(
     base, task = base_of(config, job.task, job.dtype, job.attention)
     text = base.config.get_text_config(decoder=True)
     card = Card(capability, symbol(SYMBOLS[2], multiprocessors, Conditions()), measured)
-    forward, workspace, why = _forward(base, job, task, card, multiprocessors)
+    states = [name for name in STATES if getattr(text, name, None) is not None]
+    kinds = set(getattr(text, "layer_types", None) or ())
+    forward, workspace, why = None, 0, None
+    if part == "served" and task in TASKS and not states and kinds <= KINDS:
+        forward, workspace, why = _forward(base, job, task, card, multiprocessors)
     return packed(
         {
             "weights": [list(row) for row in _weights(base, text, config)],
             "text": {name: _plain(getattr(text, name, None)) for name in SIZES},
-            "state": [name for name in STATES if getattr(text, name, None) is not None],
+            "state": states,
             "encoder_decoder": bool(base.config.is_encoder_decoder),
             "tower": text is not base.config,
             "class": type(base).__name__,

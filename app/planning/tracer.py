@@ -35,7 +35,7 @@ class Tracer(Protocol):
     """Something that runs a job on the meta device.
 
     ``part`` is ``step`` (for the job's own batch and length), ``general`` (for all that run alike), ``finish``,
-    ``load`` or ``served``.
+    ``load``, ``served`` or ``listed`` (what a server loads, with and without its forward pass).
     """
 
     one_shot: bool
@@ -71,8 +71,8 @@ class InProcessTracer:
         _, job, config, kernels, rank = request
         try:
             with sandbox.active(), _without_collector():
-                if part == "served":
-                    return served_model.trace(job, config, *kernels)
+                if part in ("served", "listed"):
+                    return served_model.trace(part, job, config, *kernels)
                 if part in ("step", "general"):
                     return trace(job, config, *kernels, general=part == "general", rank=rank).dump()
                 return packed(merge_and_save.trace(part, job, config, *kernels).dump())

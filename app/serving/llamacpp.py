@@ -56,7 +56,7 @@ def plan(command: Command, config: dict, card: Gpu | OwnGpu) -> dict[str, Any]:
     """The answer to a ``llama-server`` command on ``card``, without what is said of where it came from."""
     named = command.given.get("hf-repo") or command.given.get("model") or ""
     mixture = mixture_named(str(command.given.get("hf-file") or named))
-    model = look_at(config, card, "float16", 1, 1)
+    model = look_at(config, card, "float16")
     longest = derived_length(config, model.text["max_position_embeddings"] or 2048)
     asked = command.number("ctx-size", 0)
     limit = command.number("ubatch-size", 512)

@@ -37,11 +37,12 @@ def config_named(model: str | None, config: dict | None, revision: str | None) -
     return found, source if config is None else {**source, "id": model}
 
 
-def look_at(config: dict, card: Gpu | OwnGpu, dtype: str, rows: int, length: int) -> Served:
-    """What a server loads of the model in ``dtype``, and its forward pass over ``rows`` requests of ``length`` tokens.
+def look_at(config: dict, card: Gpu | OwnGpu, dtype: str, batch: tuple[int, int] | None = None) -> Served:
+    """What a server loads of the model in ``dtype``, and its forward pass over a ``batch`` of requests and tokens each.
 
     Raises :class:`PlanError`.
     """
+    rows, length = batch or (1, 1)
     given = Job(
         config=config,
         method="inference",
@@ -53,12 +54,12 @@ def look_at(config: dict, card: Gpu | OwnGpu, dtype: str, rows: int, length: int
         images=0,
     )
     request = request_of(given.resolved(), config, card)
-    key = json.dumps([request.key, rows, length])
+    key = json.dumps([request.key, batch])
     with _lock:
         if key in _known:
             _known.move_to_end(key)
             return _known[key]
-    found = _read(unpacked(tracer.get().trace("served", request)))
+    found = _read(unpacked(tracer.get().trace("served" if batch else "listed", request)))
     with _lock:
         _known[key] = found
         while len(_known) > KEPT:

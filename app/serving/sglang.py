@@ -67,7 +67,7 @@ def plan(command: Command, config: dict, card: Gpu | OwnGpu) -> dict[str, Any]:
     """The answer to a ``sglang.launch_server`` command on ``card``, without what is said of where it came from."""
     config, dtype = quantised(config, command.given.get("quantization")), dtype_of(command, config, card)
     chunk, graphs = _batch(command, card)
-    model = look_at(config, card, dtype, 1, 1)
+    model = look_at(config, card, dtype)
     settings = _settings(command, config, model, dtype, chunk, graphs, card)
     layers = cache_layers(model, settings, command)
     return _answer(command, model, settings, layers, card)

@@ -47,7 +47,7 @@ def plan(command: Command, config: dict, card: Gpu | OwnGpu) -> dict[str, Any]:
     config = quantised(config, command.given.get("quantization"))
     dtype = dtype_of(command, config, card)
     tokens, seqs = batch_of(command, card, derived_length(config))
-    model = look_at(config, card, dtype, seqs, -(-tokens // seqs))
+    model = look_at(config, card, dtype, (seqs, -(-tokens // seqs)))
     settings = settings_of(command, config, model, dtype, tokens, seqs)
     layers = cache_layers(model, settings, command)
     return _answer(command, model, settings, layers, card)
