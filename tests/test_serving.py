@@ -219,6 +219,26 @@ def test_weights_of_published_starts(name, ranks, gib):
     assert (plan["parts"]["weights"] + tables) / GIB == pytest.approx(gib, rel=0.005, abs=0.006)
 
 
+CACHES = [
+    # https://github.com/vllm-project/vllm/issues/10517, blocks of 16
+    ("deepseek-ai__DeepSeek-R1-Distill-Llama-8B", 1, 3.81, 1952 * 16),
+    ("deepseek-ai__DeepSeek-R1-Distill-Llama-8B", 1, 2.89, 1478 * 16),
+    # LLMD: Mistral-Small-3.2-24B, whose text model has these sizes
+    ("mistralai__Mistral-Small-24B-Instruct-2501", 1, 28.20, 184_832),
+    # logs found by their words, "GPU KV cache size": Qwen2.5-1.5B-Instruct, Llama-3.1-8B-Instruct on an A100
+    ("Qwen__Qwen2.5-1.5B", 1, 0.56, 20_992),
+    ("deepseek-ai__DeepSeek-R1-Distill-Llama-8B", 1, 19.92, 163_168),
+]
+"""A config of the same sizes, ranks, "Available KV cache memory" in GiB, tokens."""
+
+
+@pytest.mark.parametrize(("name", "ranks", "gib", "tokens"), CACHES)
+def test_caches_of_published_starts(name, ranks, gib, tokens):
+    """Within 1 %: the memory is printed with two digits."""
+    command = f"vllm serve m -tp {ranks} --max-model-len 4096 --kv-cache-memory-bytes {int(gib * GIB)}"
+    assert planned(command, "h100", name)["kv_cache"]["tokens"] == pytest.approx(tokens, rel=0.01)
+
+
 def test_a_70b_on_two_cards():
     command = "vllm serve m --max-model-len 16384 --gpu-memory-utilization 0.92 -tp 2"
     plan = planned(command, "h100", "deepseek-ai__DeepSeek-R1-Distill-Llama-70B")
