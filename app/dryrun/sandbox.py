@@ -203,6 +203,7 @@ PATCHES = (
     Patch("torch.Generator", _SCRIPT, _TORCH),
     Patch("torch.distributed.init_process_group", _SCRIPT, _TORCH),
     Patch("torch.utils.data.dataloader.DataLoader.__init__", _SCRIPT, _TORCH),
+    Patch("torch.__future__.get_swap_module_params_on_conversion", _SCRIPT, _TORCH),
     Patch("torch.cuda.*", _SCRIPT, _TORCH),
     Patch("torch.accelerator.*", _SCRIPT, _TORCH),
     Patch("transformers.modeling_utils._get_resolved_checkpoint_files", _NO_CHECKPOINT, _TRANSFORMERS),

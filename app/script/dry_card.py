@@ -9,6 +9,7 @@ meta tensor the device on which it lies on the way out. :class:`OpenAutocast` ca
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -216,6 +217,7 @@ def _names(tracker: ScriptTracker, autocast: OpenAutocast, name: str, total: int
         _refuse(tracker, "torch.distributed", "plan many cards with vramplan estimate --strategy"),
     )
     yield torch.utils.data.DataLoader, "__init__", _loader()
+    yield torch.__future__, "get_swap_module_params_on_conversion", _brings_values
     yield torch.storage.UntypedStorage, "data_ptr", _address()
     for attribute, value in _cuda(tracker, name, total, capability).items():
         yield torch.cuda, attribute, value
@@ -252,6 +254,16 @@ def _refuse(tracker: ScriptTracker, what: str, hint: str) -> Callable:
         raise PlanError(f"the script calls {what} at {tracker.line()}: {tracker.line().text}", hint)
 
     return refuse
+
+
+def _brings_values() -> bool:
+    """Whether the module whose ``_apply`` asks has parameters with values: they stay the same objects when they come to
+    the card, as on a real one, so tied ones stay tied. PyTorch swaps them then."""
+    module = sys._getframe(2).f_locals.get("self")
+    with torch._C.DisableTorchFunction():
+        return isinstance(module, torch.nn.Module) and any(
+            parameter is not None and parameter.device.type == "cpu" for parameter in module._parameters.values()
+        )
 
 
 def _loader() -> Callable:

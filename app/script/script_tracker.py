@@ -11,9 +11,11 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ..dryrun.cuda import host_reads
 from ..dryrun.cuda.card_facts import Card
@@ -236,6 +238,10 @@ class ScriptTracker(MemoryTracker):
             return args[0]
         if func is aten._to_copy.default and str(kwargs.get("device")) == "cpu":
             kwargs = {**kwargs, "device": "meta"}
+        if any(leaf.device.type == "cpu" and leaf.dim() for leaf in _leaves((*args, *kwargs.values()))):
+            if func._schema.is_mutable and args[0].device.type == "cpu":
+                return args[0]
+            args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         return self._keep_on_host(func(*args, **kwargs))
 
     def _run(self, func, args, kwargs):
@@ -254,7 +260,7 @@ class ScriptTracker(MemoryTracker):
             if rule is not None and rule.answer not in ("generated", "beams", "length"):
                 return self._answer(rule.answer, frame, tensor)
             if rule is not None and rule.answer == "generated":
-                return False
+                return frame.f_locals["length"] >= _longest(frame)
             if frame.f_code.co_filename == self.script:
                 break
             frame = frame.f_back
@@ -282,6 +288,13 @@ def _asks_for_a_fault() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _longest(frame: FrameType | None) -> int:
+    """How many tokens the generation that runs may have, its prompt included."""
+    while frame is not None and "generation_config" not in frame.f_locals:
+        frame = frame.f_back
+    return 0 if frame is None else frame.f_locals["generation_config"].max_length
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
