@@ -225,9 +225,6 @@ CACHES = [
     ("deepseek-ai__DeepSeek-R1-Distill-Llama-8B", 1, 2.89, 1478 * 16),
     # LLMD: Mistral-Small-3.2-24B, whose text model has these sizes
     ("mistralai__Mistral-Small-24B-Instruct-2501", 1, 28.20, 184_832),
-    # logs found by their words, "GPU KV cache size": Qwen2.5-1.5B-Instruct, Llama-3.1-8B-Instruct on an A100
-    ("Qwen__Qwen2.5-1.5B", 1, 0.56, 20_992),
-    ("deepseek-ai__DeepSeek-R1-Distill-Llama-8B", 1, 19.92, 163_168),
 ]
 """A config of the same sizes, ranks, "Available KV cache memory" in GiB, tokens."""
 
