@@ -81,3 +81,15 @@ def test_every_strategy_s_options_are_fields():
     from vramplan.job import CARD_OPTIONS
 
     assert {option for row in STRATEGIES.values() for option in row.options} == set(CARD_OPTIONS)
+
+
+@pytest.mark.parametrize("trainer", ["pytorch", "transformers"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_what_is_trained_is_counted_once(strategy, trainer):
+    job = {"model": "qwen3-0.6b", "trainer": trainer, "sequence_length": 64, "dtype": "bfloat16"}
+    for method in ("full", "lora"):
+        alone, many = (
+            estimate({**job, "method": method, **cards})["model"]["trainable_parameters"]
+            for cards in ({}, {"strategy": strategy, "gpu_count": 4})
+        )
+        assert alone == many

@@ -20,6 +20,7 @@ READERS = (
     *("/transformers/trainer", "/trl/trainer/", "/trl/experimental/", "/accelerate/"),
     *("/optimi/", "/grokadamw/", "/lomo_optim/", "/schedulefree/", "/galore_torch/", "/apollo_torch/"),
     *("/liger_kernel/", "/transformers/utils/generic"),
+    "/bitsandbytes/functional",  # the offset of nested constants, for a state dict
 )
 """Parts of the paths of the packages that read values for their log, or for a step that allocates the same anyhow."""
 ANSWERS = {"Trainer._run_epoch": False}

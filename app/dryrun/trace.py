@@ -265,7 +265,7 @@ def _trainable(trace_log: TraceColumns, job: Job) -> int:
         weights = trace_log.keys_of("weights", "place")
         own = [not fqn.startswith((REFERENCE, REWARD)) for fqn in trace_log.fqns]
         weights = weights[np.array(own, bool)[trace_log.fqn[weights]]]
-        return trace_log.total_size(weights) // getattr(torch, job.dtype).itemsize
+        return trace_log.total_size(weights) // strategy_of(job).trained_itemsize
     itemsize = 4 if casts_to_float32(job) else getattr(torch, job.dtype).itemsize
     return trace_log.total_size(trace_log.keys_of("adapters", "place")) // itemsize
 

@@ -56,6 +56,11 @@ class RankStrategy:
         """Arguments of a hosted trainer's config class that ask for this strategy."""
         return {}
 
+    @property
+    def trained_itemsize(self) -> int:
+        """Bytes of one number of a weight that full training places."""
+        return getattr(torch, self.job.dtype).itemsize
+
     def rank_classes(self, model: torch.nn.Module) -> list[RankClass]:
         """The classes of ranks of the bare ``model``, the one of rank 0 first; of one class the list may be empty."""
         return []

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...errors import PlanError
 from ...job import Fsdp, Job
@@ -86,6 +87,12 @@ class Fsdp2(RankStrategy):
             },
         }
 
+    @property
+    def trained_itemsize(self) -> int:
+        """accelerate casts what is trained to float32 where it computes in less, unless weights are in 4 bit."""
+        cast = TRAINERS[self.job.trainer].hosted and self.job.mixed_precision != "no" and not self.job.quantization
+        return 4 if cast else super().trained_itemsize
+
     def rank_classes(self, model: torch.nn.Module) -> list[RankClass]:
         """Ranks whose shards are alike. A parameter's rows are dealt out in chunks of equal size, the last ranks get
         fewer or none; the gathered copies are padded to equal shards, what an optimiser keeps is not."""
@@ -116,7 +123,7 @@ class Fsdp2(RankStrategy):
 
         def fully_shard(module, *args, **kwargs):
             for one in [module] if isinstance(module, torch.nn.Module) else module:
-                states.update(_states(one, tracker))
+                states.update(_states(one, tracker, self.job.method))
             before, tracker.on_host = tracker.on_host, False
             try:
                 return shard(module, *args, **kwargs)
@@ -125,7 +132,10 @@ class Fsdp2(RankStrategy):
 
         def move(params, buffers, device) -> None:
             for tensor in (*params, *buffers):
-                tracker.register_existing(tensor, *states.get(id(tensor), ("", "weights")))
+                if tracker.key_of(tensor) is None:  # it lies on the host, and others may hold it there
+                    with _disable_current_modes():
+                        tensor.data = torch.empty_like(tensor.data)
+                    tracker.register_existing(tensor, *states.get(id(tensor), ("", "weights")))
 
         def gather_outputs(param: FSDPParam) -> None:
             gather(param)
@@ -151,13 +161,14 @@ class Fsdp2(RankStrategy):
         yield FSDPParam, "alloc_all_gather_outputs", gather_outputs
 
 
-def _states(module: torch.nn.Module, tracker: MemoryTracker) -> Iterator[tuple[int, tuple[str, str]]]:
+def _states(module: torch.nn.Module, tracker: MemoryTracker, method: str) -> Iterator[tuple[int, tuple[str, str]]]:
     """The parameters and buffers below ``module``, by identity: the module that each belongs to, and its kind."""
     for child in module.modules():
         for store, kind in ((child._parameters, "weights"), (child._buffers, "buffers")):
             for tensor in store.values():
                 if tensor is not None:
-                    yield id(tensor), (tracker.fqn_of(child), kind)
+                    trained = tensor.requires_grad and method != "full"
+                    yield id(tensor), (tracker.fqn_of(child), "adapters" if trained else kind)
 
 
 def _on_card_now(model: torch.nn.Module, tracker: MemoryTracker, job: Job) -> None:

@@ -6,6 +6,7 @@ whose streams are those of the tracker.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,11 +33,13 @@ class _Group:
 
         if dist.is_initialized():
             raise OurFault("a process group is left from before")
+        self.hook = sys.excepthook  # PyTorch sets one that names the rank
         dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.size)
 
     def undo(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+            sys.excepthook = self.hook
 
 
 @contextmanager
@@ -52,11 +55,13 @@ def process_group(size: int, rank: int, nodes: int, tracker: MemoryTracker) -> I
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "29500",
     }
+    streams = streams_of(tracker)
     with (
         environment(**variables),
         warnings.catch_warnings(action="ignore", category=FutureWarning),  # torch's own, of names of its collectives
         changed(_Group(size, rank)),
-        replaced(torch, "meta", streams_of(tracker)),
+        replaced(torch, "meta", streams),
+        replaced(torch.accelerator, "current_stream", streams.current_stream),
         resizing_recorded(tracker),
         dtensors_passed_on(tracker),
     ):

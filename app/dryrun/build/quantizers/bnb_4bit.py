@@ -32,15 +32,15 @@ class FourBit(BitsAndBytes):
     def packed_on_meta(self, linear: torch.nn.Module, job: Job, path: str, tracker: MemoryTracker) -> torch.nn.Module:
         """The layer with a packed weight and its quantisation state, without values."""
         state = _quant_state(shape_of(linear), job.quantization, getattr(torch, job.dtype))
-        new = _empty_layer(linear, job.quantization)
-        rows, columns = shape_of(linear)
+        new = _empty_layer(linear, job)
+        (rows, columns), storage = shape_of(linear), _storage(job)
         new.weight = bnb.nn.Params4bit(
-            torch.empty(((rows * columns + 1) // 2, 1), dtype=torch.uint8, device="meta"),
+            torch.empty(((rows * columns + 1) // (2 * storage.itemsize), 1), dtype=storage, device="meta"),
             requires_grad=False,
             quant_state=state,
             bnb_quantized=True,
             module=new,
-            **_options(job.quantization),
+            **_options(job),
         )
         new.quant_state = state
         if linear.bias is not None:
@@ -50,8 +50,8 @@ class FourBit(BitsAndBytes):
 
     def on_card(self, linear: torch.nn.Module, job: Job, weight: torch.Tensor) -> torch.nn.Module:
         """The layer that bitsandbytes makes of ``weight``."""
-        new = _empty_layer(linear, job.quantization)
-        packed = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **_options(job.quantization))
+        new = _empty_layer(linear, job)
+        packed = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **_options(job))
         new.weight = packed.to(weight.device)
         if linear.bias is not None:
             new.bias = linear.bias
@@ -63,16 +63,30 @@ class FourBit(BitsAndBytes):
         model.is_loaded_in_4bit = True
 
 
-def _options(quantization: Quantization) -> dict[str, Any]:
-    return {"compress_statistics": quantization.double_quant, "quant_type": quantization.type}
+def _options(job: Job) -> dict[str, Any]:
+    quantization = job.quantization
+    return {
+        "compress_statistics": quantization.double_quant,
+        "quant_type": quantization.type,
+        "quant_storage": _storage(job),
+    }
 
 
-def _empty_layer(linear: torch.nn.Module, quantization: Quantization) -> bnb.nn.Linear4bit:
+def _storage(job: Job) -> torch.dtype:
+    """The dtype of packed weights (``bnb_4bit_quant_storage``). FSDP shards those of a floating dtype only, so people
+    who shard set that of the model.
+
+    Source: https://huggingface.co/docs/bitsandbytes/main/en/fsdp_qlora
+    """
+    return getattr(torch, job.dtype) if job.strategy == "fsdp2" else torch.uint8
+
+
+def _empty_layer(linear: torch.nn.Module, job: Job) -> bnb.nn.Linear4bit:
     """A ``Linear4bit`` in the place of ``linear``, its weight not made yet."""
     rows, columns = shape_of(linear)
-    compute = getattr(torch, quantization.compute_dtype)
+    compute = getattr(torch, job.quantization.compute_dtype)
     bias = linear.bias is not None
-    return bnb.nn.Linear4bit(columns, rows, bias, compute_dtype=compute, device="meta", **_options(quantization))
+    return bnb.nn.Linear4bit(columns, rows, bias, compute_dtype=compute, device="meta", **_options(job))
 
 
 def _quant_state(shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype) -> QuantState:
