@@ -33,9 +33,11 @@ def links():
 def test_a_link_names_the_pinned_tag_and_a_line_that_has_the_name(repository, tag, path, line, names):
     """Lines of PyTorch are checked by hand against its 2.11.0 wheel: another version is installed."""
     assert tag == PINNED_TAGS[repository]
-    package = repository.partition("/")[2]
+    package = repository.partition("/")[2].lower()
     if package == "pytorch" or not path.endswith(".py"):
         return
+    if package == "deepspeed" and find_spec(package) is None:
+        pytest.skip("deepspeed is not installed")
     assert version(package) == tag.removeprefix("v"), "the pinned tag is not the installed version"
     file = Path(find_spec(package).origin).parents[1] / path.removeprefix(PREFIXES.get(repository, ""))
     lines = file.read_text().splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import importlib
+import importlib.util
 import logging
 import os
 import subprocess
@@ -65,6 +66,8 @@ def traced(fields: dict) -> bytes:
 def places(patch: sandbox.Patch) -> list[tuple]:
     """The modules or classes that have, or could have, the name of a row."""
     owner, _, name = patch.target.rpartition(".")
+    if importlib.util.find_spec(owner.partition(".")[0]) is None:
+        return []
     if "*" not in owner:
         holder = resolve(owner)
         return (

@@ -211,10 +211,15 @@ class Autocast(TorchFunctionMode):
     def _backward(self, loss, gradient=None, **_):
         """``Tensor.backward`` under this mode, so that a checkpoint's recompute is cast too."""
         with self:
-            gradient = torch.ones_like(loss) if gradient is None else gradient
-            torch.autograd.Variable._execution_engine.run_backward(
-                (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
-            )
+            run_backward(loss, gradient)
+
+
+def run_backward(loss: torch.Tensor, gradient: torch.Tensor | None = None, **_) -> None:
+    """``Tensor.backward``, with the modes that are entered: a tensor's own method leaves the topmost."""
+    gradient = torch.ones_like(loss) if gradient is None else gradient
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _any_float32(values) -> bool:

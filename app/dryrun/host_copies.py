@@ -19,12 +19,17 @@ aten = torch.ops.aten
 READERS = (
     *("/transformers/trainer", "/trl/trainer/", "/trl/experimental/", "/accelerate/"),
     *("/optimi/", "/grokadamw/", "/lomo_optim/", "/schedulefree/", "/galore_torch/", "/apollo_torch/"),
-    *("/liger_kernel/", "/transformers/utils/generic"),
+    *("/liger_kernel/", "/transformers/utils/generic", "/deepspeed/"),
     "/bitsandbytes/functional",  # the offset of nested constants, for a state dict
 )
 """Parts of the paths of the packages that read values for their log, or for a step that allocates the same anyhow."""
-ANSWERS = {"Trainer._run_epoch": False}
-"""What is told of a boolean that is not true: "is the loss no number?"."""
+ANSWERS = {
+    "Trainer._run_epoch": False,
+    "DeepSpeedZeroOptimizer.has_overflow": False,
+    "DeepSpeedZeroOptimizer_Stage3.has_overflow": False,
+    "is_invalid_grad_norm": False,
+}
+"""What is told of a boolean that is not true: "is the loss no number?", "is a gradient?"."""
 PARKING = frozenset(
     {
         aten.empty_like.default,
@@ -61,6 +66,11 @@ def answer_to(name: str, tensor: torch.Tensor) -> bool | int | float:
 def is_fetched(args, kwargs) -> bool:
     """Whether ``aten._to_copy`` takes a tensor without values to the host."""
     return str(kwargs.get("device")) == "cpu" and args[0].device.type == "meta"
+
+
+def is_kept_on_host(args) -> bool:
+    """Whether ``aten.copy_`` writes a tensor without values into one of the host, which keeps its own."""
+    return args[0].device.type == "cpu" and args[1].device.type == "meta"
 
 
 def ones_for(tensor: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,10 @@ _MADE_HERE = "TRL makes models for itself; here they are made without weights, a
 _SCRIPT = "in the process of vramplan run, cuda is the dry card"
 _NO_CHECKPOINT = "the weights of a script's model are not read"
 _RANKS = "one rank of many runs in one process, its tensors on the meta device"
+_COMPILED = "builds kernels with a compiler; they update what exists"
+_HOOKS = "compares devices that a hook sees, which the modes that name cards are not asked for in a forward pass"
+_DEEPSPEED = "deepspeed 0.19"
+_ASKED_FOR = "a package of its own, which ZeRO asks for"
 _OFFLOADING = "activation offloading asks for streams and addresses, which only a card has"
 
 PATCHES = (
@@ -188,7 +192,7 @@ PATCHES = (
     ),
     Patch("accelerate.accelerator.is_bf16_available", _ONE_CARD, _ACCELERATE),
     Patch("accelerate.accelerator.get_grad_scaler", "a scaler for CUDA switches itself off without it", _ACCELERATE),
-    Patch("accelerate.utils.memory.clear_device_cache", _CACHE, _ACCELERATE),
+    Patch("accelerate.utils.*.clear_device_cache", _CACHE, _ACCELERATE),
     Patch("accelerate.state.PartialState._shared_state", _OWN_STATE, _ACCELERATE),
     Patch("accelerate.state.AcceleratorState._shared_state", _OWN_STATE, _ACCELERATE),
     Patch("accelerate.state.GradientState._shared_state", _OWN_STATE, _ACCELERATE),
@@ -224,6 +228,22 @@ PATCHES = (
     Patch("torch.accelerator.current_accelerator", _OFFLOADING, _TORCH),
     Patch("torch.get_device_module", _OFFLOADING, _TORCH),
     Patch("torch.storage.UntypedStorage.data_ptr", _OFFLOADING, _TORCH),
+    Patch("accelerate.state.PartialState.set_device", _RANKS, _ACCELERATE),
+    Patch("deepspeed.accelerator.real_accelerator.ds_accelerator", _RANKS, _DEEPSPEED, absent=_ASKED_FOR),
+    Patch("deepspeed.runtime.zero.*.assert_ints_same_as_other_ranks", _RANKS, _DEEPSPEED, absent=_ASKED_FOR),
+    Patch(
+        "deepspeed.runtime.engine.DeepSpeedEngine.step",
+        "tells where the optimizer's phase begins",
+        _DEEPSPEED,
+        absent=_ASKED_FOR,
+    ),
+    Patch("deepspeed.ops.adam.*_adam.*Builder", _COMPILED, _DEEPSPEED, absent=_ASKED_FOR),
+    Patch("torch.Tensor.record_stream", "takes a stream of CUDA; here every stream has done its work", _TORCH),
+    Patch("transformers.integrations.accelerate.accelerate_max_memory", _ONE_CARD, _TRANSFORMERS),
+    Patch("torch.utils.checkpoint._CheckpointFrame.check_recomputed_tensors_match", _HOOKS, _TORCH),
+    Patch("torch._C._group_tensors_by_device_and_dtype", "the meta device is one; here it stands for cards", _TORCH),
+    Patch("torch.cuda.device_count", _ONE_CARD, _TORCH),
+    Patch("torch.cuda.get_device_capability", _ONE_CARD, _TORCH),
     Patch("torch.meta", _RANKS, _TORCH, absent="the meta device has no module of its own: that is why it is set"),
     Patch(
         "torch.distributed.tensor._sharding_prop.ShardingPropagator._propagate_tensor_meta_non_cached",
@@ -357,12 +377,13 @@ class _AutogradMetaKernels:
 
 
 class _Silence:
-    """The change of a library's own log handlers that drops what the library writes below the level error in the
-    tracing thread."""
+    """The change of a library's own log handlers, or of the one that serves who has none, that drops what the library
+    writes below the level error in the tracing thread."""
 
     def __init__(self, library: str):
         self.library = library
-        self.handlers = [*logging.getLogger(library).handlers]
+        own = logging.getLogger(library).handlers
+        self.handlers = [*own, *([logging.lastResort] if logging.lastResort and not own else [])]
 
     def apply(self) -> None:
         for handler in self.handlers:
@@ -470,6 +491,15 @@ def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
 def environment(**variables: str) -> Iterator[None]:
     """Environment variables; those and the seeds that libraries set meanwhile are taken back."""
     with changed(_ProcessState(variables)):
+        yield
+
+
+@contextmanager
+def silenced(*libraries: str) -> Iterator[None]:
+    """What these libraries log below the level error is dropped, in the tracing thread."""
+    with ExitStack() as undo:
+        for library in libraries:
+            undo.enter_context(changed(_Silence(library)))
         yield
 
 
@@ -594,7 +624,7 @@ def importing_bitsandbytes() -> Iterator[None]:
     level = logger.level
     with (
         locked(),
-        replaced(torch, "compile", functools.partial(_compile_later, torch.compile)),
+        compiling_later(),
         replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
     ):
         try:
@@ -602,6 +632,13 @@ def importing_bitsandbytes() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+@contextmanager
+def compiling_later() -> Iterator[None]:
+    """While a library is imported, what it compiles is compiled when it is first called."""
+    with replaced(torch, "compile", functools.partial(_compile_later, torch.compile)):
+        yield
 
 
 def _compile_later(compile: Callable, function: Callable, **options: Any) -> Callable:

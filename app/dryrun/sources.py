@@ -12,5 +12,6 @@ PINNED_TAGS = {
     "huggingface/trl": "v1.16.0",
     "huggingface/accelerate": "v1.15.0",
     "bitsandbytes-foundation/bitsandbytes": "0.50.2",
+    "deepspeedai/DeepSpeed": "v0.19.8",
 }
 """Repository on GitHub to the one tag that links name."""

@@ -21,6 +21,7 @@ from ..memory.sizes import SYMBOLS
 from ..memory.table import Table, with_costs
 from ..memory.template import TraceTemplate
 from ..progress import say
+from ..registry.strategies import STRATEGIES
 from . import layer_weights as layers
 from .build import prequantized as stored
 from .build.model import base_of
@@ -32,7 +33,7 @@ from .diagnose import explain_stack_errors
 from .images import images_of
 from .known_values import Images, KnownValues
 from .parallel import strategy_of
-from .repeat_layers import folded_log
+from .repeat_layers import copied, folded_log
 from .steps.data_rows import PARTS
 from .steps.dry_run import dry_run
 from .steps.trainer_arguments import without_effect
@@ -120,7 +121,8 @@ def trace(
     if ignored := without_effect(job):
         warnings.append(f"these trainer_args change no memory of a step, and are left out: {', '.join(ignored)}")
     warnings += [_HALVES.format(name) for name in PARTS if job.trainer_args.get(name)]
-    symbols = _symbols(job, conditions) if general and images is None and not job.knows_values else {}
+    one_run = general and images is None and not job.knows_values and strategy_of(job).repeats_layers
+    symbols = _symbols(job, conditions) if one_run else {}
     if symbols:
         _check_length(job.model_copy(update=symbols), base.config, task)
     trace_log, values = with_values(
@@ -131,7 +133,7 @@ def trace(
     warnings += _kernel_warnings(job, task, facts["attention"], trace_log)
     table = Table.of(with_costs(rows, trace_log, FORWARD_OTHER_CHECKPOINTING, job.gradient_checkpointing != "off"))
     trace_log = trace_log.before_phase(FORWARD_OTHER_CHECKPOINTING)
-    facts |= _facts_of_ranks(base, job)
+    facts |= _facts_of_ranks(base, job, trace_log.host)
     facts["trainable_parameters"] = _trainable(trace_log, job)
     facts["optimizer_state"] = _state_bytes(trace_log, job)
     if not symbols or values is not None:
@@ -139,11 +141,16 @@ def trace(
     return Profile(TraceTemplate.of(trace_log, conditions), facts, table, warnings, (*point_of(job), multiprocessors))
 
 
-def _facts_of_ranks(base, job: Job) -> dict:
-    """How the ranks of a job on many cards differ, and what its host holds; nothing for one card."""
-    strategy = strategy_of(job)
+def _facts_of_ranks(base, job: Job, counted: dict[str, int]) -> dict:
+    """How the ranks of a job on many cards differ, and what a node's memory holds; nothing for one card.
+
+    ``counted``: what the rank that ran has there.
+    """
+    strategy, processes = strategy_of(job), job.gpu_count // job.nodes
     classes, host = strategy.rank_classes(base), strategy.host_bytes(base)
     ranks = {"rank_classes": [[row.name, row.first, row.last] for row in classes]} if classes else {}
+    for name, size in counted.items():
+        host[name] = max(host.get(name, 0), size if STRATEGIES[job.strategy].one_process else size * processes)
     return ranks | ({"host": host} if host else {})
 
 
@@ -220,13 +227,16 @@ def _trace_log(
 
     trains, steps = job.method != "inference", strategy_of(job).steps
     generates = trains and job.trainer == "trl" and job.goal.generates
-    other = trains and model.supports_gradient_checkpointing and not generates
+    whole = not strategy_of(job).repeats_layers
+    other = trains and model.supports_gradient_checkpointing and not generates and not whole
     copies = ("", REFERENCE) if trains and job.states_rows and job.method == "full" else ("",)
 
     def trace_log(tokens: int) -> TraceColumns:
         def run(variant: Job) -> Callable[[torch.nn.Module], TraceLog]:
             return lambda short: dry_run(short, variant, task, card, steps, other, values, tokens, rank)
 
+        if whole:
+            return run(job)(copied(model)).columns()
         general = run(job.model_copy(update=symbols)) if symbols else None
         return folded_log(model, run(job), names, general, copies).columns()
 

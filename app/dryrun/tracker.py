@@ -30,8 +30,9 @@ from . import meta_kernels as native  # noqa: F401  (native: shape functions in 
 from .cuda import host_reads
 from .cuda.card_facts import Card
 from .cuda.registry import KERNELS
-from .host_copies import PARKING, PinnedMemory, answer_to, is_fetched, ones_for, reader
+from .host_copies import PARKING, PinnedMemory, answer_to, is_fetched, is_kept_on_host, ones_for, reader
 from .known_values import Images, KnownValues, kept_in_memory
+from .places import HOST, Place, Places
 from .sandbox import is_tracing, replaced
 from .symbols import size_of
 
@@ -67,9 +68,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 class _Watch(weakref.ref):
     """A weak reference to a storage: ``id`` is its address in C++, ``key`` that of its latest allocation, which is
-    ``freed`` where it was resized to nothing."""
+    ``freed`` where it was resized to nothing. ``place`` is where it lies; only at one place allocations are recorded,
+    else ``key`` is None and ``size`` its bytes, ``pinned`` or not.
+    """
 
-    __slots__ = ("key", "id", "freed")
+    __slots__ = ("key", "id", "freed", "place", "size", "pinned")
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -127,6 +130,7 @@ class MemoryTracker(TorchDispatchMode):
         self.stream = 0
         self.passed_on: tuple[type, ...] = ()
         self.on_host = False
+        self.places: Places | None = None
 
     def __enter__(self):
         if not is_tracing():
@@ -258,8 +262,14 @@ class MemoryTracker(TorchDispatchMode):
 
     # --- entries --------------------------------------------------------------------------------------------
 
-    def record_alloc(self, size: int, fqn: str, kind: str, op: str) -> int:
-        """Record an allocation of ``size`` bytes. Returns its key, for :meth:`record_free`."""
+    def record_alloc(self, size: int, fqn: str, kind: str, op: str) -> int | None:
+        """Record an allocation of ``size`` bytes. Returns its key, for :meth:`record_free`; None: the module is loaded
+        to another place."""
+        if self.places is not None and not self.step and self.places.place_for((), fqn) != self.places.here:
+            return None
+        return self._append(size, fqn, kind, op)
+
+    def _append(self, size: int, fqn: str, kind: str, op: str) -> int:
         trace_log = self.trace_log
         key = len(trace_log.allocations)
         trace_log.allocations.append(Allocation(size_of(size), fqn, kind, self.phase, op, self.stream))
@@ -270,13 +280,16 @@ class MemoryTracker(TorchDispatchMode):
     def close(self) -> TraceLog:
         """Stop recording. Frees after this belong to the end of the dry run, not to the job."""
         self._closed = True
+        if self.places is not None:
+            self.places.host.take()
+            self.trace_log.host = dict(self.places.host.most)
         if self.fault is not None:
             raise self.fault
         return self.trace_log
 
-    def record_free(self, key: int) -> None:
+    def record_free(self, key: int | None) -> None:
         """Record that the allocation of this key is freed."""
-        if self._closed:
+        if self._closed or key is None:
             return
         trace_log = self.trace_log
         trace_log.events.append(~key)
@@ -290,7 +303,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def register_existing(self, tensor: torch.Tensor, fqn: str, kind: str) -> None:
         """Record the allocation of a tensor that exists already: a parameter, a buffer, a batch."""
-        storage = tensor.untyped_storage()
+        storage = local_of(tensor).untyped_storage()
         if storage._cdata not in self._watched and storage.nbytes() and not self.on_host:
             self._watch(storage, fqn, kind, "place")
         self._owner.setdefault(storage._cdata, fqn)
@@ -312,6 +325,21 @@ class MemoryTracker(TorchDispatchMode):
         """The key of the allocation of ``tensor``; None where there is none."""
         watch = self._watched.get(local_of(tensor).untyped_storage()._cdata)
         return None if watch is None else watch.key
+
+    def place_of(self, tensor: torch.Tensor) -> Place | None:
+        """Where a tensor's storage lies; None: it is not known, or has no place."""
+        watch = self._watched.get(tensor.untyped_storage()._cdata)
+        return None if watch is None else watch.place
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same tensor, which lies in pinned memory of the host from now on."""
+        watch = self._watched.get(tensor.untyped_storage()._cdata)
+        if watch is not None and watch.place == HOST and not watch.pinned:
+            size = watch.size
+            self._count_on_host(watch, 0)
+            watch.pinned = True
+            self._count_on_host(watch, size)
+        return tensor
 
     def reclassify(self, tensor: torch.Tensor, kind: str, fqn: str | None = None) -> None:
         """Say what an allocation turned out to be: a gradient, an optimiser state, an input."""
@@ -335,25 +363,42 @@ class MemoryTracker(TorchDispatchMode):
                 fqn = self.current_fqn
                 self._watch(storage, fqn, self.kind_at(fqn), "resize_")
             return
+        if watch.key is None:
+            self._count_on_host(watch, storage.nbytes())
+            return
         before = self.trace_log.allocations[watch.key]
         if not watch.freed:
             self.record_free(watch.key)
         watch.freed = not storage.nbytes()
         if not watch.freed:
-            watch.key = self.record_alloc(storage.nbytes(), before.fqn, before.kind, "resize_")
+            watch.key = self._append(storage.nbytes(), before.fqn, before.kind, "resize_")
 
-    def _watch(self, storage, fqn: str, kind: str, op: str) -> None:
+    def _count_on_host(self, watch: _Watch, size: int) -> None:
+        """What lies at another place takes ``size`` bytes from now on."""
+        if watch.place == HOST:
+            self.places.host.add("pinned" if watch.pinned else "pageable", size - watch.size, not self.step)
+        watch.size = size
+
+    def _watch(self, storage, fqn: str, kind: str, op: str, args=()) -> None:
         identity = storage._cdata
         watch = _Watch(storage, self._storage_freed)
-        watch.id = identity
-        watch.key, watch.freed = self.record_alloc(storage.nbytes(), fqn, kind, op), False
+        watch.id, watch.freed, watch.pinned = identity, False, False
+        watch.place = 0 if self.places is None else self.places.place_for(args, fqn)
+        watch.key, watch.size = None, 0
+        if self.places is None or watch.place == self.places.here:
+            watch.key = self._append(storage.nbytes(), fqn, kind, op)
+        else:
+            self._count_on_host(watch, storage.nbytes())
+        self._watched[identity] = watch
         self._watched[identity] = watch
 
     def _storage_freed(self, watch: _Watch) -> None:
         if self._watched.get(watch.id) is watch:
             del self._watched[watch.id]
             self._owner.pop(watch.id, None)
-        if not watch.freed:
+        if watch.key is None:
+            self._count_on_host(watch, 0)
+        elif not watch.freed:
             self.record_free(watch.key)
 
     # --- the dispatcher -------------------------------------------------------------------------------------
@@ -371,6 +416,9 @@ class MemoryTracker(TorchDispatchMode):
                     return self._run(func, args, kwargs or {})
             if self.values is not None:
                 return self.values.propagate(func, args, kwargs or {}, self._run)
+            if self.places is not None:
+                with torch._C.DisableTorchFunction():  # in here a tensor's device is that of PyTorch
+                    return self._run(func, args, kwargs or {})
             return self._run(func, args, kwargs or {})
         except Exception as error:
             self._keep_if_ours(error)
@@ -396,6 +444,8 @@ class MemoryTracker(TorchDispatchMode):
             if reader() is None:
                 raise DataDependent(_caller())
             return True
+        if func is torch.ops.aten.copy_.default and is_kept_on_host(args):
+            return args[0]
         current_fqn = self._current_fqn()
         self._site = current_fqn
         if self._stack or not self.in_backward:  # a reentrant checkpoint's recompute makes nodes too
@@ -403,7 +453,7 @@ class MemoryTracker(TorchDispatchMode):
             numbers.append(_sequence_number())
             fqns.append(current_fqn or "")
         special = KERNELS.get(func)
-        if special is not None:
+        if special is not None and (self.places is None or self.places.place_for(args) == self.places.here):
             return special(self, func, args, kwargs, current_fqn or "")
         out = func(*args, **kwargs)
         self.record_outputs(out, func, args, current_fqn)
@@ -429,9 +479,9 @@ class MemoryTracker(TorchDispatchMode):
             current_fqn = self._owned_by(args, index)
             self._owner[storage._cdata] = current_fqn
             from_host = args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu" and args[0].dim()
-            self._watch(storage, current_fqn, "inputs" if from_host else self._kind, func.__name__)
+            self._watch(storage, current_fqn, "inputs" if from_host else self._kind, func.__name__, args)
             return
-        self._watch(storage, current_fqn, self.kind_at(current_fqn), func.__name__)
+        self._watch(storage, current_fqn, self.kind_at(current_fqn), func.__name__, args)
 
     def _owned_by(self, args, index: int) -> str:
         """The fqn of an operator outside modules (optimiser, clipping): that of its parameter, gradient or state."""

@@ -81,13 +81,15 @@ class TraceLog:
     """The events of one run, in order, entry by entry.
 
     ``events[i]`` is ``k`` where ``allocations[k]`` is allocated and ``~k`` where it is freed. ``event_fqns[i]`` is the
-    module in which event ``i`` happened: for a free not always the one that allocated.
+    module in which event ``i`` happened: for a free not always the one that allocated. ``host``: the most bytes that
+    the process has in the host's memory, as far as they are counted: load, pageable and pinned.
     """
 
     allocations: list[Allocation] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     event_fqns: list[str] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    host: dict[str, int] = field(default_factory=dict)
 
     def columns(self) -> TraceColumns:
         """The same as arrays, without ``event_fqns``."""
@@ -98,7 +100,7 @@ class TraceLog:
         kind = np.fromiter((KINDS.index(entry.kind) for entry in entries), np.int8, len(entries))
         stream = np.fromiter((entry.stream for entry in entries), np.uint8, len(entries))
         events = np.array(self.events, np.int32)
-        return TraceColumns(events, size, fqn, kind, op, stream, sizes, fqns, ops, list(self.marks))
+        return TraceColumns(events, size, fqn, kind, op, stream, sizes, fqns, ops, list(self.marks), self.host)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +109,7 @@ class TraceColumns:
 
     ``events`` (int32) are the log's. ``size``, ``fqn``, ``op`` (int32) and ``kind`` (int8) have one entry for each
     allocation: its index in ``sizes`` (bytes), ``fqns``, ``ops`` and :data:`KINDS`; ``stream`` (uint8) its stream.
+    ``host`` is the log's.
     """
 
     events: npt.NDArray[np.int32]
@@ -119,6 +122,7 @@ class TraceColumns:
     fqns: Sequence[str]
     ops: Sequence[str]
     marks: Sequence[Mark]
+    host: dict[str, int] = field(default_factory=dict)
 
     def keys_of(self, kind: str, op: str | None = None) -> npt.NDArray[np.int_]:
         """The allocations of a kind, in ascending order; with ``op`` those that this operator made."""

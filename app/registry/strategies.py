@@ -33,11 +33,11 @@ STRATEGIES: dict[str, Strategy] = {
     "single": Strategy(one_process=True),
     "ddp": Strategy(".ddp:Ddp", options=("ddp",), communicators=1),
     "fsdp2": Strategy(".fsdp2:Fsdp2", options=("fsdp",), communicators=1),
-    "zero1": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),
-    "zero2": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),
-    "zero3": Strategy(options=("deepspeed",), communicators=2, **_NOT_YET),
-    "tensor-parallel": Strategy(communicators=1, **_NOT_YET),
-    "device-map": Strategy(options=("device_map", "max_memory"), one_process=True, **_NOT_YET),
+    "zero1": Strategy(".zero:Zero", ("deepspeed",), communicators=2),
+    "zero2": Strategy(".zero:Zero", ("deepspeed",), communicators=2),
+    "zero3": Strategy(".zero:Zero", ("deepspeed",), communicators=2),
+    "tensor-parallel": Strategy(".tensor_parallel:TensorParallel", communicators=1),
+    "device-map": Strategy(".device_map:DeviceMap", ("device_map", "max_memory"), one_process=True),
 }
 """By the name that a job gives it."""
 

@@ -16,6 +16,7 @@ import torch
 from ...job import Job
 from ...registry import load
 from ...registry.strategies import STRATEGIES
+from ..build.loading import MetaWeights
 from ..tracker import MemoryTracker
 
 
@@ -39,6 +40,8 @@ class RankStrategy:
 
     steps = 2
     """How many steps are run: the last one is what the steps after it are, too."""
+    repeats_layers = True
+    """Whether what a layer does is what the layers like it do: else all are run."""
 
     def __init__(self, job: Job, rank: int = 0):
         self.job, self.rank = job, rank
@@ -47,6 +50,10 @@ class RankStrategy:
     def environment(self, tracker: MemoryTracker) -> Iterator[None]:
         """What others' code finds while the whole dry run lasts: a process group, streams, a launcher's variables."""
         yield
+
+    def weights(self, model: torch.nn.Module, tracker: MemoryTracker) -> MetaWeights:
+        """Where the weights of the bare ``model`` come to lie while it is loaded."""
+        return MetaWeights()
 
     def wrap(self, model: torch.nn.Module, tracker: MemoryTracker) -> torch.nn.Module:
         """The model that lies on the card as this rank's loop is given it. A hosted trainer wraps it by itself."""

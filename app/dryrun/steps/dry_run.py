@@ -12,7 +12,7 @@ from ...job import Job
 from ...memory.events import TraceLog
 from ...registry.optimizers import JOIN, optimizer_of
 from ..autocast import Autocast
-from ..build.loading import MetaWeights, load
+from ..build.loading import load
 from ..cuda.as_if_cuda import as_if_cuda
 from ..cuda.card_facts import Card
 from ..cuda.flex_attention import compiled_flex_attention
@@ -52,7 +52,7 @@ def dry_run(
         _attention_of(job),
         strategy.environment(tracker),
     ):
-        model = load(model, job, task, tracker, MetaWeights())
+        model = load(model, job, task, tracker, strategy.weights(model, tracker))
         mode = tracker.autocast
         scans = TokenLoops(tracker, tokens)
         with (

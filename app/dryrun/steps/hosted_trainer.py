@@ -161,7 +161,7 @@ class OnMeta(Watched):
         process["device"] = torch.device("cuda")
         super().create_accelerator_and_postprocess()
         process["device"] = accelerator["device"] = device
-        self.accelerator.device_placement = False  # what there is lies on the card
+        self.accelerator.device_placement = self.observer.places is not None  # else what there is lies on the card
         self.accelerator.backward = self._observed(self.accelerator.backward)
 
     def _observed(self, backward: Callable) -> Callable:
@@ -177,14 +177,18 @@ class OnMeta(Watched):
         return run
 
     def _move_model_to_device(self, model, device) -> None:
-        """It lies there."""
+        """It lies there, unless there are several places."""
+        if self.observer.places is not None:
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self):
         """Batches that lie on the card when they are fetched: where the job states rows, those of the trainer's own
         loader and collator; else their sizes may be symbols, and no loader makes them."""
         if self.job.states_rows:
             return self._on_card(super().get_train_dataloader)
-        return _Loader(lambda: make_batch(self.observer, self.model, self.job, self.task), 1 << 20)
+        rows = self.job.batch_size * max(1, self.args.n_gpu)
+        job = self.job.model_copy(update={"batch_size": rows})
+        return _Loader(lambda: make_batch(self.observer, self.model, job, self.task), 1 << 20)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """The same for an evaluation."""

@@ -43,7 +43,7 @@ def as_one_card(observer: StepObserver, job: Job) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         undo.callback(setattr, empty_triton.Kernel, "values", before)
         empty_triton.Kernel.values = observer.values
-        undo.enter_context(sandbox.environment(ACCELERATE_TORCH_DEVICE=observer.device))
+        undo.enter_context(sandbox.environment(ACCELERATE_TORCH_DEVICE=observer.device, DS_ACCELERATOR="cpu"))
         for holder, name, value in (
             *_for_trainers(observer),
             *(_for_trl() if trl else ()),
@@ -132,6 +132,11 @@ def _for_apollo() -> Iterator[tuple[Any, str, Any]]:
         )
 
 
+def cards_seen(observer: StepObserver) -> int:
+    """How many cards a trainer's process finds. It takes a batch for each, unless the model lies on several."""
+    return 1 if observer.places is None else max(observer.places.cards, 1)
+
+
 def _set_device(observer: StepObserver) -> Callable:
     """``PartialState.set_device`` of a process whose card is the observer's device."""
 
@@ -154,7 +159,7 @@ def _device_of(observer: StepObserver) -> property:
 
         if vars(arguments).get("distributed_state") is None:
             AcceleratorState._reset_state(reset_partial_state=True)
-            arguments.distributed_state, arguments._n_gpu = PartialState(), 1
+            arguments.distributed_state, arguments._n_gpu = PartialState(), cards_seen(observer)
         return torch.device(observer.device)
 
     return property(setup)
