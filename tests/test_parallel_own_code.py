@@ -163,6 +163,15 @@ def test_a_map_names_every_card_and_the_host_holds_the_rest():
     assert one["parts"]["weights"] < both["parts"]["weights"] * 2
 
 
+def test_what_a_card_does_not_hold_is_left_to_the_host():
+    """Where the job names no ``max_memory``, the card's own counts, of which transformers leaves a tenth."""
+    job = {**JOB, "gpu_count": 1, "method": "inference", "new_tokens": 2, "strategy": "device-map"}
+    small = {"name": "small", "memory_bytes": 600 << 20, "like": "a100-40gb"}
+    wide = {**LLAMA, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    assert estimate({**job, "config": wide})["host"]["load"] == 0
+    assert estimate({**job, "config": wide, "gpu": small})["host"]["load"] > 0
+
+
 def test_a_tensor_moves_and_its_gradient_comes_back(sandbox):
     tracker = MemoryTracker(Card())
     with Places(tracker, 1, 2) as places, tracker:

@@ -31,6 +31,10 @@ def id_of(card: Gpu | OwnGpu) -> str:
     return card.name if isinstance(card, OwnGpu) else card.key
 
 
+HOST_MEMORY = 1 << 50
+"""Bytes that a host is taken to have, where the job does not say."""
+
+
 def usable(card: Gpu | OwnGpu) -> int:
     """Bytes of the card that PyTorch sees."""
     return card.memory_bytes if isinstance(card, OwnGpu) else card.total_memory
@@ -50,6 +54,23 @@ def outside_of(card: Gpu | OwnGpu, job: Job | None = None) -> Context:
     if job is None:
         return alone
     return with_communicators(alone, job.gpu_count, STRATEGIES[job.strategy].communicators)
+
+
+def with_card_memory(job: Job, card: Gpu | OwnGpu) -> Job:
+    """A job whose ``device_map`` is found by the memory of the cards: what is free of them where it does not say, as
+    accelerate asks the driver. Of a single card transformers leaves a tenth.
+
+    Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/integrations/accelerate.py#L240
+    ``get_balanced_memory``.
+    """
+    named = job.device_map or "auto"
+    if job.strategy != "device-map" or job.max_memory is not None or not isinstance(named, str):
+        return job
+    free = usable(card) - outside_of(card, job).expected - job.reserve
+    if job.gpu_count == 1 and named != "sequential":
+        free = free * 9 // 10
+    cards = {str(number): max(free, 0) for number in range(job.gpu_count)}
+    return job.model_copy(update={"max_memory": cards | {"cpu": HOST_MEMORY}})
 
 
 def budget_on(card: Gpu | OwnGpu, reserve: int, workspace: int, job: Job | None = None) -> MemoryBudget:

@@ -19,7 +19,7 @@ from ..memory.sizes import ShapePoint
 from ..memory.summary import MemorySummary, Phase
 from ..memory.template import ConcreteTrace
 from . import fault_reports
-from .cards import MEASURED_KERNELS, budget_on, id_of, known, usable
+from .cards import MEASURED_KERNELS, budget_on, id_of, known, usable, with_card_memory
 from .profile_cache import concrete_at, fits_under, merge_and_save_of, profile_of, summary_of
 from .resolve import (
     DEFAULT_GPU,
@@ -114,7 +114,7 @@ def plan_job(job: Job) -> PlannedJob:
     refuse_unplanned(job)
     card = card_of(job)
     config, source = config_of(job)
-    job = job.resolved(config)
+    job = with_card_memory(job.resolved(config), card)
     try:
         planned = PlannedJob(job, card, config, source, profile_of(job, config, card))
         return planned if job.strategy == "single" else _worst_rank(planned)

@@ -74,7 +74,7 @@ class DeviceMap(RankStrategy):
             if quantizer is not None:
                 quantizer.preprocess_model(model=bare, dtype=bare.dtype, device_map=given, checkpoint_files=[])
             memory = None if self.job.max_memory is None else _with_numbers(self.job.max_memory)
-            with replaced(dispatching, "accelerate_max_memory", self._max_memory):
+            with silenced("accelerate"), replaced(dispatching, "accelerate_max_memory", self._max_memory):
                 found = dispatching._get_device_map(bare, given, memory, quantizer)
             if quantizer is not None:
                 _refuse_outside(found)
