@@ -123,6 +123,8 @@ class MemoryTracker(TorchDispatchMode):
         self._site: str | None = None
         self._cast_in_forward: dict[int, bool] = {}
         self.library_workspaces: set[tuple[str, int, str]] = set()
+        self._workspaces_elsewhere: set[tuple[str, int, str]] = set()
+        self._muted = False
         self.forwards_left: int | None = None
         self.fault: OurFault | None = None
         self._closed = False
@@ -265,6 +267,8 @@ class MemoryTracker(TorchDispatchMode):
     def record_alloc(self, size: int, fqn: str, kind: str, op: str) -> int | None:
         """Record an allocation of ``size`` bytes. Returns its key, for :meth:`record_free`; None: the module is loaded
         to another place."""
+        if self._muted:
+            return None
         if self.places is not None and not self.step and self.places.place_for((), fqn) != self.places.here:
             return None
         return self._append(size, fqn, kind, op)
@@ -453,11 +457,24 @@ class MemoryTracker(TorchDispatchMode):
             numbers.append(_sequence_number())
             fqns.append(current_fqn or "")
         special = KERNELS.get(func)
-        if special is not None and (self.places is None or self.places.place_for(args) == self.places.here):
-            return special(self, func, args, kwargs, current_fqn or "")
+        if special is not None:
+            with self._elsewhere(args):
+                return special(self, func, args, kwargs, current_fqn or "")
         out = func(*args, **kwargs)
         self.record_outputs(out, func, args, current_fqn)
         return out
+
+    @contextmanager
+    def _elsewhere(self, args):
+        """What a kernel takes beside its outputs is not recorded where it runs on another card, or on the host."""
+        if self.places is None or self.places.place_for(args) == self.places.here:
+            yield
+            return
+        before, self._muted, self.library_workspaces = self.library_workspaces, True, self._workspaces_elsewhere
+        try:
+            yield
+        finally:
+            self._muted, self.library_workspaces = False, before
 
     def record_outputs(self, out, func, args, current_fqn: str | None) -> None:
         """Record the storages of ``out`` that are new."""
