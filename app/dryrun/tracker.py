@@ -418,12 +418,10 @@ class MemoryTracker(TorchDispatchMode):
             if self.symbolic:
                 with enable_python_dispatcher():
                     return self._run(func, args, kwargs or {})
-            if self.values is not None:
-                return self.values.propagate(func, args, kwargs or {}, self._run)
-            if self.places is not None:
-                with torch._C.DisableTorchFunction():  # in here a tensor's device is that of PyTorch
-                    return self._run(func, args, kwargs or {})
-            return self._run(func, args, kwargs or {})
+            with nullcontext() if self.places is None else torch._C.DisableTorchFunction():
+                if self.values is not None:  # in here a tensor's device is that of PyTorch
+                    return self.values.propagate(func, args, kwargs or {}, self._run)
+                return self._run(func, args, kwargs or {})
         except Exception as error:
             self._keep_if_ours(error)
             raise
