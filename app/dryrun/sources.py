@@ -13,5 +13,8 @@ PINNED_TAGS = {
     "huggingface/accelerate": "v1.15.0",
     "bitsandbytes-foundation/bitsandbytes": "0.50.2",
     "deepspeedai/DeepSpeed": "v0.19.8",
+    "vllm-project/vllm": "v0.33.0",
+    "sgl-project/sglang": "v0.5.23",
+    "ggml-org/llama.cpp": "007dbbf3fd17eefe9b47fee45f48f7ba5e62b714",
 }
 """Repository on GitHub to the one tag that links name."""

@@ -5,7 +5,7 @@ It places weights layer by layer, makes a cache of a fixed number of cells, and 
 layers on the host, until ``--fit-target`` MiB stay free.
 
 Source: https://github.com/ggml-org/llama.cpp/pull/16653 ``common/fit.cpp``.
-https://github.com/ggml-org/llama.cpp/blob/master/src/llama-kv-cache-iswa.cpp
+https://github.com/ggml-org/llama.cpp/blob/007dbbf3fd17eefe9b47fee45f48f7ba5e62b714/src/llama-kv-cache-iswa.cpp
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The flags of ``llama-server``, as its README has them, and what of them the plan reads.
 
-Source: https://github.com/ggml-org/llama.cpp/blob/00dc8057ab28c9cb4c79a6dd6dfce07fe779f63b/tools/server/README.md
+Source: llama.cpp's tools/server/README.md of commit 00dc8057
 """
 
 from __future__ import annotations

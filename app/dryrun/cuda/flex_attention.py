@@ -3,7 +3,7 @@
 Compiled, it makes no scores. A kernel of Triton writes the output and two rows of statistics; another one the three
 gradients. Masks are of blocks of 128 by 128.
 
-Source: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_attention.py#L360
+Source: https://github.com/pytorch/pytorch/blob/v2.11.0/torch/_inductor/kernel/flex/flex_attention.py
 ``flex_attention``, ``flex_attention_backward``.
 """
 
