@@ -12,7 +12,7 @@ from vramplan.planning.estimate import estimate
 from vramplan.registry.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
-FILES = [ROOT.parent / "shared/measured/h100-many-cards.jsonl", ROOT / "tests/measured/h100-own-many-cards.jsonl"]
+FILES = [ROOT / "tests/measured/h100-many-cards.jsonl", ROOT / "tests/measured/h100-own-many-cards.jsonl"]
 ROWS = [json.loads(line) for path in FILES if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
 PLANNED = ("ddp", "fsdp2")
 MEASURED = [row for row in ROWS if row["job"]["strategy"] in PLANNED]
