@@ -19,7 +19,7 @@ from vramplan.job import read_job
 from vramplan.planning.estimate import estimate
 
 ROOT = Path(__file__).parent.parent
-FILES = [ROOT.parent / "shared/measured/h100-many-cards.jsonl", ROOT / "tests/measured/h100-own-many-cards.jsonl"]
+FILES = [ROOT / "tests/measured/h100-many-cards.jsonl", ROOT / "tests/measured/h100-own-many-cards.jsonl"]
 ROWS = [json.loads(line) for path in FILES if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
 MEASURED = [row for row in ROWS if row["job"]["strategy"].startswith(("zero", "tensor", "device"))]
 CHEAP = (
