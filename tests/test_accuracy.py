@@ -68,7 +68,7 @@ POST_TRAINING = {
     "own-post-training": ("h100-own-post-training.jsonl", "one H100: post-training, other settings"),
 }
 """Rows of objectives, trainers' arguments, adapters, optimisers and generation: file and title by table."""
-SAMPLE = 9
+SAMPLE = 27
 """``make test`` plans every so many of these rows."""
 NOT_PLANNED = ("not modelled", "PEFT cannot adapt")
 """What an answer says that refuses a row."""
