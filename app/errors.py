@@ -37,6 +37,11 @@ class PlanError(Exception):
         return out
 
 
+class Limited(PlanError):
+    """The refusal of this machine, not of the stack: a limit of time or memory. Another machine may answer, so no store
+    keeps it."""
+
+
 class OurFault(PlanError):
     """A fault of vramplan's own, and no property of the job.
 

@@ -13,14 +13,14 @@ from multiprocessing import forkserver
 
 import anyio
 import pytest
-from vramplan.errors import OurFault, PlanError
+from vramplan.errors import Limited, OurFault, PlanError
 from vramplan.job import read_job
 from vramplan.memory.kernel_facts import KernelFacts
 from vramplan.memory.profile import Profile
 from vramplan.planning.resolve import card_of, config_of
 from vramplan.planning.tracer import InProcessTracer, request_of
 from vramplan.server.runner import RequestRunner
-from vramplan.server.trace_pool import QUEUE_LIMIT, Abandoned, Busy, RequestHandle, TracePool
+from vramplan.server.trace_pool import QUEUE_LIMIT, Abandoned, Busy, Ended, InFlightTrace, RequestHandle, TracePool
 from vramplan.usecases import solve
 
 from tests.tiny import LLAMA
@@ -101,16 +101,37 @@ def children(of: int) -> list[int]:
     return [int(pid) for pid in told.split()]
 
 
-def test_a_killed_process_is_an_error_of_its_job_alone(pool):
-    handle = RequestHandle()
+def kill_at_work(handle: RequestHandle) -> InFlightTrace:
+    """Kill the process that traces for a request, once it is at work; the trace it was running."""
+    until(lambda: handle.in_flight and handle.in_flight.doing)
+    in_flight = handle.in_flight
+    in_flight.doing = ""
+    for pid in children(forkserver._forkserver._forkserver_pid):
+        os.kill(pid, signal.SIGKILL)
+    return in_flight
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_killed_process_is_replaced_once_and_then_told_as_no_fault_of_the_job(pool, kills):
+    handle, job = RequestHandle(), request_for(**SLOW, batch_size=4 + kills)
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(pool.trace, "step", request_for(**SLOW, batch_size=4), handle)
-        until(lambda: handle.in_flight and handle.in_flight.doing)
-        for pid in children(forkserver._forkserver._forkserver_pid):
-            os.kill(pid, signal.SIGKILL)
-        with pytest.raises(PlanError, match="ended from outside"):
-            asked.result()
+        asked = threads.submit(pool.trace, "step", job, handle)
+        for _ in range(kills):
+            kill_at_work(handle)
+        if kills == 1:
+            assert Profile.load(asked.result()).facts["class"] == "LlamaForCausalLM"
+        else:
+            with pytest.raises(Ended, match="ended from outside, twice"):
+                asked.result()
     assert pool.trace("step", request_for(), RequestHandle())
+
+
+def test_a_killed_fork_server_is_replaced():
+    pool = TracePool(slots=1)
+    pool.ready()
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    assert pool.trace("step", request_for(), RequestHandle())
+    pool.close()
 
 
 def test_a_process_with_nothing_to_do_is_ended_and_a_dead_one_is_not_asked(monkeypatch):
@@ -131,11 +152,11 @@ def test_a_process_with_nothing_to_do_is_ended_and_a_dead_one_is_not_asked(monke
 
 def test_limits_of_time_and_memory(pool):
     hasty = TracePool(slots=1, seconds=0.2)
-    with pytest.raises(PlanError, match="more than 0 s"):
+    with pytest.raises(Limited, match="more than 0 s"):
         hasty.trace("step", request_for(**SLOW, batch_size=5), RequestHandle())
     hasty.close()
     poor = TracePool(slots=1, memory=1 << 20)
-    with pytest.raises(PlanError, match="MiB of this server's memory"):
+    with pytest.raises(Limited, match="MiB of this server's memory"):
         poor.trace("step", request_for(**SLOW, batch_size=6), RequestHandle())
     poor.close()
 

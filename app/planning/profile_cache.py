@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..catalog.gpus import Gpu
-from ..errors import PlanError, Unanswered
+from ..errors import Limited, PlanError, Unanswered
 from ..job import Job, OwnGpu
 from ..memory.allocator.config import AllocatorConfig
 from ..memory.fit import fits_under_limit
@@ -201,7 +201,7 @@ def _part_of(part: str, job: Job, config: dict, card: Gpu | OwnGpu) -> ConcreteT
     if known is None:
         try:
             data = tracer.get().trace(part, request)
-        except NotTraced:
+        except (NotTraced, Limited):  # of this machine at this time: nothing to remember
             raise
         except PlanError as error:
             data = packed({"refused": error.as_dict()})

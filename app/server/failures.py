@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from ..errors import OurFault, PlanError
 from ..schema import Failure
 from ..usecases import failure
-from .trace_pool import Busy
+from .trace_pool import Busy, Ended
 
 BODY_LIMIT = 4 << 20
 """Bytes of a request. A config.json has kilobytes."""
@@ -21,7 +21,10 @@ RESPONSES: dict[int | str, dict] = {
     422: {"model": Failure, "description": "The job cannot be planned, or is none."},
     413: {"model": Failure, "description": "The request is too large."},
     500: {"model": Failure, "description": "A fault of the planner."},
-    503: {"model": Failure, "description": "Too many jobs wait; Retry-After says when to come back."},
+    503: {
+        "model": Failure,
+        "description": "Too many jobs wait, or the trace was ended; Retry-After says when to come back.",
+    },
 }
 """The error responses of the endpoints that plan, as the OpenAPI document has them."""
 
@@ -35,7 +38,7 @@ class Forbidden(PlanError):
 
 def status_of(error: PlanError) -> tuple[int, dict[str, str]]:
     """The HTTP status of an error, and the headers that go with it."""
-    if isinstance(error, Busy):
+    if isinstance(error, (Busy, Ended)):
         return 503, {"retry-after": str(RETRY_SECONDS)}
     if isinstance(error, Forbidden):
         return 403, {}

@@ -21,7 +21,7 @@ from ..errors import OurFault, PlanError, Unanswered
 from ..job import Job
 from ..planning.tracer import TraceRequest, tracer
 from ..usecases import other_trainers, plan
-from .trace_pool import QUEUE_LIMIT, Abandoned, Busy, RequestHandle, TracePool
+from .trace_pool import QUEUE_LIMIT, Abandoned, Busy, Ended, RequestHandle, TracePool
 
 log = logging.getLogger("vramplan")
 THREADS = 8
@@ -42,7 +42,7 @@ class PooledTracer:
         """As :meth:`vramplan.planning.tracer.Tracer.trace`, in the pool."""
         try:
             return self.pool.trace(part, request, self.handle)
-        except (Abandoned, Busy, OurFault) as error:
+        except (Abandoned, Busy, Ended, OurFault) as error:
             raise Unanswered(error) from None
 
     def later(self, part: str, request: TraceRequest) -> None:

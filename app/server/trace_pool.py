@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 
-from ..errors import OurFault, PlanError, Unanswered
+from ..errors import Limited, OurFault, PlanError, Unanswered
 from ..job import point_of
 from ..planning import fault_reports
 from ..planning.fingerprint import NotTraced, can_trace
@@ -57,6 +57,17 @@ class Abandoned(PlanError):
 
     def __init__(self) -> None:
         super().__init__("nobody waits for this job any more", "ask again")
+
+
+class Ended(PlanError):
+    """The error of a trace whose process was ended from outside, and the second one's too. It says nothing about the
+    job, so no search takes it for an answer and no store keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the process that ran this job was ended from outside, twice",
+            "try again: this is the server's trouble; if it is told again, run the job with the command line",
+        )
 
 
 @dataclass(eq=False)
@@ -197,16 +208,29 @@ class TracePool:
             self._idling = False
 
     def _run(self, in_flight: InFlightTrace, unwanted: Callable[[], bool]) -> bytes:
-        """Trace in a process of its own. Raises :class:`PlanError`."""
+        """Trace in a process of its own; where that is ended from outside, once more in a new one. Raises
+        :class:`PlanError`."""
+        try:
+            return self._run_in(lambda: self._take() or self._started(), in_flight, unwanted)
+        except (EOFError, OSError):
+            log.warning("the process that ran a trace was ended from outside: it is run again")
+        try:
+            return self._run_in(self._started, in_flight, unwanted)
+        except (EOFError, OSError):
+            raise Ended from None
+
+    def _started(self) -> _Worker:
+        return _Worker(self._context, self.memory)
+
+    def _run_in(self, find: Callable[[], _Worker], in_flight: InFlightTrace, unwanted: Callable[[], bool]) -> bytes:
+        """Trace in the process that ``find`` gives. Raises :class:`EOFError` or :class:`OSError` where it is ended from
+        outside, or the one that it is forked from; :class:`PlanError`."""
         if unwanted():
             raise Abandoned
-        worker = self._take() or _Worker(self._context, self.memory)
+        worker = find()
         try:
             worker.pipe.send((in_flight.part, in_flight.request))
             result = self._hear(worker, in_flight, unwanted)
-        except (EOFError, OSError):
-            worker.end()
-            raise _too_much(self.memory) from None
         except BaseException:
             worker.end()
             raise
@@ -262,7 +286,7 @@ class TracePool:
         deadline = time.monotonic() + self.seconds
         while not unwanted():
             if time.monotonic() > deadline:
-                raise PlanError(
+                raise Limited(
                     f"the step of this model runs for more than {self.seconds:.0f} s on the meta device",
                     "run it with the command line, which waits: vramplan estimate",
                     "model",
@@ -314,9 +338,9 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _too_much(memory: int) -> PlanError:
-    return PlanError(
-        f"building this model takes more than {memory >> 20} MiB of this server's memory, or was ended from outside",
+def _too_much(memory: int) -> Limited:
+    return Limited(
+        f"building this model takes more than {memory >> 20} MiB of this server's memory",
         "check the sizes in the config, or run it with the command line",
         "model",
     )
@@ -326,12 +350,15 @@ def _sent(error: PlanError) -> tuple[str, dict]:
     """An error as a worker sends it; of a fault of ours, its report goes along."""
     if isinstance(error, OurFault):
         return "fault", {"what": error.what, "report": error.report}
-    return "refused", error.as_dict()
+    return ("limited" if isinstance(error, Limited) else "refused"), error.as_dict()
+
+
+_SENT = {"fault": OurFault, "limited": Limited, "refused": PlanError}
 
 
 def _error_of(kind: str, sent: dict) -> PlanError:
     """The error that a worker sent."""
-    return OurFault(**sent) if kind == "fault" else PlanError(**sent)
+    return _SENT[kind](**sent)
 
 
 _OUT = "DefaultCPUAllocator: can't allocate memory"
@@ -351,9 +378,9 @@ def _work(pipe: Connection, memory: int) -> None:
                 pipe.send(("done", InProcessTracer().trace(*request)))
             except PlanError as error:
                 out = _OUT in error.message  # the dry run told it as the model's own failure
-                pipe.send(("refused", (_too_much(memory) if out else error).as_dict()))
+                pipe.send(_sent(_too_much(memory) if out else error))
             except MemoryError:
-                pipe.send(("refused", _too_much(memory).as_dict()))
+                pipe.send(_sent(_too_much(memory)))
             except Unanswered as given_up:
                 pipe.send(_sent(given_up.error))
             except Exception as error:
