@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
+import sqlite3
 import subprocess
 import sys
 import weakref
 
 import pytest
+from vramplan.errors import Limited
 from vramplan.job import read_job
 from vramplan.memory.profile import Profile
 from vramplan.memory.summary import MemorySummary
@@ -69,6 +72,63 @@ def test_a_damaged_file_is_begun_anew(store, damage):
     store.put("a", b"two", 240)
     store.put("a", b"two", 240)
     assert Store(store.path).get("a") == [b"two"]
+
+
+def filled(store) -> bytes:
+    """A store of many entries, closed; the bytes of its file."""
+    for number in range(40):
+        store.put(f"kind {number}", os.urandom(600), 240)
+    store._close()
+    with sqlite3.connect(store.path) as base:
+        base.execute("pragma wal_checkpoint(truncate)")
+    base.close()
+    return store.path.read_bytes()
+
+
+def damages(whole: bytes):
+    """The bytes of a file, damaged in every way that has a name, and at 100 places by chance (seeded)."""
+    yield whole[: len(whole) // 2]
+    yield whole[:100] + b"\0" * 3996 + whole[4096:]
+    yield whole.replace(b"create table entries", b"create table entriex")
+    yield whole.replace(b"digest", b"\xff\xfe\xfd\xfc\xfb\xfa")
+    chance = random.Random(23)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice((1, 20, 400))):
+            damaged[chance.randrange(chance.choice((200, len(whole))))] = chance.randrange(256)
+        yield bytes(damaged)
+
+
+def test_whatever_is_damaged_no_wrong_byte_is_read_and_the_next_is_kept(store):
+    """400 random bytes ended planning for good: UnicodeDecodeError."""
+    whole = filled(store)
+    right = {name: Store(store.path).get(name) for name in (f"kind {number}" for number in range(40))}
+    for number, damaged in enumerate(damages(whole)):
+        path = store.path.parent / f"{number}.db"
+        path.write_bytes(damaged)
+        hurt = Store(path)
+        assert all(hurt.get(name) in ([], data) for name, data in right.items())
+        hurt.put("new", b"one", 240)
+        hurt.put("new", b"one", 240)
+        hurt._close()
+        assert Store(path).get("new") == [b"one"], number
+
+
+def test_a_file_of_another_version_is_put_aside(store):
+    with sqlite3.connect(store.path) as base:
+        base.execute("create table entries (name text)")
+    base.close()
+    store.put("a", b"one", 240)
+    assert store.get("a") == [b"one"] and (store.path.parent / "profiles.db.damaged").exists()
+
+
+def test_an_entry_that_is_not_what_was_stored_counts_as_absent(store):
+    store.put("a", b"one", 240)
+    store.put("a", b"two", 240)
+    with sqlite3.connect(store.path) as base:
+        base.execute("update entries set data = ? where data = ?", (b"2wo", b"two"))
+    base.close()
+    assert store.get("a") == [b"one"]
 
 
 def test_a_place_that_cannot_be_written_holds_nothing(tmp_path):
@@ -154,8 +214,6 @@ assert not {"torch", "transformers", "numba", "fastapi"} & set(sys.modules)
 def test_a_damaged_entry_is_traced_again(store, monkeypatch):
     fresh(monkeypatch, store)
     first = estimate(JOB)
-    import sqlite3
-
     with sqlite3.connect(store.path) as base:
         base.execute("update entries set data = substr(data, 1, length(data) / 2)")
     base.close()
@@ -172,6 +230,24 @@ def test_another_engine_s_entries_are_not_found(store, monkeypatch):
     traced = traces(monkeypatch)
     estimate(JOB)
     assert "step" in traced
+
+
+@pytest.mark.traces
+def test_a_limit_of_this_machine_is_not_remembered(store, monkeypatch):
+    """Rather than that nothing can be said of what follows this training, ever after."""
+    fresh(monkeypatch, store)
+    real = tracer.InProcessTracer.trace
+
+    def limited(self, part, *order):
+        if part == "finish":
+            raise Limited("it takes too long here")
+        return real(self, part, *order)
+
+    with monkeypatch.context() as first:
+        first.setattr(tracer.InProcessTracer, "trace", limited)
+        assert estimate(JOB)["after"] is None
+    fresh(monkeypatch, store)
+    assert estimate(JOB)["after"] is not None
 
 
 WINDOW = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 96}

@@ -1,8 +1,9 @@
 """The store of traces on disk: one SQLite file a user, safe under many processes, bounded, rebuilt when damaged.
 
-An entry is bytes with a checksum (:func:`vramplan.memory.template.packed`). Entries of one ``kind`` hold for different
-batches and lengths. The key of a kind contains the versions of the stack and the engine's own code
-(:mod:`vramplan.planning.fingerprint`): what another engine traced is never found, and ages out.
+An entry is bytes (:func:`vramplan.memory.template.packed`) with their SHA-256; one that differs from it is absent.
+Reading an entry runs nothing of it. Entries of one ``kind`` hold for different batches and lengths. The key of a kind
+contains the versions of the stack and the engine's own code (:mod:`vramplan.planning.fingerprint`): what another engine
+traced is never found, and ages out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,18 @@ FRESH = 3600.0
 BUSY_SECONDS = 5.0
 """How long another process's writing is waited for."""
 
+_PASSING = (
+    sqlite3.SQLITE_AUTH,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+)
+"""Primary result codes that tell of the disk or of another process, not of the file (https://sqlite.org/rescode.html)."""
 _SCHEMA = """
 create table if not exists entries (
     kind text not null, digest text not null, data blob not null, used real not null, unique (kind, digest)
@@ -64,7 +77,7 @@ class Store:
         if stale and not self.fixed:
             with base:
                 base.executemany("update entries set used = ? where kind = ? and digest = ?", stale)
-        return [data for _, data, _ in rows]
+        return [data for digest, data, _ in rows if digest == sha256(data).hexdigest()]
 
     def _put(self, base: sqlite3.Connection, kind: str, data: bytes, most: int) -> None:
         with base:
@@ -86,26 +99,30 @@ class Store:
                 total -= size
 
     def _done(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
-        """What ``work`` makes of this thread's connection. A damaged file is begun anew; any other trouble is logged,
-        and None."""
+        """What ``work`` makes of this thread's connection. A damaged file is put aside and begun anew; any other
+        trouble is logged, and None."""
         for _ in range(2):
             try:
                 return work(self._base())
-            except sqlite3.OperationalError as error:  # busy, full, not to be written
-                log.debug("store %s: %s", self.path, error)
-                return None
-            except sqlite3.DatabaseError as error:
-                log.debug("store %s is damaged: %s", self.path, error)
-                self._close()
-                if self.fixed:
-                    return None
-                for suffix in ("", "-wal", "-shm"):
-                    with suppress(OSError):
-                        os.unlink(f"{self.path}{suffix}")
             except OSError as error:
                 log.debug("store %s: %s", self.path, error)
                 return None
+            except Exception as error:  # what SQLite and its decoding raise for a damaged file is not listed anywhere
+                log.debug("store %s: %s", self.path, error)
+                self._close()
+                if self.fixed or getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+                    return None
+                self._put_aside()
         return None
+
+    def _put_aside(self) -> None:
+        """Keep the latest damaged file beside the store, for who wants to know; its log goes."""
+        log.warning("the store %s is damaged: it is begun anew", self.path)
+        with suppress(OSError):
+            os.replace(self.path, f"{self.path}.damaged")
+        for suffix in ("-wal", "-shm"):
+            with suppress(OSError):
+                os.unlink(f"{self.path}{suffix}")
 
     def _base(self) -> sqlite3.Connection:
         if getattr(self._local, "process", None) != os.getpid():  # a connection is not to be taken across a fork
@@ -127,7 +144,8 @@ class Store:
         base = vars(self._local).pop("base", None)
         vars(self._local).pop("process", None)
         if base is not None:
-            base.close()
+            with suppress(sqlite3.Error):
+                base.close()
 
 
 def own_path() -> Path:
