@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from ..errors import OurFault, PlanError
 from ..planning import fault_reports
 from ..progress import listener
 from ..render import words
+from ..render.visible import Console
 from ..usecases import failure
 
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 1, 2

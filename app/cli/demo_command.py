@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.text import Text
 
 from ..planning.fingerprint import can_trace
 from ..planning.pretrace import ASKED, QUESTION
 from ..render import terminal, words
+from ..render.visible import Console
 from ..usecases import other_trainers, plan
 from .console import waiting
 

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..catalog.gpus import all_gpus, parts_of
 from ..catalog.models import MODELS, search_models
 from ..errors import PlanError
 from ..planning.cards import read_prices
 from ..render import terminal
+from ..render.visible import Console
 from .console import Prices
 
 

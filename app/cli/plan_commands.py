@@ -7,7 +7,6 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import PlanError
 from ..form import read_json
@@ -15,6 +14,7 @@ from ..job import TARGETS
 from ..planning.cards import read_prices
 from ..render import probed, terminal, words
 from ..render.comparison_csv import to_csv
+from ..render.visible import Console
 from ..usecases import advise, other_trainers, plan, unwrap
 from ..usecases import compare as side_by_side
 from ..usecases import probe as measure

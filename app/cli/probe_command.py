@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from ..errors import PlanError
 from ..probe import check_packages
 from ..render import probed
+from ..render.visible import Console
 from ..usecases import failure, recorded
 from ..usecases import probe as measure
 from .console import DOES_NOT_FIT, FITS, Json, Maybe, told_as

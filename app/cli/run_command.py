@@ -6,9 +6,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..render import script_page
+from ..render.visible import Console
 from ..script.run import SECONDS, STEPS, run_script
 from .console import DOES_NOT_FIT, FITS, Json, Maybe, told_as, waiting
 

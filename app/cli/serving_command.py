@@ -6,11 +6,11 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..form import PASTE, read_object
 from ..planning.cards import local_card
 from ..render import served
+from ..render.visible import Console
 from ..usecases import serving as plan_server
 from .console import DOES_NOT_FIT, FITS, Json, Maybe, told_as, waiting
 from .job_files import read_text

@@ -21,6 +21,8 @@ Kernels = tuple[tuple[int, int], int, KernelFacts]
 DEFAULT_GPU = "a100-80gb"
 """The card whose kernels are meant when a job names none."""
 
+CONFIG_BYTES = 4 * MIB
+"""Bytes of the largest config.json that is read from a file."""
 HEADER_SECONDS = 8.0
 """Time to count the weights of a checkpoint that cannot be planned."""
 
@@ -113,17 +115,35 @@ def with_checkpoint_weights(error: PlanError, job: Job, source: dict) -> PlanErr
 
 
 def _read_file(path: str) -> dict:
-    size = os.path.getsize(path)
-    if size > 4 * MIB:
-        raise PlanError(f"{path} has {size} bytes: no config.json is that large", "name the model's own", "model")
     try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
+        text = _bytes_of(path)
+        if len(text) > CONFIG_BYTES:
+            raise PlanError(
+                f"{path} has more than {CONFIG_BYTES} bytes: no config.json is that large",
+                "name the model's own",
+                "model",
+            )
+        data = json.loads(text.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} cannot be read as JSON: {error}", "name a config.json", "model") from None
     if not isinstance(data, dict):
         raise PlanError(f"{path} holds no JSON object", "name a config.json", "model")
     return data
+
+
+def _bytes_of(path: str) -> bytes:
+    """The first bytes of a file, one more than a config may have. A file of /proc that has nothing to say now raises
+    :class:`OSError`, instead of waiting."""
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0) as file:
+        text = b""
+        while len(text) <= CONFIG_BYTES:
+            part = file.read(CONFIG_BYTES + 1 - len(text))
+            if part is None:
+                raise OSError("it does not end")
+            if not part:
+                break
+            text += part
+        return text
 
 
 def allocator_config_of(job: Job) -> AllocatorConfig:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 
+from .visible import cell
+
 COLUMNS = ("model", "method", "batch_size", "sequence_length", "gpu", "parameters", "trainable_parameters", "allocated",
            "reserved", "phase", "verdict", "headroom", "margin", "breaks", "breaks_on", "cannot", "error")  # fmt: skip
 
@@ -19,7 +21,8 @@ def to_csv(comparison: dict) -> str:
         varied = {field: _text(value) for field, value in row["varied"].items()}
         error = row["error"]["message"] if "error" in row else None
         cannot = " ".join(row.get("cannot") or ())
-        writer.writerow({**row, **row.get("peak", {}), "cannot": cannot, "error": error, **varied})
+        cells = {**row, **row.get("peak", {}), "cannot": cannot, "error": error, **varied}
+        writer.writerow({name: cell(value) for name, value in cells.items()})
     return out.getvalue()
 
 
