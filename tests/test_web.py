@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fastapi.testclient import TestClient
 from tiny import BAD, JOB
+from vramplan.cli.other_commands import LOOPBACK
 from vramplan.errors import PlanError
 from vramplan.job import Job
 from vramplan.planning.estimate import estimate
@@ -166,6 +167,38 @@ def test_a_fault_of_the_planner_is_500_and_one_sentence(client, monkeypatch):
 def test_files_of_the_server_are_read_for_its_own_users_only(client, name):
     error = error_of(client.post("/estimate", json={"model": name}), 422)
     assert "reads no files" in error["message"] and error["field"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("LOCALHOST", 200),
+        ("[::1]:8000", 200),
+        ("evil.example:8000", 421),
+        ("localhost.evil.example", 421),
+        ("", 421),
+    ],
+)
+def test_a_name_that_was_rebound_to_this_machine_is_refused(name, status):
+    """A page of evil.example whose name now means 127.0.0.1 is of the same origin, and local."""
+    own = TestClient(web.create_app(local_files=True, hosts=LOOPBACK))
+    answer = own.get("/health", headers={"host": name})
+    assert answer.status_code == status
+    if status != 200:
+        assert "--allow-host" in error_of(answer, status)["hint"]
+
+
+@pytest.mark.parametrize("path", ["/estimate.json?model=pythia-70m", "/picture.png?model=pythia-70m", "/advice"])
+def test_a_page_of_another_site_can_have_nothing_computed(client, path):
+    error_of(client.get(path, headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}), 403)
+    framed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}
+    error_of(client.get(path, headers=framed), 403)
+
+
+def test_a_link_on_another_site_may_be_followed(client):
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert client.get("/health", headers=link).status_code == 200
 
 
 def test_a_local_folder_is_a_model_where_it_is_allowed(tmp_path):

@@ -16,6 +16,9 @@ from ..render import terminal
 from ..render.visible import Console
 from .console import Prices
 
+LOOPBACK = frozenset(("127.0.0.1", "::1", "localhost"))
+"""Names of this machine that no other can reach it by."""
+
 
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
@@ -23,16 +26,21 @@ def serve(
     allow_probe: Annotated[
         bool, typer.Option("--allow-probe", help="Let POST /probe run jobs on this machine's GPU.")
     ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name that the server goes by, as behind a proxy.", metavar="NAME")
+    ] = None,
 ) -> None:
-    """Serve the page and the HTTP API. Local folders are read as models only for this machine's own users."""
+    """Serve the page and the HTTP API. Local folders are read as models only on this machine's own address, under its
+    own names."""
     import uvicorn
 
     from ..server.app import create_app
 
-    local = host in ("127.0.0.1", "::1", "localhost")
-    uvicorn.run(
-        create_app(local_files=local, warm=True, allow_probe=allow_probe), host=host, port=port, server_header=False
-    )
+    names = frozenset(map(str.lower, allow_host or ()))
+    local = host in LOOPBACK
+    hosts = names | LOOPBACK if local or names else None
+    app = create_app(local_files=local and not names, warm=True, allow_probe=allow_probe, hosts=hosts)
+    uvicorn.run(app, host=host, port=port, server_header=False)
 
 
 def gpus(prices: Prices = None, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:

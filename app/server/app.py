@@ -24,9 +24,11 @@ from .response_cache import ResponseCache
 from .runner import RequestRunner
 
 
-def create_app(*, local_files: bool = False, warm: bool = False, allow_probe: bool = False) -> FastAPI:
+def create_app(
+    *, local_files: bool = False, warm: bool = False, allow_probe: bool = False, hosts: frozenset[str] | None = None
+) -> FastAPI:
     """The application. ``local_files``: a job's model may be a path; ``warm``: plan the first visit's job early;
-    ``allow_probe``: clients may run jobs on this machine's GPU."""
+    ``allow_probe``: clients may run jobs on this machine's GPU; ``hosts``: the names that it goes by (None: any)."""
     runner = RequestRunner(local_files)
 
     @asynccontextmanager
@@ -49,7 +51,7 @@ def create_app(*, local_files: bool = False, warm: bool = False, allow_probe: bo
     app.state.runner = runner
     app.add_middleware(GZipMiddleware, minimum_size=2000)
     app.add_middleware(ResponseCache)
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, hosts=hosts)
     add_handlers(app)
     app.mount("/static", StaticFiles(directory=folder("static")), name="static")
     for router in (json_api.router, probe_router(allow_probe), pages.router):

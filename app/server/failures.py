@@ -48,9 +48,11 @@ def status_of(error: PlanError) -> tuple[int, dict[str, str]]:
 def refusal(status: int) -> JSONResponse:
     """The response to a request that reaches no endpoint."""
     messages = {
+        403: ("this page belongs to another site", "ask from the page of this server, or without a browser"),
         404: ("there is nothing at this address", "see /openapi.json for what there is"),
         405: ("this address does not take that method", "see /openapi.json for what it takes"),
         413: (f"the request has more than {BODY_LIMIT} bytes", "send less: no config.json is that large"),
+        421: ("this server does not go by that name", "start it with the name: vramplan serve --allow-host NAME"),
     }
     error = PlanError(*messages.get(status, ("the request cannot be read", "see /openapi.json")))
     return JSONResponse(failure(error), status)

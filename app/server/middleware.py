@@ -1,7 +1,8 @@
-"""The ASGI middleware around every request: headers of the response, and a limit on the size of the body."""
+"""The ASGI middleware around every request: who may ask, headers of the response, a limit on the size of the body."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -22,20 +23,38 @@ HEADERS = {
 
 
 class Guard:
-    """Middleware that adds :data:`HEADERS` to responses and refuses bodies of more than :data:`BODY_LIMIT` bytes."""
+    """Middleware that adds :data:`HEADERS` to responses and refuses bodies of more than :data:`BODY_LIMIT` bytes, what
+    another site's page asks for, and requests to another host than ``hosts`` (None: any), as a rebound name's are."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None = None):
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         with_headers = _adding_headers(send)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        if self.hosts is not None and _host(headers) not in self.hosts:
+            return await refusal(421)(scope, receive, with_headers)
+        if _from_another_site(headers):
+            return await refusal(403)(scope, receive, with_headers)
+        declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > DRAINED:
             return await refusal(413)(scope, receive, with_headers)
         await self.app(scope, _limited(receive), with_headers)
+
+
+def _host(headers: dict[bytes, bytes]) -> str:
+    """The host that a request names, without its port and the brackets of IPv6."""
+    return re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).strip("[]").lower()
+
+
+def _from_another_site(headers: dict[bytes, bytes]) -> bool:
+    """Whether a page of another site asks, as a browser tells (https://www.w3.org/TR/fetch-metadata/). A link that
+    somebody follows is none."""
+    link = headers.get(b"sec-fetch-mode") == b"navigate" and headers.get(b"sec-fetch-dest") == b"document"
+    return headers.get(b"sec-fetch-site") == b"cross-site" and not link
 
 
 def _limited(receive: Receive) -> Receive:
