@@ -66,5 +66,5 @@ def label_grads_and_state(
         return
     for state in optimizer.state.values():
         for value in state.values():
-            if torch.is_tensor(value) and value.device.type != "cpu":
+            if torch.is_tensor(value) and (value.device.type != "cpu" or observer.device == "cpu"):
                 observer.reclassify(value, "optimizer_state")
