@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tiny import LLAMA
+from tiny import LLAMA, T5
 from vramplan import PlanError, plan
 
 JOB = {"config": LLAMA, "method": "inference", "gpu": "h100", "batch_size": 2, "sequence_length": 80, "new_tokens": 9}
-T5 = {
-    "model_type": "t5",
-    "architectures": ["T5ForConditionalGeneration"],
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "vocab_size": 512,
-    "decoder_start_token_id": 0,
-}
 
 
 def planned(**arguments):

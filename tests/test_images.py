@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny import GRID, LLAMA, TEXT
+from tiny import GRID, LLAMA, T5, TEXT
 from transformers.models.llama import modeling_llama
 from vramplan.dryrun.build.model_config import read_config
 from vramplan.dryrun.cuda.card_facts import Card
@@ -31,17 +31,6 @@ SQUARE = {  # images of one size
         "image_size": 112,
         "patch_size": 14,
     },
-}
-T5 = {
-    "model_type": "t5",
-    "architectures": ["T5ForConditionalGeneration"],
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "vocab_size": 512,
-    "decoder_start_token_id": 0,
 }
 BERT = {
     "model_type": "bert",

@@ -52,3 +52,15 @@ BAD = {
     "full with lora": ({**JOB, "method": "full", "lora": {"r": 8}}, "method full", "", None),
 }
 """By name: the job, what its message says, what its message or hint say too, and the field at fault."""
+
+T5 = {
+    "model_type": "t5",
+    "architectures": ["T5ForConditionalGeneration"],
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 512,
+    "decoder_start_token_id": 0,
+}

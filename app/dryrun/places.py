@@ -90,7 +90,7 @@ class Places(TorchFunctionMode):
         """Where the outputs of an operator with these arguments lie; of none, what is the module's ``fqn``."""
         if self._next is not None:
             return self._next
-        for tensor in _tensors(args):
+        for tensor in tensors_in(args):
             place = self.tracker.place_of(tensor)
             if place is not None and (tensor.dim() or place != HOST):
                 return place
@@ -205,9 +205,10 @@ def _target(func: Callable, args: tuple, kwargs: dict, device_of: Callable) -> t
     return named, dtypes[0] if dtypes else None
 
 
-def _tensors(args: Any) -> Iterator[torch.Tensor]:
+def tensors_in(args: Any) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, in lists and tuples too."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
             yield arg
         elif isinstance(arg, (list, tuple)):
-            yield from _tensors(arg)
+            yield from tensors_in(arg)

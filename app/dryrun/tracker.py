@@ -394,7 +394,6 @@ class MemoryTracker(TorchDispatchMode):
         else:
             self._count_on_host(watch, storage.nbytes())
         self._watched[identity] = watch
-        self._watched[identity] = watch
 
     def _storage_freed(self, watch: _Watch) -> None:
         if self._watched.get(watch.id) is watch:

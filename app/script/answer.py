@@ -7,7 +7,7 @@ from typing import Any
 
 from ..catalog.gpus import Gpu
 from ..job import OwnGpu
-from ..memory.allocator.caching import MIN_BLOCK_SIZE
+from ..memory.allocator.caching import round_size
 from ..memory.allocator.config import AllocatorConfig
 from ..memory.events import KINDS
 from ..memory.fit import verdict_for
@@ -63,8 +63,7 @@ def _script(tracker: ScriptTracker, concrete: ConcreteTrace, event: int) -> dict
         alive ^= {key if key >= 0 else ~key}
     kinds, sizes = concrete.template.kind, concrete.sizes
     for key in alive:
-        size = -(-int(sizes[key]) // MIN_BLOCK_SIZE) * MIN_BLOCK_SIZE
-        held[tracker.lines[key], KINDS[kinds[key]]] += size
+        held[tracker.lines[key], KINDS[kinds[key]]] += round_size(int(sizes[key]))
     return {
         "path": tracker.script,
         "steps": tracker.finished,

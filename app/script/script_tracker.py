@@ -9,7 +9,7 @@ from __future__ import annotations
 import linecache
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,10 +19,12 @@ from torch.utils._pytree import tree_map_only
 
 from ..dryrun.cuda import host_reads
 from ..dryrun.cuda.card_facts import Card
+from ..dryrun.host_copies import ANSWERS, answer_to, is_kept_on_host
 from ..dryrun.known_values import KnownValues
+from ..dryrun.places import tensors_in
 from ..dryrun.steps.phases import label_grads_and_state
 from ..dryrun.tracker import MemoryTracker, canonical_fqn
-from ..memory.allocator.caching import MIN_BLOCK_SIZE
+from ..memory.allocator.caching import round_size
 
 aten = torch.ops.aten
 ROUTING = "balanced"
@@ -74,7 +76,7 @@ class ScriptTracker(MemoryTracker):
         return tensor.untyped_storage()._cdata not in self._hosted
 
     def _keep_on_host(self, out: Any) -> Any:
-        for tensor in _leaves((out,)):
+        for tensor in tensors_in((out,)):
             if tensor.device.type == "meta":
                 storage = tensor.untyped_storage()
                 number = storage._cdata
@@ -107,16 +109,16 @@ class ScriptTracker(MemoryTracker):
 
     def _peaks(self) -> tuple[int, int]:
         now = most = 0
-        sizes = [-(-int(entry.size) // MIN_BLOCK_SIZE) * MIN_BLOCK_SIZE for entry in self.trace_log.allocations]
+        sizes = [round_size(int(entry.size)) for entry in self.trace_log.allocations]
         for event in self.trace_log.events:
             now += sizes[event] if event >= 0 else -sizes[~event]
             most = max(most, now)
         return now, most
 
-    def record_alloc(self, size: int, fqn: str, kind: str, op: str) -> int:
+    def _append(self, size: int, fqn: str, kind: str, op: str) -> int:
         """An allocation, with the line of the script that asks for it."""
         self.lines.append(self.line())
-        return super().record_alloc(size, fqn, kind, op)
+        return super()._append(size, fqn, kind, op)
 
     def line(self) -> Line:
         """The line of the script that runs; where none of its own runs, the nearest one outside of torch."""
@@ -220,11 +222,11 @@ class ScriptTracker(MemoryTracker):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunction():
-            tensors = [leaf for leaf in _leaves((*args, *(kwargs or {}).values())) if leaf.device.type == "meta"]
+            tensors = [leaf for leaf in tensors_in((*args, *(kwargs or {}).values())) if leaf.device.type == "meta"]
             on_host = not any(map(self.is_on_card, tensors)) if tensors else self._on_host
             if on_host and (tensors or _makes_meta(kwargs)):
                 return self._without_values(func, args, kwargs or {})
-            if func is aten.copy_.default and args[0].device.type == "cpu" and tensors:
+            if func is aten.copy_.default and is_kept_on_host(args):
                 return args[0]
             return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -233,12 +235,12 @@ class ScriptTracker(MemoryTracker):
         if func is aten._local_scalar_dense.default:
             return self._stated(args[0])
         if func is aten.equal.default:
-            return self._note(args[0], True)
+            return self._note(True)
         if func is aten.copy_.default and args[0].device.type == "cpu":
             return args[0]
         if func is aten._to_copy.default and str(kwargs.get("device")) == "cpu":
             kwargs = {**kwargs, "device": "meta"}
-        if any(leaf.device.type == "cpu" and leaf.dim() for leaf in _leaves((*args, *kwargs.values()))):
+        if any(leaf.device.type == "cpu" and leaf.dim() for leaf in tensors_in((*args, *kwargs.values()))):
             if func._schema.is_mutable and args[0].device.type == "cpu":
                 return args[0]
             args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
@@ -246,10 +248,10 @@ class ScriptTracker(MemoryTracker):
 
     def _run(self, func, args, kwargs):
         if func is aten._to_copy.default and args[0].device.type == "meta" and str(kwargs.get("device")) == "cpu":
-            self._note(args[0], 1)
+            self._note(1)
             return torch.ones((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
         if func is aten.equal.default:
-            return self._note(args[0], True)
+            return self._note(True)
         return super()._run(func, args, kwargs)
 
     def _value(self, tensor: torch.Tensor):
@@ -268,11 +270,9 @@ class ScriptTracker(MemoryTracker):
 
     def _stated(self, tensor: torch.Tensor):
         """The value that is stated of a tensor that has none."""
-        if tensor.dtype == torch.bool:
-            return self._note(tensor, not _asks_for_a_fault())
-        return self._note(tensor, 1.0 if tensor.dtype.is_floating_point else 1)
+        return self._note(answer_to(_asked_by() if tensor.dtype == torch.bool else "", tensor))
 
-    def _note(self, tensor: torch.Tensor, value):
+    def _note(self, value):
         self.reads.setdefault(self.line(), value)
         return value
 
@@ -280,14 +280,12 @@ class ScriptTracker(MemoryTracker):
 _OURS = __file__.rpartition("/script/")[0] + "/"
 
 
-def _asks_for_a_fault() -> bool:
-    """Whether the value is asked for by a check for numbers that are none."""
+def _asked_by() -> str:
+    """The qualified name of the nearest function of :data:`ANSWERS` that runs; empty: none does."""
     frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_qualname in ("Trainer._run_epoch", "Trainer._inner_training_loop"):
-            return True
+    while frame is not None and frame.f_code.co_qualname not in ANSWERS:
         frame = frame.f_back
-    return False
+    return "" if frame is None else frame.f_code.co_qualname
 
 
 def _longest(frame: FrameType | None) -> int:
@@ -299,14 +297,6 @@ def _longest(frame: FrameType | None) -> int:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _leaves(values: Iterable) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _leaves(value)
 
 
 def _makes_meta(kwargs: dict | None) -> bool:

@@ -19,6 +19,8 @@ TASKS = ("causal-lm", "image-text-to-text", "seq2seq-lm")
 """Tasks whose models generate text of text."""
 PROMPT = 64
 """A pass over more tokens than these reads a prompt: ``prefill``. Others are ``decode``."""
+FIELD = "generation_args"
+"""The field that an error names."""
 SHOWN = 2
 """Of the passes that decode, so many at either end are phases. Those between differ by a cache that grows."""
 
@@ -121,6 +123,3 @@ def _arguments(job: Job) -> dict[str, Any]:
         hint = "set disable_compile to true"
         raise PlanError(f"with a static cache generate() compiles its passes, on a card: {_COMPILED}", hint, FIELD)
     return given
-
-
-FIELD = "generation_args"
