@@ -120,7 +120,6 @@ CONFIGS = {
 }
 PLANNED = {
     "512 layers",
-    "2^40 words",
     "no layers",
     "infinity",
     "dtype of dtypes",

@@ -31,5 +31,6 @@ def test_cublas_has_a_workspace_for_each_thread_and_stream():
     for in_backward in (False, True, False, True):
         tracker.in_backward = in_backward
         for stream in (0, 7):
-            record_library_workspace(tracker, "cublas_workspace", 4096, stream)
+            tracker.stream = stream
+            record_library_workspace(tracker, "cublas_workspace", 4096)
     assert [entry.size for entry in tracker.trace_log.allocations] == [4096] * 4

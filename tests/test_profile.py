@@ -48,8 +48,8 @@ JOBS = [
 
 
 def traced(job, general: bool) -> Profile:
-    job = job.resolved()
-    return trace(job, config_of(job)[0], *kernels_of(find_gpu(job.gpu)), general=general)
+    config = config_of(job)[0]
+    return trace(job.resolved(config), config, *kernels_of(find_gpu(job.gpu)), general=general)
 
 
 def traced_with_numbers(job) -> Profile:

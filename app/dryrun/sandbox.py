@@ -259,6 +259,7 @@ PATCHES = (
     ),
     Patch("torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam.alloc_all_gather_outputs", _RANKS, _TORCH),
     Patch("torch.distributed.Reducer", "DDP's reducer is C++ that reads where gradients lie", _TORCH),
+    Patch("sys.excepthook", "PyTorch's process group sets one that names the rank", _TORCH),
     Patch("torch.distributed.Logger", "it logs what the reducer does", _TORCH),
     Patch("torch.nn.parallel.distributed._verify_param_shape_across_processes", _RANKS, _TORCH),
     Patch("torch.Tensor.data_ptr", "accelerate tells parameters apart by where they lie", _TORCH),

@@ -32,7 +32,7 @@ from .cuda.card_facts import Card
 from .cuda.registry import KERNELS
 from .host_copies import PARKING, PinnedMemory, answer_to, is_fetched, is_kept_on_host, ones_for, reader
 from .known_values import Images, KnownValues, kept_in_memory
-from .places import HOST, Place, Places
+from .places import HOST, Place, Places, tensors_in
 from .sandbox import is_tracing, replaced
 from .symbols import size_of
 
@@ -448,6 +448,8 @@ class MemoryTracker(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and is_kept_on_host(args):
             return args[0]
         current_fqn = self._current_fqn()
+        if current_fqn == "":
+            current_fqn = self._layer_read(args)
         self._site = current_fqn
         if self._stack or not self.in_backward:  # a reentrant checkpoint's recompute makes nodes too
             numbers, fqns = self._links
@@ -507,6 +509,17 @@ class MemoryTracker(TorchDispatchMode):
         if isinstance(first, torch.Tensor):
             return self._owner.get(first.untyped_storage()._cdata, "")
         return ""
+
+    def _layer_read(self, args) -> str:
+        """The module that an operator of the model itself belongs to: of a loop over what the layers returned, as that
+        over the router's logits is, each turn belongs to the layer whose result it reads; else empty.
+
+        Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/models/mixtral/modeling_mixtral.py
+        ``load_balancing_loss_func``.
+        """
+        key = max((found for tensor in tensors_in(args) if (found := self.key_of(tensor)) is not None), default=None)
+        fqn = "" if key is None else self.trace_log.allocations[key].fqn
+        return fqn if any(map(str.isdecimal, fqn.split("."))) else ""
 
     @property
     def in_module(self) -> bool:

@@ -33,13 +33,11 @@ class _Group:
 
         if dist.is_initialized():
             raise OurFault("a process group is left from before")
-        self.hook = sys.excepthook  # PyTorch sets one that names the rank
         dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.size)
 
     def undo(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-            sys.excepthook = self.hook
 
 
 @contextmanager
@@ -59,6 +57,7 @@ def process_group(size: int, rank: int, nodes: int, tracker: MemoryTracker) -> I
     with (
         environment(**variables),
         warnings.catch_warnings(action="ignore", category=FutureWarning),  # torch's own, of names of its collectives
+        replaced(sys, "excepthook", sys.excepthook),  # PyTorch sets one that names the rank
         changed(_Group(size, rank)),
         replaced(torch, "meta", streams),
         replaced(torch.accelerator, "current_stream", streams.current_stream),

@@ -44,6 +44,8 @@ from .trainer_models import made_here, reward_functions, reward_tokenizers, teac
 
 EVAL_BATCHES = 256
 """Batches that an evaluation runs at most; each is run."""
+TILES = 8192
+"""Tiles in which TRL's chunked head computes a loss, at most; each is run."""
 
 
 class Enough(Exception):
@@ -85,6 +87,7 @@ class Watched:
                 return super().compute_loss(*args, **kwargs)
         loss = super().compute_loss(*args, **kwargs)
         if self.state.global_step >= self.steps:
+            self.observer.close()  # before the pass is undone: what it keeps is what the table tells
             raise Enough
         self.observer.mark("backward", self.state.global_step + 1, "activation_gradients")
         return loss
@@ -398,15 +401,23 @@ def _trl_trainer(setting: _Setting):
     if goal.rewards:
         given["reward_funcs"] = functions = reward_functions(observer, job)
         given["reward_processing_classes"] = reward_tokenizers(functions, tokenizer())
-    needed = job.states_rows or not setting.on_meta
     return setting.watched(trainer)(
         **given,
         args=arguments,
-        train_dataset=dataset_of(job, setting.rows if needed else 1),
+        train_dataset=_rows(setting, setting.rows),
         processing_class=tokenizer(),
         callbacks=[_StepEnds(observer, goal.pairs, job.strategy != "single")],
-        **_evaluation(job, functools.partial(dataset_of, job)),
+        **_evaluation(job, functools.partial(_rows, setting)),
     )
+
+
+def _rows(setting: _Setting, count: int):
+    """A data set of so many rows. Where the loader makes the batches, the trainer reads no more than a row's fields:
+    the row is short, for the job's sizes may be symbols."""
+    job = setting.job
+    if setting.on_meta and not job.states_rows:
+        job = job.model_copy(update={"batch_size": 1, "sequence_length": 2})
+    return dataset_of(job, count)
 
 
 def _sft_arguments(setting: _Setting) -> dict[str, Any]:
@@ -451,6 +462,18 @@ def _refuse_what_it_does_not_take(setting: _Setting, trainer: type, base) -> Non
         raise PlanError(
             f"{trainer.__name__} takes models that generate, and {type(base).__name__} has no generation_config",
             "set trainer to transformers",
+            "trainer",
+        )
+    from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
+
+    words = getattr(base.config.get_text_config(), "vocab_size", 0)
+    tokens = number_of(setting.job.batch_size) * number_of(setting.job.sequence_length or 1)
+    tiles = -(-words // VOCAB_CHUNK_SIZE) * -(-tokens // TOKEN_CHUNK_SIZE)
+    if setting.on_meta and tiles > TILES:
+        raise PlanError(
+            f"{trainer.__name__} computes the loss of {tokens} tokens and {words} words in {tiles} tiles; at most "
+            f"{TILES} are planned",
+            "set trainer to transformers, or a smaller batch_size or sequence_length",
             "trainer",
         )
     if setting.observer.images is not None and not setting.on_meta:
