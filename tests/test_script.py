@@ -22,7 +22,7 @@ HEAD = """
 LOOP = """
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda().train()
     optimizer = torch.optim.AdamW(model.parameters())
-    batch = {name: torch.randint(0, 100, (2, 32)).to("cuda") for name in ("input_ids", "attention_mask", "labels")}
+    batch = {name: torch.randint(1, 100, (2, 32)).to("cuda") for name in ("input_ids", "attention_mask", "labels")}
     while True:
         loss = model(**batch).loss
         loss.backward()
@@ -68,7 +68,7 @@ AMP = """
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to("cuda").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters())
-    rows = torch.utils.data.TensorDataset(*(torch.randint(0, 100, (64, 32)) for _ in range(3)))
+    rows = torch.utils.data.TensorDataset(*(torch.randint(1, 100, (64, 32)) for _ in range(3)))
     for values in torch.utils.data.DataLoader(rows, batch_size=2, num_workers=2, pin_memory=True):
         ids, mask, labels = (value.to(0, non_blocking=True) for value in values)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
