@@ -78,7 +78,8 @@ def load(model: torch.nn.Module, job: Job, task: str, observer: StepObserver, we
 def _prepared(model: torch.nn.Module, job: Job, task: str, observer: StepObserver, weights: Weights) -> torch.nn.Module:
     """The model with the job's adapters, what is trained marked as such, checkpointing switched on, in its mode."""
     if job.method == "inference":
-        model.requires_grad_(False)
+        if job.prepare_for_kbit_training:
+            model = _prepared_for_kbit_training(model, job, observer)
         # An adapter may be served beside its base.
         if job.lora is not None or job.adapter is not None:
             model = weights.adapted(model, job, task, observer)

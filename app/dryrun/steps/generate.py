@@ -42,7 +42,11 @@ def run_generate(observer: StepObserver, model: torch.nn.Module, job: Job, task:
     chunk = arguments.get("prefill_chunk_size") or prompt
     observer.forwards_left = 2 * (job.new_tokens + 1) + -(-prompt // chunk)  # guidance runs two for a token
     observer.mark("generate", 1, "activations")
-    with torch.no_grad(), _passes_as_phases(observer, base_of(model), job.new_tokens):
+    with (
+        torch.no_grad(),
+        observer.autocast.on() if observer.autocast else contextlib.nullcontext(),
+        _passes_as_phases(observer, base_of(model), job.new_tokens),
+    ):
         out = model.generate(
             **batch,
             max_new_tokens=job.new_tokens,
