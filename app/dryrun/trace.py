@@ -6,7 +6,7 @@ A profile is the trace template, with the facts of the model and the table of it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from .steps.data_rows import PARTS
 from .steps.dry_run import dry_run
 from .steps.trainer_arguments import without_effect
 from .steps.trainer_models import REFERENCE, REWARD
-from .symbols import Conditions, symbol, symbol_guards
+from .symbols import Conditions, number_of, symbol, symbol_guards
 from .token_loops import TOKENS_RUN
 from .tracker import FORWARD_OTHER_CHECKPOINTING, DataDependent
 
@@ -53,7 +53,7 @@ def _base(job: Job, config: dict):
     warnings = list(_class_warnings(config, base))
     settings = stored.quantization_config_of(config)
     with with_weight_facts(base):
-        _check_length(job, base.config, task)
+        warnings += _check_length(job, base, task)
         if settings is not None:
             job, how = stored.as_loaded(job, settings, base)
             warnings.append(how)
@@ -124,7 +124,7 @@ def trace(
     one_run = general and images is None and not job.knows_values and strategy_of(job).repeats_layers
     symbols = _symbols(job, conditions) if one_run else {}
     if symbols:
-        _check_length(job.model_copy(update=symbols), base.config, task)
+        list(_check_length(job.model_copy(update=symbols), base, task))
     trace_log, values = with_values(
         lambda values: _trace_log(base, job, task, card, symbols if values is None else {}, values, rank), job, images
     )
@@ -193,6 +193,8 @@ def _symbols(job: Job, conditions: Conditions) -> dict[str, torch.SymInt]:
     return {field: symbol(SYMBOLS[field == "sequence_length"], value, conditions) for field, value in named.items()}
 
 
+_OFFSET = 2
+"""Rows that a table of positions may have before the first one."""
 _HALVES = "{}: half of the tokens of each sequence are taken to be learned"
 _ROUTED = {
     "balanced": "what runs depends on which experts the router chooses: taken to be each as often as the others (job "
@@ -247,20 +249,53 @@ def _trace_log(
             return trace_log(job.sequence_length or 1)
 
 
-def _check_length(job: Job, configuration, task: str) -> None:
-    """Raise :class:`PlanError` where a sequence is longer than the model's positions."""
-    text = configuration.get_text_config()
+def _check_length(job: Job, base, task: str) -> Iterator[str]:
+    """A warning where a sequence is longer than the positions that the model was made for.
+
+    Raises :class:`PlanError` where the model holds a table of that many positions, for it fails. Rotary embeddings and
+    biases are computed for as many as there are.
+    """
+    text = base.config.get_text_config()
     speech = task == "speech-seq2seq"
     limit = getattr(text, "max_target_positions" if speech else "max_position_embeddings", None)
     if not isinstance(limit, int) or job.sequence_length is None or task == "image-classification":
         return
     length = job.sequence_length + (job.new_tokens or 0 if job.method == "inference" else 0)
-    if 0 < limit < length:
+    most = _table_of_positions(base, limit)
+    if most is not None and 0 < most < length:
         raise PlanError(
-            f"a sequence of {length} tokens is longer than this model's {limit} positions",
-            f"set sequence_length to at most {limit}",
+            f"a sequence of {length} tokens is longer than this model's {most} positions",
+            f"set sequence_length to at most {most}",
             "sequence_length",
         )
+    if 0 < limit < length:
+        yield (
+            f"a sequence of {number_of(length)} tokens is longer than the {limit} positions that this model was made "
+            "for: it runs, and what it answers may be of little use"
+        )
+
+
+def _table_of_positions(base, limit: int) -> int | None:
+    """How many tokens a model's own table of about ``limit`` positions serves; None: it has no such table.
+
+    A table is an embedding beside that of the words, or a buffer, with a row for each position; where it has a row for
+    padding, the positions begin after it.
+
+    Source: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/models/opt/modeling_opt.py
+    ``OPTLearnedPositionalEmbedding``; .../models/roberta/modeling_roberta.py ``create_position_ids_from_input_ids``.
+    """
+    words = None
+    with suppress(NotImplementedError):  # a model of two towers
+        words = base.get_input_embeddings()
+    for module in base.modules():
+        if isinstance(module, torch.nn.Embedding) and module is not words:
+            if limit <= module.num_embeddings <= limit + _OFFSET:
+                return limit if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
+        elif any(
+            buffer.dim() == 2 and buffer.shape[0] == limit for buffer in module._buffers.values() if buffer is not None
+        ):
+            return limit
+    return None
 
 
 def _trainable(trace_log: TraceColumns, job: Job) -> int:
