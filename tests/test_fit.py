@@ -468,8 +468,11 @@ def test_running_the_merged_model_is_planned_too():
     bare = {"config": WIDE, "method": "inference", "sequence_length": 512}
     run = summary(plan_job(read_job(with_limit(bare, 400 * MIB))))
     assert advice["merged"] == run and run["verdict"] == "fits"
-    long = advise(with_limit({**JOB, "sequence_length": 8192, "batch_size": 1}, 400 * MIB))
-    assert "8192 positions" in long["merged"]["error"]["message"]
+    table = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4,
+             "vocab_size": 512, "n_positions": 128}  # fmt: skip
+    fields = {"config": table, "lora": {"target_modules": ["c_attn"]}, "sequence_length": 128}
+    long = advise(with_limit({**JOB, **fields}, 400 * MIB))
+    assert "128 positions" in long["merged"]["error"]["message"]
 
 
 @pytest.mark.traces

@@ -258,15 +258,17 @@ def _check_length(job: Job, base, task: str) -> Iterator[str]:
     text = base.config.get_text_config()
     speech = task == "speech-seq2seq"
     limit = getattr(text, "max_target_positions" if speech else "max_position_embeddings", None)
-    if not isinstance(limit, int) or job.sequence_length is None or task == "image-classification":
+    field = "target_length" if speech else "sequence_length"
+    tokens = job.target_length or job.sequence_length if speech else job.sequence_length
+    if not isinstance(limit, int) or tokens is None or task == "image-classification":
         return
-    length = job.sequence_length + (job.new_tokens or 0 if job.method == "inference" else 0)
+    length = tokens + (job.new_tokens or 0 if job.method == "inference" else 0)
     most = _table_of_positions(base, limit)
     if most is not None and 0 < most < length:
         raise PlanError(
             f"a sequence of {length} tokens is longer than this model's {most} positions",
-            f"set sequence_length to at most {most}",
-            "sequence_length",
+            f"set {field} to at most {most}",
+            field,
         )
     if 0 < limit < length:
         yield (
