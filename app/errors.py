@@ -80,8 +80,17 @@ class Unanswered(Exception):
         self.error = error
 
 
+NEAR = 0.65
+"""How alike two words are, of 1, of which one may be meant by the other: ``offload`` is not ``lora``."""
+
+
+def nearest(word: str, words: Iterable[str]) -> list[str]:
+    """The word of ``words`` that may be meant by ``word``, alone; else none."""
+    return difflib.get_close_matches(word, list(words), 1, NEAR)
+
+
 def near(word: str, words: Iterable[str]) -> str:
     """The hint for a word that is none of ``words``: the nearest of them, else all."""
     words = list(words)
-    found = difflib.get_close_matches(word, words, 1, 0.5)
+    found = nearest(word, words)
     return f"did you mean {found[0]!r}?" if found else f"one of {', '.join(words)}"

@@ -6,13 +6,12 @@ optimisers, trainers, quantisers and strategies are those of the tables in :mod:
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .errors import PlanError
+from .errors import PlanError, nearest
 from .registry.objectives import OBJECTIVES, Objective, ObjectiveName
 from .registry.optimizers import JOIN, OptimizerName
 from .registry.quantizers import QUANTIZERS, Quantizer, QuantizerName
@@ -414,16 +413,63 @@ def _plan_error(error: ValidationError, data: dict) -> PlanError:
         where, message = "gpu", 'should be a name of the catalogue or {"name": …, "memory_bytes": …}'
     got = first.get("input")
     shown = repr(got) if len(repr(got)) < 60 else type(got).__name__
-    nearest = difflib.get_close_matches(str(got), _allowed(first), 1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"change `{where}`; it was {shown}"
+    meant = nearest(str(got), _allowed(first))
+    hint = f"did you mean {meant[0]!r}?" if meant else f"change `{where}`; it was {shown}"
+    if where == "method" and got in OBJECTIVES:
+        hint = f"set objective to {got}, and method to full, lora or qlora"
     return PlanError(f"`{where}`: {message[0].lower()}{message[1:]} (got {shown})", hint, path[0])
+
+
+_SYNONYMS = {
+    "attn_implementation": "attention",
+    "batch": "batch_size",
+    "bf16": "mixed_precision",
+    "card": "gpu",
+    "context_length": "sequence_length",
+    "device": "gpu",
+    "fp16": "mixed_precision",
+    "max_length": "sequence_length",
+    "max_new_tokens": "new_tokens",
+    "max_seq_length": "sequence_length",
+    "model_name_or_path": "model",
+    "optim": "optimizer",
+    "per_device_train_batch_size": "batch_size",
+    "precision": "dtype",
+    "rank": "r",
+    "torch_dtype": "dtype",
+}
+"""What other programs call a field of a job."""
+_NO_MEMORY = "it changes no memory of a step: leave it out"
+_OFFLOAD = (
+    "states and weights lie on the host with strategy zero2 or zero3 and `deepspeed`, weights alone with strategy "
+    "device-map and `device_map`, activations with TRL's activation_offloading in `trainer_args`"
+)
+_RESUMED = "what a resumed run reads is not planned: leave it out, for the steps of the same job"
+_ELSEWHERE = {
+    "compile": "a compiled step is not planned: leave it out",
+    "cpu_offload": _OFFLOAD,
+    "epochs": _NO_MEMORY,
+    "learning_rate": _NO_MEMORY,
+    "lr": _NO_MEMORY,
+    "max_steps": _NO_MEMORY,
+    "num_train_epochs": _NO_MEMORY,
+    "offload": _OFFLOAD,
+    "rank": "set r in `lora`",
+    "resume": _RESUMED,
+    "resume_from_checkpoint": _RESUMED,
+    "torch_compile": "a compiled step is not planned: leave it out",
+    "videos": "videos are not planned: ask with `images`",
+}
+"""What people ask for by a name that is no field, and what does it."""
 
 
 def _unknown_field(path: list[str]) -> PlanError:
     """The error for a field that no job has, at this path."""
     where, known = ".".join(path), _fields_at(path[:-1])
-    nearest = difflib.get_close_matches(path[-1], known, 1, 0.5)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"the fields are {', '.join(sorted(known))}"
+    meant = [found for found in (_SYNONYMS.get(path[-1]),) if found in known] or nearest(path[-1], known)
+    hint = f"did you mean `{meant[0]}`?" if meant else f"the fields are {', '.join(sorted(known))}"
+    if len(path) == 1:
+        hint = _ELSEWHERE.get(path[0], hint)
     return PlanError(f"unknown field `{where}`", hint, where)
 
 
