@@ -226,6 +226,8 @@ class Job(_Strict):
             raise ValueError("method full trains every weight and takes no lora: use method lora, or leave lora out")
         if self.adapter is not None and self.method == "full":
             raise ValueError("method full trains every weight and takes no adapter: use method lora")
+        if self.prepare_for_kbit_training and self.method == "full":
+            raise ValueError("method full trains the weights that prepare_for_kbit_training freezes: leave it out")
         if self.adapter is not None and self.lora is not None:
             raise ValueError("give one of `lora` and `adapter`")
         self._check_trainer()

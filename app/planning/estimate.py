@@ -13,6 +13,7 @@ from ..memory.summary import MemorySummary, Phase, TimelineSample, holders_after
 from .calibration import warnings_of
 from .cards import every_card, outside_of
 from .fingerprint import stack, stack_warnings
+from .idle_fields import idle_fields
 from .planned_job import After, PlannedJob, after, card_warnings, fit_on, plan_job
 from .profile_cache import trace_general_later
 
@@ -22,13 +23,16 @@ BESIDE = ("optimizer_state", "rank_classes", "host")
 
 def estimate(data: Any, *, all_layers: bool = False) -> dict:
     """The answer to one job: a dict of the fields of the wire format. Raises :class:`PlanError`."""
-    planned = plan_job(read_job(data))
+    asked = read_job(data)
+    planned = plan_job(asked)
     trace_general_later(planned.job, planned.config, planned.card)
     job, card, summary, facts = planned.job, planned.card, planned.summary, planned.facts
     following, unknown = _following(planned)
     layers = planned.profile.table.at(planned.point, all_layers)
     others = [other for other in every_card() if other != card]
-    warnings = [*planned.profile.warnings, *card_warnings(job, card), *warnings_of(card), *stack_warnings(), *unknown]
+    idle = idle_fields(asked, facts, planned.profile.warnings)
+    about_card = (*card_warnings(job, card), *warnings_of(card), *stack_warnings())
+    warnings = [*planned.profile.warnings, *idle, *about_card, *unknown]
     answer = {
         "job": {**job.model_dump(exclude={"config"}, mode="json"), "attention": facts["attention"]},
         "model": {**planned.source, **{key: fact for key, fact in facts.items() if key not in BESIDE}},
