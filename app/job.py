@@ -174,6 +174,11 @@ class Job(_Strict):
         "balanced", description="Where experts run one by one: each gets as many tokens, or every token the same ones."
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(1, description="Batches a step.")
+    processor: dict[str, Any] | None = Field(
+        None,
+        description="preprocessor_config.json's; null: the model's own where it is known, else its class's defaults. "
+        "max_pixels and min_pixels alone change these of the model's own.",
+    )
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = Field(
         None, description="attn_implementation; null: sdpa, or eager where the model's class has no sdpa."
     )
@@ -366,10 +371,12 @@ class Job(_Strict):
         return chosen
 
 
+CAPS = ("min_pixels", "max_pixels")
+"""Settings of an image processor that a job may give alone, on top of the model's own."""
 CARD_OPTIONS = ("ddp", "fsdp", "deepspeed", "device_map", "max_memory")
 """Fields with options of strategies."""
 ADDED_FIELDS = (
-    *("objective", "prompt_length", "completion_length", "trainer_args", "adapter", "generation_args"),
+    *("objective", "prompt_length", "completion_length", "trainer_args", "adapter", "generation_args", "processor"),
     *CARD_OPTIONS,
 )
 """Fields that came after profiles were stored: a job that leaves them at their defaults has the key that it had."""

@@ -152,6 +152,23 @@ def test_nothing_but_the_file_is_asked(hub, fetch):
     assert are_progress_bars_disabled("huggingface_hub.http_get")
 
 
+def test_a_file_that_a_repository_need_not_have(hub, fetch, tmp_path, monkeypatch):
+    """It is read at the commit of the config; that there is none is no error, that nobody answers is one."""
+    repo = hub.add(ID, {**FILES, "preprocessor_config.json": b'{"max_pixels": 7}'})
+
+    def optional(file):
+        where = {"endpoint": hub.endpoint, "cache_dir": str(tmp_path / "cache")}
+        return config_file.fetch_optional(ID, file, repo.commit, **where)
+
+    assert optional("preprocessor_config.json") == {"max_pixels": 7}
+    assert optional("processor_config.json") is None
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert optional("preprocessor_config.json") == {"max_pixels": 7} and optional("video.json") is None
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    hub.fault("HEAD", "video.json", status=503, times=9)
+    assert "503 Service Unavailable" in refused(optional, "video.json").message
+
+
 def test_many_at_once(hub, tmp_path):
     for i in range(12):
         hub.add(f"acme/m{i}", {"config.json": json.dumps({"i": i}).encode()})

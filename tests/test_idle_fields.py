@@ -33,6 +33,7 @@ OTHER = {
     "objective": "dpo",
     "optimizer": "sgd",
     "prepare_for_kbit_training": True,
+    "processor": {"max_pixels": 100000},
     "prompt_length": 16,
     "quantization": {"type": "int8"},
     "sequence_length": 48,

@@ -36,10 +36,27 @@ class Model:
         return copy.deepcopy(self.facts)
 
     @property
+    def processor(self) -> dict[str, Any] | None:
+        """What the published preprocessor_config.json says of an image's size; None: nothing beside its class's
+        defaults and the config."""
+        return copy.deepcopy(PROCESSORS.get(self.facts["model_type"]))
+
+    @property
     def source(self) -> str:
         """The published file that the facts are to be checked against."""
         return f"{self.id}/config.json"
 
+
+_TWO_QWENS = {"min_pixels": 3136, "max_pixels": 12845056}
+_LATER_QWENS = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+PROCESSORS = {
+    "qwen2_vl": _TWO_QWENS,
+    "qwen2_5_vl": _TWO_QWENS,
+    "qwen3_vl": _LATER_QWENS,
+    "qwen3_5": _LATER_QWENS,
+    "qwen3_5_moe": _LATER_QWENS,
+}
+"""By model type, what its published preprocessor_config.json says of an image's size where its class says otherwise."""
 
 Row = Callable[..., list[Model]]
 

@@ -1,6 +1,7 @@
 """The images of a vision-language model: the inputs that its own image processor makes of a blank image.
 
-The processor is the class that transformers names for the config's type, with its defaults and the sizes in the config.
+The processor is the class that transformers names for the config's type, with the job's settings of it, which are those
+of the checkpoint's preprocessor_config.json; what they do not say has the sizes in the config, or the class's defaults.
 The number of tokens of an image is the number of rows that the model's own ``get_image_features`` returns.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from typing import Any
 
 import torch
 from transformers.models.auto.image_processing_auto import (
@@ -17,7 +19,7 @@ from transformers.models.auto.image_processing_auto import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ..errors import PlanError
-from ..job import Job
+from ..job import CAPS, Job
 from .cuda.card_facts import Card
 from .diagnose import raise_if_ours
 from .known_values import LIMIT, Images, KnownValues
@@ -49,7 +51,7 @@ def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
             raise PlanError(reason, hint, "images")
         return None, f"{reason}. Planned on text alone: the vision tower is loaded, not run"
     try:
-        inputs = _processed(model, count, height, width)
+        inputs = _processed(model, job.processor or {}, count, height, width)
         tokens = _tokens(model, inputs, job) // count
     except Exception as error:
         raise_if_ours(error)
@@ -76,7 +78,7 @@ def images_of(model, job: Job, task: str) -> tuple[Images | None, str | None]:
     return Images(count, tokens, _token(model.config), inputs), f"{sentence} (job fields images and image_size)"
 
 
-def _processed(model, count: int, height: int, width: int) -> dict[str, torch.Tensor]:
+def _processed(model, settings: dict[str, Any], count: int, height: int, width: int) -> dict[str, torch.Tensor]:
     """The tensors that the processor makes of one sequence's images and the model's forward accepts.
 
     Floating-point tensors are on the meta device: their values do not matter.
@@ -88,8 +90,8 @@ def _processed(model, count: int, height: int, width: int) -> dict[str, torch.Te
     if "pil" not in names:
         needs = f"{', '.join(names.values())} needs torchvision" if names else "transformers names none for its type"
         raise PlanError(f"of image processors, {needs}")
-    processor = get_image_processor_class_from_name(names["pil"])()
-    _size(processor, config)
+    processor = _processor(get_image_processor_class_from_name(names["pil"]), settings)
+    _size(processor, config, settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outputs = processor(images=[[Image.new("RGB", (width, height))] * count], return_tensors="pt")
@@ -107,21 +109,48 @@ def _processor_names(kind: str) -> dict[str, str]:
     return next((IMAGE_PROCESSOR_MAPPING_NAMES[k] for k in same if k in IMAGE_PROCESSOR_MAPPING_NAMES), {})
 
 
-def _size(processor, config) -> None:
-    """Give the processor the sizes in the vision tower's config, which a checkpoint's own settings would state."""
+def _processor(kind: type, settings: dict[str, Any]):
+    """A processor of this class with these settings, by ``from_dict`` as from_pretrained makes it.
+
+    A cap in pixels is written into the size, of which the class would otherwise change its own default.
+    """
+    _refuse_large(settings)
+    given = {**settings}
+    if not given.keys().isdisjoint(CAPS):
+        given["size"] = {**(given.get("size") or getattr(kind, "size", None) or {})}
+    return kind.from_dict(given)
+
+
+def _refuse_large(settings: dict[str, Any]) -> None:
+    """Raise :class:`PlanError` for settings that are no sizes, or make larger images than are processed here."""
+    size = settings.get("size")
+    sizes = {**settings, **size} if isinstance(size, dict) else settings
+    for name in ("shortest_edge", "height", "width", "patch_size", *CAPS):
+        value = sizes.get(name)
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if not all(number is None or (isinstance(number, int) and number > 0) for number in numbers):
+            raise PlanError(f"`processor`: {name} is {str(value)[:60]}", "give a number of pixels", "processor")
+    square = (sizes.get("height") or 0) * (sizes.get("width") or 0)
+    if max(sizes.get("min_pixels") or 0, sizes.get("shortest_edge") or 0, square) > PIXELS:
+        raise PlanError(f"images of more than {PIXELS} pixels are not processed here", "set smaller sizes", "processor")
+
+
+def _size(processor, config, stated: dict[str, Any]) -> None:
+    """Give the processor the sizes in the vision tower's config, but for those that are ``stated``."""
     vision = getattr(config, "vision_config", config)
     patch = getattr(vision, "patch_size", None)
     merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
     side = getattr(vision, "image_size", None)
-    if isinstance(patch, int) and hasattr(processor, "patch_size"):
+    if isinstance(patch, int) and hasattr(processor, "patch_size") and "patch_size" not in stated:
         whole = patch if hasattr(processor, "merge_size") or merge is None else patch * merge
         processor.patch_size = whole if isinstance(processor.patch_size, int) else {"height": whole, "width": whole}
-    if isinstance(merge, int) and hasattr(processor, "merge_size"):
+    if isinstance(merge, int) and hasattr(processor, "merge_size") and "merge_size" not in stated:
         processor.merge_size = merge
-    if isinstance(getattr(vision, "temporal_patch_size", None), int) and hasattr(processor, "temporal_patch_size"):
-        processor.temporal_patch_size = vision.temporal_patch_size
+    temporal = getattr(vision, "temporal_patch_size", None)
+    if isinstance(temporal, int) and hasattr(processor, "temporal_patch_size") and "temporal_patch_size" not in stated:
+        processor.temporal_patch_size = temporal
     size = getattr(processor, "size", None)
-    if isinstance(side, int) and size is not None:
+    if isinstance(side, int) and size is not None and "size" not in stated:
         square = {"height": side, "width": side}
         if getattr(size, "height", None):
             processor.size = type(size)(**square)

@@ -7,7 +7,7 @@ import os
 import re
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import PlanError
@@ -35,34 +35,59 @@ def fetch_config(
     user's own unless given.
     """
     name, revision = checked(name, revision)
-    what = f"{CONFIG} of {name}"
-    path = None
-    if not offline():
-        bounds = Bounds(what, CONFIG_SECONDS, CONFIG_LIMIT)
-        try:
-            path = bounds.run(
-                lambda: hf_hub_download(
-                    name,
-                    CONFIG,
-                    revision=revision,
-                    endpoint=endpoint,
-                    token=token,
-                    cache_dir=cache_dir,
-                    library_name="vramplan",
-                )
-            )
-        except GaveUp as error:
-            path = cached(name, CONFIG, revision, cache_dir)
-            if path is None:
-                refuse_unanswered(error, name, endpoint)
-        except Exception as error:
-            refuse(error, name, revision, CONFIG, endpoint)
-    else:
-        path = cached(name, CONFIG, revision, cache_dir)
-        if path is None:
-            refuse_offline(name, revision)
+    path = _path_of(name, CONFIG, revision, endpoint, token, cache_dir)
     commit = os.path.basename(os.path.dirname(path))
-    return read_downloaded(path, what, CONFIG_LIMIT), {"kind": "hub", "id": name, "commit": commit}
+    return read_downloaded(path, f"{CONFIG} of {name}", CONFIG_LIMIT), {"kind": "hub", "id": name, "commit": commit}
+
+
+def fetch_optional(
+    name: str,
+    file: str,
+    commit: str,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> dict | None:
+    """A JSON file of a Hub repository at a commit; None: the repository has none, or it is not cached and there is no
+    network. Raises :class:`PlanError`."""
+    if offline():
+        path = cached(name, file, commit, cache_dir)
+    else:
+        try:
+            path = _path_of(name, file, commit, endpoint, token, cache_dir)
+        except RemoteEntryNotFoundError:
+            return None
+    return None if path is None else read_downloaded(path, f"{file} of {name}", CONFIG_LIMIT)
+
+
+def _path_of(
+    name: str, file: str, revision: str | None, endpoint: str | None, token: str | None, cache_dir: str | None
+) -> str:
+    """The path of a repository's file, downloaded or cached. Raises :class:`PlanError`."""
+    if offline():
+        return cached(name, file, revision, cache_dir) or refuse_offline(name, revision)
+    bounds = Bounds(f"{file} of {name}", CONFIG_SECONDS, CONFIG_LIMIT)
+    try:
+        return bounds.run(
+            lambda: hf_hub_download(
+                name,
+                file,
+                revision=revision,
+                endpoint=endpoint,
+                token=token,
+                cache_dir=cache_dir,
+                library_name="vramplan",
+            )
+        )
+    except GaveUp as error:
+        return cached(name, file, revision, cache_dir) or refuse_unanswered(error, name, endpoint)
+    except RemoteEntryNotFoundError as error:
+        if file != CONFIG:
+            raise
+        refuse(error, name, revision, file, endpoint)
+    except Exception as error:
+        refuse(error, name, revision, file, endpoint)
 
 
 def checked(name: str, revision: str | None) -> tuple[str, str | None]:

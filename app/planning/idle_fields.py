@@ -51,6 +51,7 @@ _REASONS: dict[str, Reason] = {
     "new_tokens": _new_tokens,
     "images": _images,
     "image_size": _images,
+    "processor": _images,
     "sequence_length": _sequence_length,
 }
 """By field. A field that is not here changes what runs, or is refused where it cannot."""

@@ -30,6 +30,7 @@ from .resolve import (
     refuse_unplanned,
     shape_point_of,
     with_checkpoint_weights,
+    with_processor,
 )
 
 FITTING = ("fits", "tight")
@@ -114,7 +115,7 @@ def plan_job(job: Job) -> PlannedJob:
     refuse_unplanned(job)
     card = card_of(job)
     config, source = config_of(job)
-    job = with_card_memory(job.resolved(config), card)
+    job = with_card_memory(with_processor(job, config, source).resolved(config), card)
     try:
         planned = PlannedJob(job, card, config, source, profile_of(job, config, card))
         return planned if job.strategy == "single" else _worst_rank(planned)

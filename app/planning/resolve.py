@@ -8,7 +8,7 @@ import os
 from ..catalog.gpus import Gpu, find_gpu
 from ..catalog.models import find_model
 from ..errors import PlanError
-from ..job import Job, OwnGpu, point_of
+from ..job import CAPS, Job, OwnGpu, point_of
 from ..memory.allocator.config import MIB, AllocatorConfig
 from ..memory.kernel_facts import KernelFacts
 from ..memory.sizes import ShapePoint
@@ -75,9 +75,40 @@ def config_of(job: Job) -> tuple[dict, dict]:
     return config, source
 
 
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def with_processor(job: Job, config: dict, source: dict) -> Job:
+    """The job with its model's own settings of an image processor: the catalogue's, the folder's, the repository's.
+
+    A job that gives all of them, or whose model reads no images, stays as it is. Raises :class:`PlanError`.
+    """
+    given = job.processor
+    if not ("vision_config" in config or find_model(job.model or "")) or (given and not given.keys() <= set(CAPS)):
+        return job
+    own = _own_processor(job, source)
+    return job.model_copy(update={"processor": {**own, **(given or {})}}) if own else job
+
+
+def _own_processor(job: Job, source: dict) -> dict | None:
+    """What the model's own preprocessor_config.json says; None: it has none."""
+    if source["kind"] == "catalogue":
+        known = find_model(source["id"])
+        return known.processor if known is not None else None
+    if source["kind"] == "file":
+        path = os.path.join(os.path.dirname(source["id"]), PREPROCESSOR)
+        return _read_file(path) if os.path.isfile(path) else None
+    if source["kind"] == "hub":
+        from ..hub.config_file import fetch_optional
+
+        return fetch_optional(source["id"], PREPROCESSOR, source["commit"])
+    return None
+
+
 def resolved(job: Job) -> Job:
     """The job with every null replaced by what the stack would do with its model."""
-    return job.resolved(config_of(job)[0])
+    config, source = config_of(job)
+    return with_processor(job, config, source).resolved(config)
 
 
 def _config_of(job: Job) -> tuple[dict, dict]:
