@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 from tiny import BAD, JOB, LLAMA
@@ -358,3 +361,15 @@ def test_every_field_of_the_job_is_known_to_the_form():
     flat = {name.partition(".")[0] for name in fields()}
     assert flat == set(Job.model_fields)
     assert fields()["optimizer"].choices and fields()["lora.use_dora"].choices == ("true", "false")
+
+
+def test_the_folder_run_as_a_module_leaves_caches_that_the_package_reads(tmp_path):
+    """Numba's caches name their module: what ``python -m app`` compiles, ``vramplan`` must be able to load."""
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = partial(subprocess.run, env=environment, cwd=root, capture_output=True, text=True, check=True)
+    first = run([sys.executable, "-m", "app", "demo"]).stdout
+    caches = [path.read_bytes() for path in tmp_path.rglob("*.nbi")]
+    assert caches and any(b"vramplan.memory" in text for text in caches)
+    assert not any(b"app.memory" in text for text in caches)
+    assert run([sys.executable, "-c", "from vramplan.cli import main; main()", "demo"]).stdout == first
