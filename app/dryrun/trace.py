@@ -136,6 +136,7 @@ def trace(
     facts |= _facts_of_ranks(base, job, trace_log.host)
     facts["trainable_parameters"] = _trainable(trace_log, job)
     facts["optimizer_state"] = _state_bytes(trace_log, job)
+    warnings += strategy_of(job).caveats(facts["trainable_parameters"])
     if not symbols or values is not None:
         conditions |= {f"{name} == {value}": None for name, value in zip(SYMBOLS, point_of(job), strict=False)}
     return Profile(TraceTemplate.of(trace_log, conditions), facts, table, warnings, (*point_of(job), multiprocessors))

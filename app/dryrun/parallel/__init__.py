@@ -72,6 +72,10 @@ class RankStrategy:
         """The classes of ranks of the bare ``model``, the one of rank 0 first; of one class the list may be empty."""
         return []
 
+    def caveats(self, trained: int) -> list[str]:
+        """Warnings about what the plan of ``trained`` parameters cannot know."""
+        return []
+
     def host_bytes(self, model: torch.nn.Module) -> dict[str, int]:
         """Bytes of a node's memory, by name: ``load`` and ``pinned`` and ``pageable`` in training. Empty: none."""
         return {}
