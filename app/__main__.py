@@ -1,7 +1,7 @@
 """``python -m app`` is ``vramplan``, from this folder, where the package need not be installed.
 
-The package is imported by its own name: numba's caches, which lie beside the code, name the module that they are of, and
-a cache that names another one cannot be read. A process that is spawned imports this module, too.
+The package is imported by its own name: numba's caches, which lie beside the code, name the module that they are of,
+and a cache that names another one cannot be read. A process that is spawned imports this module, too.
 """
 
 import sys

@@ -65,8 +65,8 @@ class Ddp(RankStrategy):
         100 ms; by then the buckets that replace them may have been made.
 
         Source: https://github.com/pytorch/pytorch/blob/v2.11.0/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp
-        ``Watchdog::runLoop``, ``TensorShelf``. Confirmed by two ranks of llama-3.2-1b on two H100s whose peaks differ by
-        the bytes of the buckets, 2,473,582,592.
+        ``Watchdog::runLoop``, ``TensorShelf``. Confirmed by two ranks of llama-3.2-1b on two H100s whose peaks differ
+        by the bytes of the buckets, 2,473,582,592.
         """
         if self._given().get("find_unused_parameters"):
             return []
