@@ -5,6 +5,7 @@ and a cache that names another one cannot be read. A process that is spawned imp
 """
 
 import sys
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -16,6 +17,4 @@ if "vramplan" not in sys.modules:
     spec.loader.exec_module(package)
 
 if __name__ == "__main__":
-    from vramplan.cli import main
-
-    main()
+    import_module("vramplan.cli").main()

@@ -255,6 +255,9 @@ def test_settings_drawn_at_random():
     """Methods, trainers, optimisers, masks, dtypes, accumulation, routing of published configs: rows that nobody chose
     (Python's ``random`` did), those left out that the stack refuses and LLM.int8's, which depend on the values."""
     rows = rows_of(MEASURED / "h200-settings.jsonl")
+    for row in rows:  # measured as a sum over parameters: the code book that they share was counted for each
+        if row["job"]["trainer"] != "pytorch" and "8bit" in row["job"]["optimizer"]:
+            row["measured"]["optimizer_state"] = None
     errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
     check("settings", f"one H200, {len(rows)} jobs drawn at random", errors)
     median, most, worst = limits_of(errors, "peak_allocated")

@@ -78,7 +78,7 @@ def test_json_is_one_answer_on_one_line(vramplan, config):
 
 @pytest.mark.traces
 def test_repeated_layers_are_one_line_until_layers_are_asked_for(vramplan, config):
-    args = ("estimate", "--config", config, "-m", "lora", "-s", 64)
+    args = ("estimate", "--config", config, "-m", "lora", "-s", 64, "--trainer", "pytorch")
     _, grouped, _ = vramplan(*args)
     _, opened, _ = vramplan(*args, "--layers")
     assert re.search(r"model\.layers\.\{[^}]*1\} × 2", grouped) and grouped.count("self_attn.q_proj") == 1

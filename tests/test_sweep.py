@@ -39,6 +39,7 @@ STACK = {
     "BAAI/bge-reranker-v2-m3": "only Tensors of floating point dtype can require gradients",
     "openai/whisper": "longer than this model's 448 positions",
     "openai/clip": "longer than this model's 77 positions",
+    "databricks/dbrx": "self (BFloat16) and source (Float) must have the same scalar type",
     "openbmb/MiniCPM3-4B": "it lacks 'factor'",
     "poolside/Laguna-XS.2-FP8": "does not accept this laguna config",
     "stepfun-ai/Step-3.7-Flash": "Could not find a `sliding_window` argument",
@@ -52,7 +53,7 @@ STACK = {
     "RedHatAI/DeepSeek-V4": "PEFT's adapter does not fit a DeepseekV4GroupedLinear",
 }
 """By the beginning of an id, what the installed stack itself cannot run, and what is said of it. In ``test_stack.py``
-real models of these architectures fail so."""
+real models of these architectures fail so; DBRX under autocast did on an H200, where softmax returns float32."""
 SAMPLE = {
     "full": """albert/albert-base-v1 EleutherAI/pythia-410m Qwen/Qwen2.5-VL-7B-Instruct Qwen/Qwen3-30B-A3B-FP8
         bigscience/bloom-560m deepseek-ai/DeepSeek-V3 google/flan-t5-base google/gemma-3-4b-it

@@ -44,8 +44,8 @@ from .trainer_models import made_here, reward_functions, reward_tokenizers, teac
 
 EVAL_BATCHES = 256
 """Batches that an evaluation runs at most; each is run."""
-TILES = 8192
-"""Tiles in which TRL's chunked head computes a loss, at most; each is run."""
+TILES = 1024
+"""Tiles of words in which TRL's chunked head computes a loss, at most; each is run."""
 
 
 class Enough(Exception):
@@ -464,16 +464,14 @@ def _refuse_what_it_does_not_take(setting: _Setting, trainer: type, base) -> Non
             "set trainer to transformers",
             "trainer",
         )
-    from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
+    from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE
 
     words = getattr(base.config.get_text_config(), "vocab_size", 0)
-    tokens = number_of(setting.job.batch_size) * number_of(setting.job.sequence_length or 1)
-    tiles = -(-words // VOCAB_CHUNK_SIZE) * -(-tokens // TOKEN_CHUNK_SIZE)
+    tiles = -(-words // VOCAB_CHUNK_SIZE)
     if setting.on_meta and tiles > TILES:
         raise PlanError(
-            f"{trainer.__name__} computes the loss of {tokens} tokens and {words} words in {tiles} tiles; at most "
-            f"{TILES} are planned",
-            "set trainer to transformers, or a smaller batch_size or sequence_length",
+            f"{trainer.__name__} computes the loss of {words} words in {tiles} tiles; at most {TILES} are planned",
+            "set trainer to transformers, or check vocab_size",
             "trainer",
         )
     if setting.observer.images is not None and not setting.on_meta:

@@ -8,6 +8,7 @@ has the reasons.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -96,7 +97,7 @@ def _for_trl() -> Iterator[tuple[Any, str, Any]]:
             yield module, kernel, empty_triton.Kernel(None)
         yield module, "_use_triton", _always(True)
         yield module, "_addmm_fp32", _always(None)
-        yield module, "range", sym_range
+        yield module, "range", functools.partial(_tiles, module.TOKEN_CHUNK_SIZE)
         yield module, "triton", type("triton", (), {"cdiv": staticmethod(lambda a, b: -(-a // b))})
     yield chunked[1], "_project", _projected(chunked[1]._project)
     yield utils, "_use_triton", _always(True)
@@ -104,6 +105,17 @@ def _for_trl() -> Iterator[tuple[Any, str, Any]]:
     yield utils, "_supports_trl_loss_kernel", _asked_as_on_cuda(utils._supports_trl_loss_kernel)
     fused = empty_triton.fused_logprob_module().selective_log_softmax_and_entropy
     yield utils, "_fused_logprob_entropy", fused
+
+
+def _tiles(rows: int, start, stop=None, step=1):
+    """``range``, but of a loop over tiles of ``rows`` tokens the first, the second and the last.
+
+    Each one between takes what the second takes, and leaves nothing behind. So a plan does not grow with the tokens,
+    and one run is that of any number of tiles from four on.
+    """
+    if stop is None or step != rows or stop <= start + 3 * step:
+        return sym_range(start, stop, step)
+    return [start, start + step, start + (-(-(stop - start) // step) - 1) * step]
 
 
 def _projected(whole: Callable) -> Callable:
