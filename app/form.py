@@ -17,7 +17,7 @@ from typing import Any
 from .errors import PlanError
 from .job import Job
 
-OBJECTS = ("trainer_args", "adapter", "generation_args", "deepspeed", "max_memory")
+OBJECTS = ("trainer_args", "adapter", "generation_args", "processor", "deepspeed", "max_memory")
 """Fields that hold arguments of a library, by its names: as text, a JSON object, or one value by a dotted name."""
 PASTE = "paste the model's whole config.json"
 _AMOUNT = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|MiB)", re.IGNORECASE)

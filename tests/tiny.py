@@ -33,6 +33,16 @@ GRID = {
     "vision_config": {"model_type": "qwen2_vl_vision", "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4},
 }
 """Sees: patches of an image of any size, whose grid the host reads."""
+GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 512,
+    "n_positions": 512,
+}
+"""Has a table of positions, which no sequence exceeds."""
 JOB = {"config": LLAMA, "method": "lora", "trainer": "pytorch", "sequence_length": 64}
 
 BAD = {
@@ -46,7 +56,7 @@ BAD = {
     "absurd layers": ({**JOB, "config": {**LLAMA, "num_hidden_layers": 10**18}}, "num_hidden_layers", "", "config"),
     "model and config": ({**JOB, "model": "llama-3.1-8b"}, "exactly one", "", None),
     "neither": ({"method": "lora"}, "exactly one", "", None),
-    "too long": ({**JOB, "sequence_length": 1024}, "512", "512", "sequence_length"),
+    "too long": ({**JOB, "config": GPT2, "sequence_length": 1024}, "512", "512", "sequence_length"),
     "no such target": ({**JOB, "lora": {"target_modules": ["nope"]}}, "nope", "q_proj", "lora"),
     "unknown card": ({**JOB, "gpu": "a100-81gb"}, "a100-81gb", "a100-80gb", "gpu"),
     "full with lora": ({**JOB, "method": "full", "lora": {"r": 8}}, "method full", "", None),

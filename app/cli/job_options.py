@@ -15,6 +15,7 @@ from ..planning.cards import local_card
 from .console import Maybe
 from .job_files import read_job_file, read_text
 
+CARDS = "Many cards"
 MORE = "More of the job"
 ADAPTERS = "Adapters and quantisation"
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -35,6 +36,7 @@ def job_field(key: str, *flags: str, panel: str = "The job") -> Any:
 
 JOB_OPTIONS = {
     "model": Annotated[Maybe, typer.Argument(help=fields()["model"].help, show_default=False)],
+    "named": Annotated[Maybe, typer.Option("--model", help="The same as MODEL.", metavar="MODEL")],
     "config": Annotated[Maybe, typer.Option(help="A config.json instead of MODEL (-: stdin).", metavar="FILE")],
     "job": Annotated[Maybe, typer.Option(help="A whole job as JSON; options change it.", metavar="FILE")],
     "method": job_field("method", "--method", "-m"),
@@ -47,6 +49,10 @@ JOB_OPTIONS = {
     "objective": job_field("objective", "--objective"),
     "dtype": job_field("dtype", "--dtype"),
     "reserve": job_field("reserve", "--reserve"),
+    "strategy": job_field("strategy", "--strategy", panel=CARDS),
+    "gpu_count": job_field("gpu_count", "--gpu-count", panel=CARDS),
+    "nodes": job_field("nodes", "--nodes", panel=CARDS),
+    "device_map": job_field("device_map", "--device-map", panel=CARDS),
     "lora_r": job_field("lora.r", "--lora-r", panel=ADAPTERS),
     "lora_alpha": job_field("lora.alpha", "--lora-alpha", panel=ADAPTERS),
     "lora_dropout": job_field("lora.dropout", "--lora-dropout", panel=ADAPTERS),
@@ -58,6 +64,7 @@ JOB_OPTIONS = {
     "completion_length": job_field("completion_length", "--completion-length", panel=MORE),
     "trainer_args": job_field("trainer_args", "--trainer-args", panel=MORE),
     "generation_args": job_field("generation_args", "--generation-args", panel=MORE),
+    "processor": job_field("processor", "--processor", panel=MORE),
     "mixed_precision": job_field("mixed_precision", "--mixed-precision", panel=MORE),
     "attention": job_field("attention", "--attention", panel=MORE),
     "attention_mask": job_field("attention_mask", "--attention-mask", panel=MORE),
@@ -90,7 +97,7 @@ def of_a_job(command: Callable[..., None]) -> Callable[..., None]:
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     job = [inspect.Parameter(name, KEYWORD, default=None, annotation=hint) for name, hint in JOB_OPTIONS.items()]
-    run.__signature__ = inspect.Signature([parameter.replace(kind=KEYWORD) for parameter in (*job[:3], *own, *job[3:])])
+    run.__signature__ = inspect.Signature([parameter.replace(kind=KEYWORD) for parameter in (*job[:4], *own, *job[4:])])
     run.__annotations__ = {name: parameter.annotation for name, parameter in run.__signature__.parameters.items()}
     return run
 
@@ -99,11 +106,15 @@ def _spelled(options: dict[str, Any]) -> dict | None:
     """The job that the options spell, unchecked."""
     pairs = [(_KEYS[name], value) for name, value in options.items() if name in _KEYS and value is not None]
     pairs += [pair(text) for text in options["set_"] or ()]
-    if not pairs and not any(options[name] for name in ("model", "config", "job")):
+    if not pairs and not any(options[name] for name in ("model", "named", "config", "job")):
         return None
+    if options["model"] is not None and options["named"] is not None:
+        raise PlanError(
+            f"two models are named: {options['model']} and --model {options['named']}", "leave one of them out", "model"
+        )
     whole = merge(read_job_file(options["job"]) if options["job"] else {}, to_job(pairs))
-    if options["model"] is not None:
-        whole["model"] = options["model"]
+    if (name := options["model"] or options["named"]) is not None:
+        whole["model"] = name
     if options["config"] is not None:
         whole["config"] = read_object(read_text(options["config"]), "config", "name the model's own config.json")
     return _with_local_card(whole)

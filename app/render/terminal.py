@@ -51,9 +51,10 @@ def page(answer: dict, width: int) -> RenderableType:
         "",
         bar(answer, words.asked_card(answer), width - 2),
         "",
-        title("Phases"),
-        phases(answer),
     ]
+    if words.ranks(answer):
+        parts += [title("Ranks", "each on a card of its own"), _ranks(answer), ""]
+    parts += [title("Phases"), phases(answer)]
     parts += ["", title("Layers", "of one; K, M, G are KiB, MiB, GiB"), _layers(answer, width)]
     parts += ["", title("Smallest cards that fit"), _cards(answer)]
     if "advice" in answer:
@@ -128,6 +129,16 @@ def bar(answer: dict, card: dict | None, width: int) -> RenderableType:
     if card:
         legend.add_row(Text("·", "dim"), "Free" if free else "Card", size(free or card["memory_bytes"]), "")
     return Group(Padding(bar, (0, 0, 0, 2)), legend)
+
+
+def _ranks(answer: dict) -> RenderableType:
+    """A row a class of ranks, and what a node holds."""
+    table = quiet_table("Ranks", "Allocated", "Reserved", "Process", "State")
+    for row in words.ranks(answer):
+        cells = (size(row["peak"][figure]) for figure in ("allocated", "reserved", "process"))
+        table.add_row(row["name"], *cells, size(row["state"]), style="bold" if row["worst"] else None)
+    held = words.host(answer)
+    return Group(table, Padding(Text(held), (0, 0, 0, 2))) if held else table
 
 
 def phases(answer: dict) -> Table:
@@ -218,6 +229,7 @@ def quiet_table(*columns: str) -> Table:
         "Change",
         "Costs",
         "Peak in",
+        "Ranks",
         "Verdict",
     }
     for name in columns:

@@ -117,12 +117,13 @@ def note(answer: dict, fit: dict) -> str:
 
 def verdict(answer: dict) -> str:
     """The answer to the question, in one sentence."""
-    card = asked_card(answer)
+    card, count = asked_card(answer), answer["job"]["gpu_count"]
     if card is None:
         smallest = smallest_card(answer)
         said = f"the smallest card is {with_article(smallest['name'])}" if smallest else "no card holds it"
-        return f"Needs {size(answer['peak']['process'])}: {said}"
-    name = with_article(card["name"])
+        each = f" on each of {count} cards" if count > 1 else ""
+        return f"Needs {size(answer['peak']['process'])}{each}: {said}"
+    name = f"{count} × {card['name']}" if count > 1 else with_article(card["name"])
     if card["verdict"] == "fits":
         return f"Fits {name} with {size(card['headroom'])} to spare"
     if card["verdict"] == "tight" and card["needed"] > card["limit"]:
@@ -209,6 +210,36 @@ def other_trainers(answer: dict) -> str:
     return f"The same job reserves {' and '.join(told)}; here {size(mine)} with {TRAINERS[answer['job']['trainer']]}."
 
 
+def ranks(answer: dict) -> list[dict]:
+    """The classes of ranks of a job on many cards, the one that needs most marked as ``worst``; else none."""
+    rows = answer.get("ranks") or []
+    worst = max((row["peak"]["reserved"] for row in rows), default=0)
+    return [
+        {
+            "name": f"{rank_numbers(*row['ranks'])}{'' if len(rows) == 1 else ': ' + row['class']}",
+            "peak": row["peak"],
+            "state": row["optimizer_state"],
+            "worst": len(rows) > 1 and row["peak"]["reserved"] == worst,
+        }
+        for row in rows
+    ]
+
+
+def rank_numbers(first: int, last: int) -> str:
+    """``rank 0``, ``ranks 1 to 7``."""
+    return f"rank {first}" if first == last else f"ranks {first} to {last}"
+
+
+def host(answer: dict) -> str:
+    """What a node's own memory holds, as a sentence; empty where nothing of the job lies there."""
+    held = {name: count for name, count in (answer.get("host") or {}).items() if count}
+    if not held:
+        return ""
+    names = {"load": "while it loads", "pinned": "pinned in training", "pageable": "pageable in training"}
+    told = [f"{size(count)} {names.get(name, name)}" for name, count in held.items()]
+    return f"A node's own memory holds {', '.join(told)}."
+
+
 def holders(found: list[dict]) -> list[dict]:
     """The largest of what is alive, by module and kind, with what it is called."""
     return [
@@ -262,7 +293,11 @@ def settings(answer: dict) -> str:
         out.append(f"{job['new_tokens']} new tokens")
     else:
         out += [job["optimizer"], f"checkpointing {job['gradient_checkpointing'].replace('_', '-')}", job["trainer"]]
-    return " · ".join([*out, job["dtype"], job["attention"]])
+    out += [job["dtype"], job["attention"]]
+    if job["strategy"] != "single":
+        nodes = f" in {job['nodes']} nodes" if job["nodes"] > 1 else ""
+        out.append(f"{job['strategy']} on {job['gpu_count']} cards{nodes}")
+    return " · ".join(out)
 
 
 def parts(answer: dict) -> list[tuple[str, str, int]]:

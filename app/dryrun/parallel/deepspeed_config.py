@@ -8,11 +8,20 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ...errors import PlanError
+from ...errors import PlanError, near
 from ...job import Job
 
-OPTIONS = ("offload_optimizer", "offload_param", "zero_init", "torch_adam", "client_optimizer", "buckets")
-"""The keys of a job's ``deepspeed`` where it is no DeepSpeed config."""
+_PLACES = ("none", "cpu")
+_EITHER = (True, False)
+OPTIONS: dict[str, tuple] = {
+    "offload_optimizer": _PLACES,
+    "offload_param": _PLACES,
+    "zero_init": _EITHER,
+    "torch_adam": _EITHER,
+    "client_optimizer": _EITHER,
+    "buckets": ("auto", "default"),
+}
+"""The keys of a job's ``deepspeed`` where it is no DeepSpeed config, and what each may be."""
 BUCKET = 5e8
 """Elements of a bucket in transformers' documentation."""
 
@@ -23,8 +32,7 @@ def deepspeed_config(job: Job) -> dict[str, Any]:
     if "zero_optimization" in given:
         _check_stage(given, stage)
         return copy.deepcopy(given)
-    for name in given.keys() - set(OPTIONS):
-        raise PlanError(f"deepspeed has no option {name!r}", f"it has {', '.join(OPTIONS)}", "deepspeed")
+    given = _checked(given, stage)
     config = {
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
@@ -40,6 +48,25 @@ def deepspeed_config(job: Job) -> dict[str, Any]:
             params["torch_adam"] = True
         config["optimizer"] = {"type": "AdamW", "params": params}
     return config
+
+
+def _checked(given: dict[str, Any], stage: int) -> dict[str, Any]:
+    """The options; of a place true is ``cpu``, false ``none``. Raises :class:`PlanError` for what is no option, or no
+    value of it."""
+    out = {}
+    for name, value in given.items():
+        if name not in OPTIONS:
+            raise PlanError(f"deepspeed has no option {name!r}", near(name, OPTIONS), "deepspeed")
+        if OPTIONS[name] is _PLACES and isinstance(value, bool):
+            value = _PLACES[value]
+        if value is not None and (value not in OPTIONS[name] or isinstance(value, bool) != (OPTIONS[name] is _EITHER)):
+            said = ", ".join(str(one).lower() for one in OPTIONS[name])
+            raise PlanError(f"deepspeed.{name} is {value!r}", f"it may be {said}", "deepspeed")
+        out[name] = value
+    if out.get("offload_param") == "cpu" and stage < 3:
+        hint = "set strategy to zero3, or leave offload_param out"
+        raise PlanError("zero3 alone offloads parameters", hint, "deepspeed")
+    return out
 
 
 def _check_stage(config: dict, stage: int) -> None:
