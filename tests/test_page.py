@@ -144,7 +144,7 @@ def test_the_first_visit_shows_a_real_answer(client, monkeypatch):
         ({"batch_size": "-1"}, "batch_size", "Batch size takes a whole number from 1 on, not -1"),
         ({"batch_size": "9" * 9}, "batch_size", "Batch size takes a whole number up to 10,000,000, not 999999999"),
         ({"batch_size": "1.5"}, "batch_size", "Batch size takes a whole number from 1 on, not 1.5"),
-        ({"sequence_length": "5000"}, "sequence_length", "2048"),
+        ({"model": "gpt2", "sequence_length": "5000"}, "sequence_length", "1024"),
         ({"gpu": "t44"}, "gpu", "no GPU called"),
         ({"lora.r": "0"}, "lora.r", "Rank takes a whole number from 1 on, not 0"),
         ({"lora.alpha": "0"}, "lora.alpha", "Alpha takes a number above 0, not 0"),

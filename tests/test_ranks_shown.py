@@ -49,6 +49,7 @@ def test_the_terminal_and_the_page_show_them(tmp_path, monkeypatch, capsys):
     with TestClient(app.create_app()) as client:
         page = client.get("/", params={"config": json.dumps(LLAMA), "method": "full", "sequence_length": "64",
                                        "gpu": "h100", "gpu_count": "2", "strategy": "ddp"}).text  # fmt: skip
+    assert 'name="gpu_count" value="2"' in page and "<option selected>ddp</option>" in page
     assert "Every rank" in page and "ranks 0 to 1" in page and "ddp on 2 cards" in page
 
 

@@ -97,6 +97,7 @@ FOLDED = {
         "expert_routing",
         "revision",
     ),
+    "Many cards": ("strategy", "gpu_count", "nodes", "device_map"),
     "Allocator": ("allocator.expandable_segments", "allocator.max_split_size_mb"),
 }
 LABELS = {
