@@ -42,7 +42,7 @@ def solve(
     prices: dict[str, float] | None = None,
 ) -> Solved:
     """The largest ``target`` of a job that fits its card: ``batch_size``, ``sequence_length``, ``r``,
-    ``accumulation_free_batch``; or the smallest ``gpu``, or the largest ``model``.
+    ``accumulation_free_batch``; or the smallest ``gpu``, the fewest cards (``gpu_count``) or the largest ``model``.
 
     ``memory_limit_bytes`` is what the allocator may hold, where the job's card is not meant; ``multiple_of`` restricts
     the values that are tried; ``prices`` by card rank the cards for ``gpu``. Raises :class:`~vramplan.PlanError`.

@@ -381,7 +381,7 @@ ADDED_FIELDS = (
 )
 """Fields that came after profiles were stored: a job that leaves them at their defaults has the key that it had."""
 
-TARGETS = ("batch_size", "sequence_length", "r", "accumulation_free_batch", "gpu", "model")
+TARGETS = ("batch_size", "sequence_length", "r", "accumulation_free_batch", "gpu", "gpu_count", "model")
 """What :func:`vramplan.planning.solver.solve` can seek."""
 
 

@@ -205,6 +205,7 @@ class Solved(_Open):
     )
     refused: list[int] | int | None = Field(None, description="What the model cannot take at all.")
     gpu: str | None = None
+    gpu_count: int | None = Field(None, description="The fewest cards, each with one rank.")
     cards: list[dict] | None = Field(None, description="The card found and the next smaller; or all priced ones.")
     model: str | None = None
     parameters: int | None = None

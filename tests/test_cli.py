@@ -362,8 +362,6 @@ def test_every_field_of_the_job_is_known_to_the_form():
 
 
 def test_a_model_may_be_named_by_an_option(vramplan):
-    code, out, _ = vramplan("estimate", "--model", "no-such-model-here/x", "--set", "revision=../x")
-    assert code == 2
     code, _, err = vramplan("estimate", "llama-3.1-8b", "--model", "gpt2")
     assert code == 2 and "two models are named: llama-3.1-8b and --model gpt2" in err
     _, by_option, _ = vramplan("estimate", "--model", "llama-3.1-8b", "-m", "qlora", "--json")

@@ -33,7 +33,7 @@ NEXT = 4
 
 def solve(data: Any, target: str = "batch_size") -> dict:
     """The largest ``batch_size``, ``sequence_length``, ``r`` or ``accumulation_free_batch`` of a job that fits; the
-    smallest ``gpu`` for it; or the largest ``model`` of the catalogue with which it fits.
+    smallest ``gpu`` for it, or the fewest cards (``gpu_count``); or the largest ``model`` of the catalogue.
 
     ``data`` is a job and, beside its fields, ``memory_limit_bytes`` (the allocator's, the model being there already)
     where the job's card is not meant, ``multiple_of`` for what is to be a multiple of something, and ``prices`` by
@@ -52,6 +52,8 @@ def solve(data: Any, target: str = "batch_size") -> dict:
     if target == "model":
         return largest_model(data)
     job = resolved(read_job(data))
+    if target == "gpu_count":
+        return _fewest_cards(job, limit)
     if target == "r" and job.lora is None:
         raise PlanError("a job without adapters has no rank to solve for", "use method lora or qlora", "for")
     if target == "sequence_length" and job.sequence_length is None:
@@ -131,12 +133,7 @@ def _spare(verdict: Verdict) -> int:
 
 
 def _largest_of(job: Job, target: str, limit: int | None, step: int) -> dict:
-    if limit is None and job.gpu is None:
-        raise PlanError(
-            "nothing says how much memory there is: neither `gpu` nor `memory_limit_bytes`",
-            "name a card, or the bytes that the allocator may hold: 24 GiB are 25769803776",
-            "memory_limit_bytes",
-        )
+    _needs_memory(job, limit)
     tries = _Tries(job, target, limit, step)
     ceiling, first = LARGEST[target] // step, _value(job, target) // step
     alone = largest_fitting(tries.over, ceiling, first)
@@ -152,6 +149,67 @@ def _largest_of(job: Job, target: str, limit: int | None, step: int) -> dict:
     alone_fit = {count: True for count, verdict in tries.verdicts.items() if verdict and _spare(verdict) >= 0}
     checked = {count * step: fits for count, fits in sorted((alone_fit | tries.passed).items())}
     return {**out, "tries": checked, "refused": [count * step for count, v in tries.verdicts.items() if v is None]}
+
+
+COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Cards that are tried together: what one machine has, then whole machines of eight."""
+
+
+def _fewest_cards(job: Job, limit: int | None) -> dict:
+    """The fewest of :data:`COUNTS` cards, in the job's nodes, of which each holds its rank.
+
+    A rank needs less of more cards: the counts are halved. What the strategy or the model does not divide into is left
+    out. Raises :class:`PlanError`.
+    """
+    if job.strategy == "single":
+        raise PlanError(
+            "strategy single takes one card", "set strategy to fsdp2, zero3 or another of many cards", "for"
+        )
+    _needs_memory(job, limit)
+    nodes, tries = job.nodes, _Tries(job, "gpu_count", limit, 1)
+    reasons: dict[int, PlanError] = {}
+
+    def passes(count: int) -> bool | None:
+        try:
+            plan_job(_with(job, "gpu_count", count))
+        except NotTraced:
+            raise
+        except PlanError as error:
+            reasons[count] = error
+            return None
+        return tries.passes(count)
+
+    left = [count for count in COUNTS if not count % nodes]
+    found = 0
+    while left:
+        at = len(left) // 2
+        fits = passes(left[at])
+        if fits is None:
+            del left[at]
+        elif fits:
+            found, left = left[at], left[:at]
+        else:
+            left = left[at + 1 :]
+    if not tries.passed:
+        raise next(iter(reasons.values()))
+    one = next(verdict for verdict in tries.verdicts.values() if verdict)
+    return {
+        "gpu_count": found,
+        "gpu": card_name(job),
+        "memory_limit_bytes": one.limit,
+        "tries": dict(sorted(tries.passed.items())),
+        "refused": sorted(reasons),
+    }
+
+
+def _needs_memory(job: Job, limit: int | None) -> None:
+    """Raise :class:`PlanError` where neither a card nor a limit says how much memory there is."""
+    if limit is None and job.gpu is None:
+        raise PlanError(
+            "nothing says how much memory there is: neither `gpu` nor `memory_limit_bytes`",
+            "name a card, or the bytes that the allocator may hold: 24 GiB are 25769803776",
+            "memory_limit_bytes",
+        )
 
 
 def card_name(job: Job) -> str | None:

@@ -256,6 +256,8 @@ def solved(answer: dict, target: str, console: Console) -> None:
     """What the solver found, and what it checked."""
     if target in ("gpu", "model"):
         return _found(answer, target, console)
+    if target == "gpu_count":
+        return _fewest(answer, console)
     value, where = answer[target], f"{size(answer['memory_limit_bytes'])} of allocator memory"
     name = target.replace("_", " ") if target != "r" else "rank"
     if not value:
@@ -272,6 +274,19 @@ def solved(answer: dict, target: str, console: Console) -> None:
         console.print(Text(f"  Replayed: {edge}.", "dim"), highlight=False)
     if answer["refused"]:
         console.print(Text(f"  The model takes no {min(answer['refused'])}.", "dim"), highlight=False)
+
+
+def _fewest(answer: dict, console: Console) -> None:
+    found, each = answer["gpu_count"], f"{size(answer['memory_limit_bytes'])} of allocator memory"
+    said = f"{found} cards with {each} each are the fewest" if found > 1 else f"One card with {each} is enough"
+    said = said if found else f"No number of cards with {each} each is enough"
+    console.print(Text(said, STATES["fits" if found else "does_not_fit"]))
+    less = [count for count, fits in answer["tries"].items() if not fits]
+    if less:
+        console.print(Text(f"  Replayed: {max(less)} are too few.", "dim"), highlight=False)
+    if answer["refused"]:
+        refused = ", ".join(map(str, answer["refused"]))
+        console.print(Text(f"  The job takes no {refused}.", "dim"), highlight=False)
 
 
 def _found(answer: dict, target: str, console: Console) -> None:

@@ -31,7 +31,7 @@ BATCH_LIMIT = 1000
 """Jobs of one batch."""
 HUB_LIMIT = 20
 """Models that the Hub's search is asked for."""
-TARGETS = "batch_size, sequence_length, r (the adapters' rank), accumulation_free_batch, gpu or model"
+TARGETS = "batch_size, sequence_length, r (the adapters' rank), accumulation_free_batch, gpu, gpu_count or model"
 
 router = APIRouter()
 
