@@ -9,7 +9,7 @@ from vramplan.planning import pretrace, profile_cache, resolve, tracer
 from vramplan.render.html import EXAMPLES, FIRST_VISIT
 
 JOBS = pretrace.usual_jobs()
-SAMPLE = [job for job in JOBS if job["model"] in ("llama-3.2-1b", "gpt2", "gemma-2-2b")]
+SAMPLE = [job for job in JOBS if job["model"] in ("llama-3.2-1b", "gpt2")]
 
 
 def request_of(job):

@@ -94,8 +94,20 @@ def check(number: int, count: int) -> tuple[int, int]:
     return count, len(known)
 
 
+SLOW = ("qwen2.5-0.5b", "smollm2-360m", "gemma-2-2b", "t5-small")
+"""Models of which the jobs like theirs above take long; twenty points of each are slow, too."""
+
+
 @pytest.mark.parametrize(
-    "number", range(len(JOBS)), ids=[f"{job.get('model', 'window')}-{job['method']}" for job in JOBS]
+    "number",
+    [
+        pytest.param(
+            number,
+            id=f"{job.get('model', 'window')}-{job['method']}",
+            marks=[pytest.mark.slow] if job.get("model") in SLOW else [],
+        )
+        for number, job in enumerate(JOBS)
+    ],
 )
 def test_another_batch_or_length_is_what_a_run_says(number):
     check(number, 2)

@@ -118,7 +118,7 @@ def test_a_sample_is_planned_or_refused_with_its_reason():
     jobs = [(id, method) for method, named in SAMPLE.items() for id in named.split()]
     assert len(jobs) == 40 and {id for id, _ in jobs} <= set(ids())
     found = Counter(said_of(id, answer) for (id, _), answer in run(jobs).items())
-    assert found == {"planned": 32, "stored": 2, "stack": 5, "no class": 1}
+    assert found == {"planned": 31, "stored": 2, "stack": 6, "no class": 1}
 
 
 @pytest.mark.slow
