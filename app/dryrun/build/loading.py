@@ -80,6 +80,8 @@ def _prepared(model: torch.nn.Module, job: Job, task: str, observer: StepObserve
     if job.method == "inference":
         if job.prepare_for_kbit_training:
             model = _prepared_for_kbit_training(model, job, observer)
+        else:
+            model.requires_grad_(False)
         # An adapter may be served beside its base.
         if job.lora is not None or job.adapter is not None:
             model = weights.adapted(model, job, task, observer)
