@@ -251,17 +251,33 @@ def test_probed_rows(path):
         assert median <= limits[0] and worst <= limits[1], (figure, max(errors[figure]))
 
 
-def test_settings_drawn_at_random():
+def settings_rows() -> list[dict]:
     """Methods, trainers, optimisers, masks, dtypes, accumulation, routing of published configs: rows that nobody chose
     (Python's ``random`` did), those left out that the stack refuses and LLM.int8's, which depend on the values."""
     rows = rows_of(MEASURED / "h200-settings.jsonl")
     for row in rows:  # measured as a sum over parameters: the code book that they share was counted for each
         if row["job"]["trainer"] != "pytorch" and "8bit" in row["job"]["optimizer"]:
             row["measured"]["optimizer_state"] = None
+    return rows
+
+
+def check_settings(rows: list[dict]) -> Errors:
+    """The errors, within their bounds."""
     errors = compare(rows, ask([row["job"] for row in rows], "estimate"))
-    check("settings", f"one H200, {len(rows)} jobs drawn at random", errors)
     median, most, worst = limits_of(errors, "peak_allocated")
     assert median <= 0.001 and most <= 0.1 and worst <= 0.5, max(errors["peak_allocated"])
+    return errors
+
+
+@pytest.mark.slow
+def test_settings_drawn_at_random():
+    rows = settings_rows()
+    check("settings", f"one H200, {len(rows)} jobs drawn at random", check_settings(rows))
+
+
+def test_a_sample_of_settings_drawn_at_random():
+    """Every fourth of them; a slow test has them all, and writes the table."""
+    check_settings(settings_rows()[::4])
 
 
 def test_architectures_that_the_h200_rows_lack():

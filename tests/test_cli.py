@@ -310,8 +310,9 @@ def test_python_m_app_is_vramplan():
 
 
 @pytest.mark.traces
-def test_libraries_do_not_talk_between_an_answer_s_lines():
-    args = [sys.executable, "-m", "vramplan", "estimate", "gpt2", "-m", "lora", "-s", "64", "-g", "t4"]
+@pytest.mark.parametrize("method", [["lora"], ["inference", "--quantization", "int8"]], ids=" ".join)
+def test_libraries_do_not_talk_between_an_answer_s_lines(method):
+    args = [sys.executable, "-m", "vramplan", "estimate", "gpt2", "-s", "64", "-g", "t4", "-m", *method]
     done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("Fits a Tesla T4")
 

@@ -586,6 +586,7 @@ def _for_every_trace() -> Iterator[Any]:
     yield replaced(sys, "unraisablehook", functools.partial(_note_dropped, sys.unraisablehook))
     yield replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     yield changed(_Silence("transformers"))
+    yield changed(_Silence("bitsandbytes"))  # it warns of each product of LLM.int8
     yield replaced(GlobalOptimManager, "get_instance", new_optimizer_manager)
     if not _kept:
         for change in _registrations():
