@@ -6,7 +6,10 @@
   if (!form) return;
   const byId = (id) => document.getElementById(id);
   const announce = (text) => (byId("announce").textContent = text);
-  const ask = (how) => form.dispatchEvent(new Event(how));
+  // What is changed before htmx has taken the form over is asked for when it has.
+  let early;
+  const ask = (how) => (form._htmx?.initialized ? form.dispatchEvent(new Event(how)) : (early = how));
+  form.addEventListener("htmx:after:init", (event) => event.target === form && early && ask(early));
 
   // The form asks: at once when something is chosen, after a breath while something is typed. A name is asked for when
   // it is whole. Every field that is changed is a step of the browser's history.

@@ -110,6 +110,16 @@ def test_without_javascript_the_form_is_sent_and_answered(tab):
     expect(page.locator(".job").first).to_contain_text("LlamaForCausalLM")
 
 
+def test_what_is_chosen_before_htmx_is_ready_is_asked_for_when_it_is(tab):
+    """htmx begins in a task of its own, which a busy browser runs late."""
+    page = tab()
+    page.add_init_script("const at = setTimeout; window.setTimeout = (f, ms) => at(f, ms === undefined ? 2000 : ms)")
+    page.goto(address())
+    page.locator("label", has_text="QLoRA").click()
+    assert not page.evaluate("document.getElementById('job')._htmx?.initialized")
+    expect(page.locator(".job").first).to_contain_text("qlora")
+
+
 def test_typing_replaces_the_answer_and_the_address(tab):
     page = tab()
     page.goto(address())
