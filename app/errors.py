@@ -81,7 +81,7 @@ class Unanswered(Exception):
 
 
 NEAR = 0.65
-"""How alike two words are, of 1, of which one may be meant by the other: ``offload`` is not ``lora``."""
+"""The least likeness, of 1, of two words of which one may be meant by the other: ``offload`` is not ``lora``."""
 
 
 def nearest(word: str, words: Iterable[str]) -> list[str]:

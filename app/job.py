@@ -447,7 +447,7 @@ _SYNONYMS = {
     "rank": "r",
     "torch_dtype": "dtype",
 }
-"""What other programs call a field of a job."""
+"""The job's field behind a name that other programs have for it."""
 _NO_MEMORY = "it changes no memory of a step: leave it out"
 _OFFLOAD = (
     "states and weights lie on the host with strategy zero2 or zero3 and `deepspeed`, weights alone with strategy "
@@ -469,7 +469,7 @@ _ELSEWHERE = {
     "torch_compile": "a compiled step is not planned: leave it out",
     "videos": "videos are not planned: ask with `images`",
 }
-"""What people ask for by a name that is no field, and what does it."""
+"""The hint for a name that people ask by and that is no field."""
 
 
 def _unknown_field(path: list[str]) -> PlanError:

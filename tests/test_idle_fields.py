@@ -42,7 +42,7 @@ OTHER = {
 }
 """For each field a value that the jobs above do not have."""
 ELSEWHERE = {"model", "config", "revision", "task", "method", "trainer", "reserve"}
-"""What the job is, and what decides its verdict alone."""
+"""Fields that name the job itself, and the one that decides its verdict alone."""
 OF_MANY_CARDS = {"gpu_count", "nodes", "strategy", "ddp", "fsdp", "deepspeed", "device_map", "max_memory"}
 """In ``test_parallel.py``."""
 SAME_NUMBERS = {
@@ -53,7 +53,7 @@ SAME_NUMBERS = {
 
 
 def answer(job: dict) -> tuple[str, list[str]]:
-    """What a job takes, or why it is refused; and the warnings."""
+    """The figures of a job, or the reason of its refusal; and the warnings."""
     try:
         found = plan(job).model_dump(mode="json")
     except PlanError as error:

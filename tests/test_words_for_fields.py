@@ -1,4 +1,4 @@
-"""What a job says in other words than its fields: the field that does it, or why none does."""
+"""Names that are no field of a job: each leads to the field that does it, or to the reason that none does."""
 
 from __future__ import annotations
 

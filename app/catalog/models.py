@@ -37,8 +37,8 @@ class Model:
 
     @property
     def processor(self) -> dict[str, Any] | None:
-        """What the published preprocessor_config.json says of an image's size; None: nothing beside its class's
-        defaults and the config."""
+        """The sizes of an image in the published preprocessor_config.json; None: those of its class and of the
+        config."""
         return copy.deepcopy(PROCESSORS.get(self.facts["model_type"]))
 
     @property
@@ -56,7 +56,7 @@ PROCESSORS = {
     "qwen3_5": _LATER_QWENS,
     "qwen3_5_moe": _LATER_QWENS,
 }
-"""By model type, what its published preprocessor_config.json says of an image's size where its class says otherwise."""
+"""The sizes of an image in the published preprocessor_config.json, by model type, where its class has others."""
 
 Row = Callable[..., list[Model]]
 

@@ -279,7 +279,7 @@ def _check_length(job: Job, base, task: str) -> Iterator[str]:
 
 
 def _table_of_positions(base, limit: int) -> int | None:
-    """How many tokens a model's own table of about ``limit`` positions serves; None: it has no such table.
+    """The number of tokens that a model's own table of about ``limit`` positions serves; None: it has no such table.
 
     A table is an embedding beside that of the words, or a buffer, with a row for each position; where it has a row for
     padding, the positions begin after it.

@@ -232,8 +232,8 @@ def _finish(concrete: ConcreteTrace, settings: AllocatorConfig) -> list[Phase]:
 
 
 def cannot(planned: PlannedJob, verdict: Verdict) -> list[str]:
-    """Which of ``merge`` and ``save`` does not fit a card with this verdict, as far as they can be planned. Of a job
-    that does not even load, nothing is said."""
+    """Those of ``merge`` and ``save`` that do not fit a card with this verdict, as far as they can be planned; none of
+    a job that does not even load."""
     if verdict.breaks == "load":
         return []
     return [name for name, need in planned.after_bytes.items() if need > verdict.limit]

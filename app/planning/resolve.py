@@ -91,7 +91,7 @@ def with_processor(job: Job, config: dict, source: dict) -> Job:
 
 
 def _own_processor(job: Job, source: dict) -> dict | None:
-    """What the model's own preprocessor_config.json says; None: it has none."""
+    """The model's own preprocessor_config.json; None: it has none."""
     if source["kind"] == "catalogue":
         known = find_model(source["id"])
         return known.processor if known is not None else None

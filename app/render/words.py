@@ -231,7 +231,7 @@ def rank_numbers(first: int, last: int) -> str:
 
 
 def host(answer: dict) -> str:
-    """What a node's own memory holds, as a sentence; empty where nothing of the job lies there."""
+    """The bytes in a node's own memory, as a sentence; empty where nothing of the job lies there."""
     held = {name: count for name, count in (answer.get("host") or {}).items() if count}
     if not held:
         return ""
