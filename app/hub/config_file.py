@@ -35,7 +35,10 @@ def fetch_config(
     user's own unless given.
     """
     name, revision = checked(name, revision)
-    path = _path_of(name, CONFIG, revision, endpoint, token, cache_dir)
+    try:
+        path = _path_of(name, CONFIG, revision, endpoint, token, cache_dir)
+    except RemoteEntryNotFoundError as error:
+        refuse(error, name, revision, CONFIG, endpoint)
     commit = os.path.basename(os.path.dirname(path))
     return read_downloaded(path, f"{CONFIG} of {name}", CONFIG_LIMIT), {"kind": "hub", "id": name, "commit": commit}
 
@@ -64,7 +67,10 @@ def fetch_optional(
 def _path_of(
     name: str, file: str, revision: str | None, endpoint: str | None, token: str | None, cache_dir: str | None
 ) -> str:
-    """The path of a repository's file, downloaded or cached. Raises :class:`PlanError`."""
+    """The path of a repository's file, downloaded or cached.
+
+    Raises :class:`PlanError`, and ``RemoteEntryNotFoundError`` where the repository has no such file.
+    """
     if offline():
         return cached(name, file, revision, cache_dir) or refuse_offline(name, revision)
     bounds = Bounds(f"{file} of {name}", CONFIG_SECONDS, CONFIG_LIMIT)
@@ -82,10 +88,8 @@ def _path_of(
         )
     except GaveUp as error:
         return cached(name, file, revision, cache_dir) or refuse_unanswered(error, name, endpoint)
-    except RemoteEntryNotFoundError as error:
-        if file != CONFIG:
-            raise
-        refuse(error, name, revision, file, endpoint)
+    except RemoteEntryNotFoundError:
+        raise
     except Exception as error:
         refuse(error, name, revision, file, endpoint)
 
