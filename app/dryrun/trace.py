@@ -124,7 +124,7 @@ def trace(
     one_run = general and images is None and not job.knows_values and strategy_of(job).repeats_layers
     symbols = _symbols(job, conditions) if one_run else {}
     if symbols:
-        list(_check_length(job.model_copy(update=symbols), base, task))
+        _check_length(job.model_copy(update=symbols), base, task)
     trace_log, values = with_values(
         lambda values: _trace_log(base, job, task, card, symbols if values is None else {}, values, rank), job, images
     )
@@ -250,8 +250,8 @@ def _trace_log(
             return trace_log(job.sequence_length or 1)
 
 
-def _check_length(job: Job, base, task: str) -> Iterator[str]:
-    """A warning where a sequence is longer than the positions that the model was made for.
+def _check_length(job: Job, base, task: str) -> list[str]:
+    """The warning that a sequence is longer than the positions that the model was made for; else none.
 
     Raises :class:`PlanError` where the model holds a table of that many positions, for it fails. Rotary embeddings and
     biases are computed for as many as there are.
@@ -262,7 +262,7 @@ def _check_length(job: Job, base, task: str) -> Iterator[str]:
     field = "target_length" if speech else "sequence_length"
     tokens = job.target_length or job.sequence_length if speech else job.sequence_length
     if not isinstance(limit, int) or tokens is None or task == "image-classification":
-        return
+        return []
     length = tokens + (job.new_tokens or 0 if job.method == "inference" else 0)
     most = _table_of_positions(base, limit)
     if most is not None and 0 < most < length:
@@ -271,11 +271,12 @@ def _check_length(job: Job, base, task: str) -> Iterator[str]:
             f"set {field} to at most {most}",
             field,
         )
-    if 0 < limit < length:
-        yield (
-            f"a sequence of {number_of(length)} tokens is longer than the {limit} positions that this model was made "
-            "for: it runs, and what it answers may be of little use"
-        )
+    if not 0 < limit < length:
+        return []
+    return [
+        f"a sequence of {number_of(length)} tokens is longer than the {limit} positions that this model was made for: "
+        "it runs, and what it answers may be of little use"
+    ]
 
 
 def _table_of_positions(base, limit: int) -> int | None:
