@@ -171,7 +171,7 @@ def _fewest_cards(job: Job, limit: int | None) -> dict:
 
     def passes(count: int) -> bool | None:
         try:
-            plan_job(_with(job, "gpu_count", count))
+            tries.plan_job(count)
         except NotTraced:
             raise
         except PlanError as error:
