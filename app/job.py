@@ -475,7 +475,8 @@ _ELSEWHERE = {
 def _unknown_field(path: list[str]) -> PlanError:
     """The error for a field that no job has, at this path."""
     where, known = ".".join(path), _fields_at(path[:-1])
-    meant = [found for found in (_SYNONYMS.get(path[-1]),) if found in known] or nearest(path[-1], known)
+    synonym = _SYNONYMS.get(path[-1])
+    meant = [synonym] if synonym in known else nearest(path[-1], known)
     hint = f"did you mean `{meant[0]}`?" if meant else f"the fields are {', '.join(sorted(known))}"
     if len(path) == 1:
         hint = _ELSEWHERE.get(path[0], hint)
